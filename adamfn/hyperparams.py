@@ -1,0 +1,113 @@
+"""Hyperparameters: numbers, scalar arrays and functions of the count, and their checks."""
+
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, TypeAlias, cast
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Schedule: TypeAlias = Callable[[chex.Array], chex.Numeric]
+"""A function of the number of steps taken so far; any optax schedule is one."""
+
+ScalarOrSchedule: TypeAlias = chex.Numeric | Schedule
+"""A number, a scalar array (traced or not), or a function of the count."""
+
+
+def scalar(name: str, value: Any, *, below: float = math.inf, narrow: bool = False) -> chex.Numeric:
+    """Checks a hyperparameter that must lie in `[0, below)`.
+
+    A Python or NumPy number comes back as a Python float, so that what is derived from it is
+    derived in double precision. The value of a JAX array is never fetched, so its range is not
+    checked; its shape and dtype are.
+
+    Args:
+      name: what the error message calls it.
+      value: a number or a scalar array.
+      below: the bound that the number must stay under.
+      narrow: whether an array may have fewer than 32 bits.
+
+    Returns:
+      A Python float, or a JAX scalar of float32 at least (as it came if `narrow`).
+
+    Raises:
+      TypeError: not a number and not a scalar array, or an array too narrow to hold it.
+      ValueError: out of range or NaN.
+    """
+    if isinstance(value, jax.Array):
+        return _scalar_array(name, value, narrow)
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
+        raise TypeError(f"{name} is {value!r}; expected a number or a scalar array.")
+    number = float(value)
+    if not 0 <= number < below:  # false for NaN too
+        bound = "finite" if below == math.inf else f"less than {below:g}"
+        raise ValueError(f"{name} is {number}; expected a number at least 0 and {bound}.")
+    return number
+
+
+def scheduled(name: str, value: Any) -> ScalarOrSchedule:
+    """Checks a hyperparameter that may also be a function of the count.
+
+    Args:
+      name: what the error message calls it.
+      value: a number or a scalar array, at least 0 and finite, or a function of the count.
+
+    Returns:
+      The function as it came, or what `scalar` makes of anything else.
+
+    Raises:
+      TypeError: it is neither.
+      ValueError: out of range or NaN.
+    """
+    if callable(value):
+        return cast("Schedule", value)
+    return scalar(name, value, narrow=True)
+
+
+def value_at(name: str, value: ScalarOrSchedule, count: chex.Array) -> chex.Numeric:
+    """The value of a hyperparameter at a step.
+
+    Args:
+      name: what the error message calls it.
+      value: what `scheduled` returned.
+      count: int32 scalar, the number of steps taken so far: 0 at the first.
+
+    Returns:
+      A number or a scalar array.
+
+    Raises:
+      TypeError: a schedule returned something else.
+    """
+    if not callable(value):
+        return value
+    result = value(count)
+    if not isinstance(result, Real) and jnp.shape(result) != ():
+        raise TypeError(
+            f"{name}: its schedule returned an array of shape {jnp.shape(result)}; expected a"
+            " scalar."
+        )
+    return result
+
+
+def _scalar_array(name: str, value: jax.Array, narrow: bool) -> jax.Array:
+    if value.shape != ():
+        raise TypeError(
+            f"{name} is an array of shape {value.shape}; expected a scalar. For several values at"
+            " once, jax.vmap over init and update, or give each group of leaves its own with"
+            " optax.partition."
+        )
+    if jnp.issubdtype(value.dtype, jnp.integer):
+        return value.astype(jnp.float32)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(f"{name} is an array of {value.dtype}; expected a real number.")
+    if not narrow and jnp.finfo(value.dtype).bits < 32:
+        raise TypeError(
+            f"{name} is an array of {value.dtype}, which cannot hold it (in bfloat16, 0.999 is 1);"
+            " expected float32. With optax.inject_hyperparams, pass hyperparam_dtype=jnp.float32."
+        )
+    return value

@@ -1,0 +1,123 @@
+"""`scale_by_moments`: two averages and their ratio."""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from adamfn.ema import Decay, average, bias, decay, increment
+from adamfn.hyperparams import scalar
+from adamfn.state import check_state
+from adamfn.transform import GradientTransformation
+from adamfn.trees import PyTree, check_inexact, map_leaves, real_dtype, wide_dtype
+
+
+class ScaleByMomentsState(NamedTuple):
+    """State of `scale_by_moments`."""
+
+    count: chex.Array
+    """Steps taken: int32 scalar."""
+    mu: PyTree
+    """The average m of the gradients: the parameters' tree and shapes, float32 at least."""
+    nu: PyTree
+    """The average v of their squares (of |g|^2 for a complex leaf): likewise, and real."""
+
+
+def scale_by_moments(
+    b1: chex.Numeric = 0.9,
+    b2: chex.Numeric = 0.999,
+    eps: chex.Numeric = 1e-8,
+    eps_root: chex.Numeric = 0.0,
+    *,
+    nesterov: bool = False,
+) -> GradientTransformation:
+    r"""Divides the average of the gradients by the root of the average of their squares.
+
+    With $c_2 = 1 - b_2^t$ at step $t = 1, 2, \ldots$:
+
+    $$
+    m \leftarrow m + (1 - b_1)(g - m), \qquad v \leftarrow v + (1 - b_2)(|g|^2 - v), \qquad
+    u = \frac{m}{\sqrt{v + c_2\,\epsilon_\text{root}} + \sqrt{c_2}\,\epsilon}
+    $$
+
+    Both averages begin at zero and are not corrected for it here: `bias_correct` multiplies u by
+    $\sqrt{c_2} / c_1$. Because eps is in units of the *corrected* second moment, which is why it
+    meets $\sqrt{c_2}$ here, the two stages together give $\hat m / (\sqrt{\hat v} + \epsilon)$
+    exactly.
+
+    With `nesterov`, m in the ratio becomes $b_1 m\, c_1(t) / c_1(t + 1) + (1 - b_1) g$.
+
+    Args:
+      b1: decay of the gradients' average, in [0, 1); a number or a scalar array.
+      b2: decay of the squares' average, likewise.
+      eps: added to the root, at least 0, in units of the gradient.
+      eps_root: added under the root, at least 0, in units of the gradient's square. Not 0, it
+        makes the derivative of an update at a zero gradient finite.
+      nesterov: look one step ahead, in Dozat's form.
+
+    Returns:
+      A `GradientTransformation`. Updates have the gradients' shapes and dtypes; the moments are
+      kept in float32, or float64 for float64 leaves, and mu is complex for complex leaves.
+
+    Raises:
+      TypeError, ValueError: a hyperparameter out of range; at `init`, a leaf that is not of
+        floating point; at `update`, gradients or a state that do not fit, each by name.
+
+    References:
+      Kingma and Ba, Adam: A Method for Stochastic Optimization, 2015, algorithm 1
+      (arXiv 1412.6980); Dozat, Incorporating Nesterov Momentum into Adam, 2016, algorithm 2.
+
+    >>> import adamfn
+    >>> import jax.numpy as jnp
+    >>> tx = adamfn.scale_by_moments()
+    >>> params = jnp.array([1.0, 2.0])
+    >>> updates, state = tx.update(jnp.array([0.5, -4.0]), tx.init(params))
+    >>> print(updates.round(4))  # 0.1 / sqrt(0.001), whatever the gradient's size
+    [ 3.1623 -3.1623]
+    """
+    mean, square = decay("b1", b1), decay("b2", b2)
+    eps, eps_root = scalar("eps", eps), scalar("eps_root", eps_root)
+
+    def init(params: PyTree) -> ScaleByMomentsState:
+        check_inexact(params, "scale_by_moments: params")
+        return ScaleByMomentsState(
+            count=jnp.zeros((), jnp.int32),
+            mu=jax.tree.map(lambda p: jnp.zeros_like(p, wide_dtype(jnp.result_type(p))), params),
+            nu=jax.tree.map(
+                lambda p: jnp.zeros_like(p, real_dtype(wide_dtype(jnp.result_type(p)))), params
+            ),
+        )
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
+    ) -> tuple[PyTree, ScaleByMomentsState]:
+        state = check_state("scale_by_moments", state, ScaleByMomentsState)
+        count = increment(state.count)
+        c2 = bias(square, count)
+        ahead = bias(mean, count) / bias(mean, increment(count)) if nesterov else None
+        updates, mu, nu = map_leaves(
+            _moments,
+            {"scale_by_moments: updates": updates, "mu": state.mu, "nu": state.nu},
+            (mean, square, jnp.sqrt(c2) * eps, c2 * eps_root, ahead),
+            way_out="Pass gradients of the parameters that `init` was given, or call `init` again.",
+        )
+        return updates, ScaleByMomentsState(count, mu, nu)
+
+    return GradientTransformation(init, update)
+
+
+def _moments(
+    g: jax.Array,
+    mu: jax.Array,
+    nu: jax.Array,
+    b1: Decay,
+    b2: Decay,
+    eps: jax.Array,
+    eps_root: jax.Array,
+    ahead: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    mu = average(mu, g, b1)
+    nu = average(nu, jnp.real(g * jnp.conj(g)), b2)
+    m = mu if ahead is None else mu * (b1.rate * ahead) + g * b1.complement
+    return m / (jnp.sqrt(nu + eps_root) + eps), mu, nu
