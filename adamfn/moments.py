@@ -70,11 +70,11 @@ def scale_by_moments(
 
     >>> import adamfn
     >>> import jax.numpy as jnp
-    >>> tx = adamfn.scale_by_moments()
+    >>> tx = adamfn.scale_by_moments(b1=0.5, b2=0.75)
     >>> params = jnp.array([1.0, 2.0])
     >>> updates, state = tx.update(jnp.array([0.5, -4.0]), tx.init(params))
-    >>> print(updates.round(4))  # 0.1 / sqrt(0.001), whatever the gradient's size
-    [ 3.1623 -3.1623]
+    >>> print(updates)  # 0.5 g / sqrt(0.25 g^2), whatever the gradient's size
+    [ 1. -1.]
     """
     mean, square = decay("b1", b1), decay("b2", b2)
     eps, eps_root = scalar("eps", eps), scalar("eps_root", eps_root)
@@ -100,6 +100,7 @@ def scale_by_moments(
             _moments,
             {"scale_by_moments: updates": updates, "mu": state.mu, "nu": state.nu},
             (mean, square, jnp.sqrt(c2) * eps, c2 * eps_root, ahead),
+            magnitudes=("nu",),
             way_out="Pass gradients of the parameters that `init` was given, or call `init` again.",
         )
         return updates, ScaleByMomentsState(count, mu, nu)

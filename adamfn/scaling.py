@@ -17,7 +17,7 @@ def scale_leaves(name: str, updates: PyTree, factor: chex.Numeric) -> PyTree:
     Raises:
       TypeError: a leaf is not an array of floating-point or complex numbers.
     """
-    (scaled,) = map_leaves(_scale, {f"{name}: updates": updates}, (factor,), way_out="")
+    scaled, *_ = map_leaves(_scale, {f"{name}: updates": updates}, (factor,), way_out="")
     return scaled
 
 

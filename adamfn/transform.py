@@ -141,7 +141,7 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
         trained = jax.tree.map(
             lambda p, u: None if u is None else p, params, updates, is_leaf=_is_none
         )
-    (moved,) = map_leaves(
+    moved, *_ = map_leaves(
         _add,
         {"apply_updates: params": trained, "updates": updates},
         way_out="Pass the updates that `update` returned for these parameters.",

@@ -1,5 +1,6 @@
 """Walking pytrees leaf by leaf, and saying which leaf is wrong when one is."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn, TypeAlias, cast
@@ -11,15 +12,13 @@ from jax.core import Tracer
 PyTree: TypeAlias = Any
 """Any nest of containers that JAX knows, with arrays at its leaves."""
 
-_LEAVES_PER_CALL = 8
-"""How many equal leaves one compiled call handles: see `map_leaves`."""
-
 
 def map_leaves(
     formula: Callable[..., tuple[jax.Array, ...]],
     trees: Mapping[str, PyTree],
     scalars: Sequence[PyTree] = (),
     *,
+    magnitudes: Sequence[str] = (),
     way_out: str,
 ) -> tuple[PyTree, ...]:
     """Applies `formula(*leaves, *scalars)` to each set of corresponding leaves.
@@ -35,29 +34,39 @@ def map_leaves(
       formula: a function of one leaf of each tree, then of the scalars; returns a tuple.
       trees: the trees by the names that error messages call them, the one to check first.
       scalars: numbers, scalar arrays or trees of them, the same for all leaves.
+      magnitudes: the names of the trees that are real even where the others are complex.
       way_out: the end of an error message: what to do when the trees do not match.
 
     Returns:
       One tree for each result, with the first tree's structure.
 
     Raises:
-      ValueError: the trees differ in structure or in a leaf's shape.
+      ValueError: the trees differ in structure, in a leaf's shape, or in its being complex.
       TypeError: a leaf is not an array, or not of floating point.
     """
-    leaves, treedef = _matching_leaves(trees, way_out)
+    leaves, treedef = _matching_leaves(trees, magnitudes, way_out)
     groups: dict[Any, list[int]] = {}
     for index, row in enumerate(leaves):
         groups.setdefault(tuple(_signature(leaf) for leaf in row), []).append(index)
     results: list[tuple[jax.Array, ...]] = [()] * len(leaves)
     for indices in groups.values():
-        for start in range(0, len(indices), _LEAVES_PER_CALL):
-            chosen = indices[start : start + _LEAVES_PER_CALL]
+        for chosen in _batches(indices):
             rows = _map_rows(formula, [leaves[index] for index in chosen], tuple(scalars))
             for index, row in zip(chosen, rows, strict=True):
                 results[index] = row
     if not results:  # an empty tree does not tell how many results there are
         return (next(iter(trees.values())),) * len(trees)
     return tuple(treedef.unflatten(column) for column in zip(*results, strict=True))
+
+
+def _batches(indices: list[int]) -> list[list[int]]:
+    # Tracing costs grow with the size of a batch and with their number. One traced leaf costs
+    # about as much as ten calls, so sqrt(n) / 3 is best; a power of two leaves few odd ones, and
+    # those go one by one, lest the formula be traced again for an odd number of leaves.
+    size = 1 << max(math.isqrt(len(indices)) // 3, 1).bit_length() - 1
+    whole = len(indices) // size * size
+    batches = [indices[start : start + size] for start in range(0, whole, size)]
+    return batches + [[index] for index in indices[whole:]]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -113,7 +122,7 @@ def _signature(leaf: Any) -> tuple[Any, Any]:
 
 
 def _matching_leaves(
-    trees: Mapping[str, PyTree], way_out: str
+    trees: Mapping[str, PyTree], magnitudes: Sequence[str], way_out: str
 ) -> tuple[list[tuple[Any, ...]], Any]:
     (name, tree), *others = trees.items()
     check_inexact(tree, name)
@@ -121,13 +130,21 @@ def _matching_leaves(
     columns = [leaves]
     for other_name, other in others:
         other_leaves, other_treedef = jax.tree.flatten(other)
-        if treedef != other_treedef or any(
-            jnp.shape(a) != jnp.shape(b) for a, b in zip(leaves, other_leaves, strict=True)
-        ):
-            _raise_mismatch(name, tree, other_name, other, way_out)
+        fits = _has_shape_of if other_name in magnitudes else _is_like
+        if treedef != other_treedef or not all(map(fits, leaves, other_leaves)):
+            _raise_mismatch(name, tree, other_name, other, fits, way_out)
         check_inexact(other, other_name)
         columns.append(other_leaves)
     return list(zip(*columns, strict=True)), treedef
+
+
+def _has_shape_of(a: Any, b: Any) -> bool:
+    return jnp.shape(a) == jnp.shape(b)
+
+
+def _is_like(a: Any, b: Any) -> bool:
+    # A complex number would lose its imaginary part on its way into a real leaf.
+    return jnp.shape(a) == jnp.shape(b) and jnp.iscomplexobj(a) == jnp.iscomplexobj(b)
 
 
 def _is_inexact(leaf: Any) -> bool:
@@ -163,12 +180,17 @@ def _raise_not_inexact(tree: PyTree, name: str) -> NoReturn:
 
 
 def _raise_mismatch(
-    name: str, tree: PyTree, other_name: str, other: PyTree, way_out: str
+    name: str,
+    tree: PyTree,
+    other_name: str,
+    other: PyTree,
+    fits: Callable[[Any, Any], bool],
+    way_out: str,
 ) -> NoReturn:
     found, expected = _paths(tree), _paths(other)
     for path in {**expected, **found}:
         a, b = found.get(path), expected.get(path)
-        if a is None or b is None or jnp.shape(a) != jnp.shape(b):
+        if a is None or b is None or not fits(a, b):
             raise ValueError(
                 f"{name} and {other_name} differ at {path}: found {_describe(a)}, expected"
                 f" {_describe(b)}. {way_out}"

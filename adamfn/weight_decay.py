@@ -75,7 +75,7 @@ def add_decayed_weights(
                 " update(updates, state, params)."
             )
         rate = value_at("weight_decay", configured, state.count)
-        (decayed,) = map_leaves(
+        decayed, *_ = map_leaves(
             _add_multiple,
             {"add_decayed_weights: updates": updates, "params": params},
             (rate,),
