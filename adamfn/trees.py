@@ -115,10 +115,10 @@ def check_inexact(tree: PyTree, name: str) -> None:
             _raise_not_inexact(tree, name)
 
 
-def _signature(leaf: Any) -> tuple[Any, Any]:
-    concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
-    # Outside jit, arrays of one call must lie on the same devices.
-    return jax.typeof(leaf), leaf.sharding if concrete else None
+def _signature(leaf: Any) -> tuple[Any, ...]:
+    # Outside jit, the arrays of one call must lie on the same devices.
+    sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+    return jnp.shape(leaf), getattr(leaf, "dtype", type(leaf)), sharding
 
 
 def _matching_leaves(

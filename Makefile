@@ -1,0 +1,42 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test lint format bench tables clean
+
+help:
+	@echo "make demo    train a small network on handwritten digits (ARGS=--help for its options)"
+	@echo "make test    all tests and every example in the documentation"
+	@echo "make lint    ruff and pyright"
+	@echo "make format  let ruff rewrite what it can"
+	@echo "make bench   measure exactness and tracing, and draw the README's tables from the results"
+	@echo "make clean   remove the virtual environment and what was built"
+
+demo: $(VENV)/.examples
+	@$(BIN)/python examples/digits.py $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -q -n auto $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/exactness.py
+	$(BIN)/python benchmarks/trace_cost.py
+	$(BIN)/python benchmarks/readme_tables.py
+
+# One stamp for each extra, so that an extra is installed once and again when it changes.
+$(VENV)/.%: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist out .ruff_cache .hypothesis
