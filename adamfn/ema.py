@@ -17,14 +17,14 @@ _LAST_COUNT = jnp.iinfo(jnp.int32).max
 
 
 class Decay(NamedTuple):
-    """The decay b of an average, with what is derived from it while it is still exact."""
+    """The decay b of an average, as what is derived from it while it is still exact."""
 
-    rate: chex.Numeric
-    """b"""
     complement: chex.Numeric
     """1 - b"""
     log: chex.Numeric
     """log b"""
+    rate: chex.Numeric | None
+    """b, or None where it is known to be at least 1/2, which saves a select in every leaf."""
 
 
 def decay(name: str, value: Any) -> Decay:
@@ -46,9 +46,10 @@ def decay(name: str, value: Any) -> Decay:
     """
     rate = scalar(name, value, below=1)
     if isinstance(rate, float):
-        return Decay(rate, 1 - rate, math.log(rate) if rate else -math.inf)
+        log = math.log(rate) if rate else -math.inf
+        return Decay(1 - rate, log, rate if rate < 0.5 else None)
     complement = 1 - rate
-    return Decay(rate, complement, jnp.log1p(-complement))
+    return Decay(complement, jnp.log1p(-complement), rate)
 
 
 def average(old: jax.Array, new: jax.Array, b: Decay) -> jax.Array:
@@ -58,7 +59,8 @@ def average(old: jax.Array, new: jax.Array, b: Decay) -> jax.Array:
     `new` to the last bit.
     """
     step = new - old
-    return jnp.where(b.rate < 0.5, new - b.rate * step, old + b.complement * step)
+    from_old = old + b.complement * step
+    return from_old if b.rate is None else jnp.where(b.rate < 0.5, new - b.rate * step, from_old)
 
 
 def bias(b: Decay, count: chex.Array) -> jax.Array:

@@ -120,5 +120,5 @@ def _moments(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     mu = average(mu, g, b1)
     nu = average(nu, jnp.real(g * jnp.conj(g)), b2)
-    m = mu if ahead is None else mu * (b1.rate * ahead) + g * b1.complement
+    m = mu if ahead is None else mu * ((1 - b1.complement) * ahead) + g * b1.complement
     return m / (jnp.sqrt(nu + eps_root) + eps), mu, nu
