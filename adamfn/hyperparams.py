@@ -42,7 +42,8 @@ def scalar(name: str, value: Any, *, below: float = math.inf, narrow: bool = Fal
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
-        raise TypeError(f"{name} is {value!r}; expected a number or a scalar array.")
+        hint = " optax.inject_hyperparams makes one of a schedule." if callable(value) else ""
+        raise TypeError(f"{name} is {value!r}; expected a number or a scalar array.{hint}")
     number = float(value)
     if not 0 <= number < below:  # false for NaN too
         bound = "finite" if below == math.inf else f"less than {below:g}"
@@ -85,13 +86,11 @@ def value_at(name: str, value: ScalarOrSchedule, count: chex.Array) -> chex.Nume
     """
     if not callable(value):
         return value
-    result = value(count)
-    if not isinstance(result, Real) and jnp.shape(result) != ():
-        raise TypeError(
-            f"{name}: its schedule returned an array of shape {jnp.shape(result)}; expected a"
-            " scalar."
-        )
-    return result
+    result: Any = value(count)
+    if isinstance(result, Real) or getattr(result, "shape", None) == ():
+        return result
+    found = f"shape {result.shape}" if hasattr(result, "shape") else repr(result)
+    raise TypeError(f"{name}: its schedule returned {found}; expected a number or a scalar array.")
 
 
 def _scalar_array(name: str, value: jax.Array, narrow: bool) -> jax.Array:
