@@ -87,7 +87,7 @@ def value_at(name: str, value: ScalarOrSchedule, count: chex.Array) -> chex.Nume
     if not callable(value):
         return value
     result: Any = value(count)
-    if isinstance(result, Real) or getattr(result, "shape", None) == ():
+    if isinstance(result, int | float) or getattr(result, "shape", None) == ():
         return result
     found = f"shape {result.shape}" if hasattr(result, "shape") else repr(result)
     raise TypeError(f"{name}: its schedule returned {found}; expected a number or a scalar array.")
