@@ -1,0 +1,483 @@
+"""What every error says: which leaf or argument, what was found, what was expected, what to do."""
+
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import adamfn
+
+PACKAGE = Path(adamfn.__file__).parent
+PARAMS = {"dense": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, "scale": [jnp.ones(())]}
+GRADS_WAY_OUT = "Pass gradients of the parameters that `init` was given, or call `init` again."
+LEAF_WAY_OUT = "Leave out what is not trained (optax.masked; eqx.filter"
+STATE_WAY_OUT = "make it with this one's init(params)."
+
+
+@contextmanager
+def refused(kind, *says):
+    """The block raises exactly `kind`, from a line of adamfn and not of JAX, and says this."""
+    with pytest.raises(kind) as caught:
+        yield
+    assert caught.type is kind
+    last = traceback.extract_tb(caught.value.__traceback__)[-1]
+    assert PACKAGE in Path(last.filename).parents, f"raised by {last.filename}"
+    for part in says:
+        assert part in str(caught.value)
+
+
+def changed(path, leaf, tree=PARAMS):
+    """PARAMS with another leaf at a path such as "dense/b"."""
+    tree = jax.tree.map(lambda x: x, tree)
+    *parents, last = path.split("/")
+    node = tree
+    for key in parents:
+        node = node[key]
+    node[int(last) if isinstance(node, list) else last] = leaf
+    return tree
+
+
+def without(path):
+    tree = changed(path, None)
+    parent, last = path.split("/")
+    del tree[parent][last]
+    return tree
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize(
+    ("grads", "path", "found", "expected"),
+    [
+        (without("dense/b"), "['dense']['b']", "nothing", "float32[3]"),
+        (changed("dense/b", None), "['dense']['b']", "nothing", "float32[3]"),
+        (changed("dense/c", jnp.ones(4)), "['dense']['c']", "float32[4]", "nothing"),
+        (changed("dense/w", jnp.ones((3, 2))), "['dense']['w']", "float32[3,2]", "float32[2,3]"),
+        (changed("dense/b", jnp.ones((1, 3))), "['dense']['b']", "float32[1,3]", "float32[3]"),
+        (changed("scale/0", jnp.ones(1)), "['scale'][0]", "float32[1]", "float32[]"),
+        (changed("dense", jnp.ones(2)), "['dense']", "nothing", "float32[3]"),
+        ({}, "['dense']['b']", "nothing", "float32[3]"),
+        (None, "['dense']['b']", "nothing", "float32[3]"),
+        (changed("dense/b", jnp.ones(3) * 1j), "['dense']['b']", "complex64[3]", "float32[3]"),
+    ],
+)
+def test_gradients_unlike_the_state(grads, path, found, expected, wrap):
+    tx = adamfn.adam()
+    state = tx.init(PARAMS)
+    begins = f"scale_by_moments: updates and mu differ at {path}"
+    with refused(ValueError, begins, f"found {found}, expected {expected}.", GRADS_WAY_OUT):
+        wrap(tx.update)(grads, state)
+
+
+def test_gradients_in_another_container():
+    tx = adamfn.adam()
+    with refused(
+        ValueError,
+        "updates and mu have the same leaves in different containers",
+        "found PyTreeDef({'dense': {'b': *, 'w': *}, 'scale': (*,)}), expected"
+        " PyTreeDef({'dense': {'b': *, 'w': *}, 'scale': [*]})",
+        GRADS_WAY_OUT,
+    ):
+        tx.update(changed("scale", tuple(PARAMS["scale"])), tx.init(PARAMS))
+
+
+def test_the_first_leaf_that_differs_is_named():
+    tx = adamfn.adam()
+    grads = {"c": jnp.ones(3), "b": jnp.ones(3), "a": jnp.ones(2)}
+    state = tx.init({"c": jnp.ones(4), "b": jnp.ones(4), "a": jnp.ones(2)})
+    with refused(ValueError, "differ at ['b']: found float32[3], expected float32[4]"):
+        tx.update(grads, state)
+
+
+def test_a_real_gradient_of_a_complex_parameter():
+    tx = adamfn.adam()
+    state = tx.init([jnp.ones(2) * 1j])
+    with refused(ValueError, "differ at [0]: found float32[2], expected complex64[2]"):
+        tx.update([jnp.ones(2)], state)
+
+
+def test_a_state_whose_moments_do_not_fit_each_other():
+    tx = adamfn.scale_by_moments()
+    state = tx.init(PARAMS)
+    with refused(ValueError, "updates and nu differ at ['dense']['b']", "expected float32[4]"):
+        tx.update(PARAMS, state._replace(nu=changed("dense/b", jnp.ones(4))))
+    with refused(ValueError, "updates and mu differ at ['dense']['b']", "expected nothing"):
+        tx.update(PARAMS, state._replace(mu=None))
+
+
+class Layer:
+    """Something that JAX does not know."""
+
+
+NOT_TRAINED = [
+    (jnp.arange(2), "int32[2]"),
+    (jnp.array([True]), "bool[1]"),
+    (np.arange(3, dtype=np.uint8), "uint8[3]"),
+    (3, "the Python int 3"),
+    (True, "the Python bool True"),
+    (lambda x: x, "a function"),
+    ("relu", "a str"),
+    (Layer(), "a Layer"),
+    (jax.random.key(0), "key<fry>[]"),
+    (np.array(["x"]), "<U1[1]"),
+]
+NOT_TRAINED_IDS = [found for _, found in NOT_TRAINED]
+
+
+@pytest.mark.parametrize(("leaf", "found"), NOT_TRAINED, ids=NOT_TRAINED_IDS)
+def test_parameters_that_cannot_be_trained(leaf, found):
+    with refused(
+        TypeError,
+        f"scale_by_moments: params: the leaf at ['dense']['b'] is {found}",
+        "expected an array of floating-point or complex numbers",
+        LEAF_WAY_OUT,
+        ".astype(jnp.float32)",
+    ):
+        adamfn.adam().init(changed("dense/b", leaf))
+
+
+def test_a_parameter_that_is_the_whole_tree():
+    with refused(TypeError, "the leaf at the root is int32[3]"):
+        adamfn.adam().init(jnp.arange(3))
+
+
+@pytest.mark.parametrize(("leaf", "found"), NOT_TRAINED, ids=NOT_TRAINED_IDS)
+@pytest.mark.parametrize(
+    "tx",
+    [adamfn.scale_by_lr(), adamfn.bias_correct(), adamfn.adam(), adamfn.add_decayed_weights(0.1)],
+)
+def test_updates_that_are_not_of_floating_point(tx, leaf, found):
+    state = tx.init(PARAMS)
+    with refused(TypeError, f"updates: the leaf at ['dense']['b'] is {found}", LEAF_WAY_OUT):
+        tx.update(changed("dense/b", leaf), state, PARAMS)
+
+
+@pytest.mark.parametrize(
+    "tx", [adamfn.adamw(), adamfn.add_decayed_weights(0.1), adamfn.adamw(weight_decay=0.0)]
+)
+def test_missing_params(tx):
+    with refused(
+        ValueError,
+        "add_decayed_weights: update got no params, and decay needs them.",
+        "Call update(updates, state, params).",
+    ):
+        tx.update(PARAMS, tx.init(PARAMS))
+
+
+@pytest.mark.parametrize(
+    ("params", "path", "expected"),
+    [
+        (without("dense/b"), "['dense']['b']", "nothing"),
+        (changed("dense/b", jnp.ones(4)), "['dense']['b']", "float32[4]"),
+        (changed("dense/b", jnp.ones(3) * 1j), "['dense']['b']", "complex64[3]"),
+        (changed("dense/b", len), "['dense']['b']", "a builtin_function_or_method"),
+    ],
+)
+def test_params_unlike_the_updates(params, path, expected):
+    tx = adamfn.adamw()
+    with refused(
+        ValueError,
+        f"add_decayed_weights: updates and params differ at {path}",
+        f"found float32[3], expected {expected}.",
+        "Pass the parameters that the gradients are of.",
+    ):
+        tx.update(PARAMS, tx.init(PARAMS), params)
+
+
+@pytest.mark.parametrize(("leaf", "found"), NOT_TRAINED, ids=NOT_TRAINED_IDS)
+def test_params_that_cannot_decay(leaf, found):
+    # Whether its shape, that of any object being (), is the update's or not.
+    tx = adamfn.add_decayed_weights(0.1)
+    with refused(TypeError, "params: the leaf at [0] is", found, LEAF_WAY_OUT):
+        tx.update([jnp.ones(np.shape(leaf))], tx.init(None), [leaf])
+
+
+@pytest.mark.parametrize("other", [adamfn.adamw(), adamfn.chain(), adamfn.chain(adamfn.adam())])
+def test_the_state_of_a_chain_of_another_length(other):
+    tx, state = adamfn.adam(), other.init(PARAMS)
+    with refused(
+        ValueError,
+        f"chain: found a tuple of {len(state)} as the state, expected a tuple of 3",
+        STATE_WAY_OUT,
+    ):
+        tx.update(PARAMS, state)
+
+
+@pytest.mark.parametrize(
+    ("state", "found"), [(None, "a NoneType"), ({}, "a dict"), ([1, 2, 3], "a list")]
+)
+def test_a_state_that_is_no_tuple(state, found):
+    with refused(ValueError, f"chain: found {found} as the state", STATE_WAY_OUT):
+        adamfn.adam().update(PARAMS, state)
+
+
+def test_the_state_of_a_chain_of_other_parts():
+    tx = adamfn.adam()
+    other = adamfn.chain(
+        adamfn.scale_by_moments(), adamfn.bias_correct(), adamfn.add_decayed_weights()
+    )
+    with refused(
+        TypeError,
+        "scale_by_lr: found a state of type AddDecayedWeightsState, expected ScaleByLrState.",
+        STATE_WAY_OUT,
+    ):
+        tx.update(PARAMS, other.init(PARAMS))
+
+
+@pytest.mark.parametrize(
+    ("name", "tx"),
+    [
+        ("scale_by_moments", adamfn.scale_by_moments()),
+        ("bias_correct", adamfn.bias_correct()),
+        ("scale_by_lr", adamfn.scale_by_lr()),
+        ("add_decayed_weights", adamfn.add_decayed_weights()),
+    ],
+)
+@pytest.mark.parametrize("state", [(), None, adamfn.adam().init(jnp.ones(1)), {}])
+def test_a_stage_with_the_state_of_something_else(name, tx, state):
+    found = f"{name}: found a state of type {type(state).__name__}, expected "
+    with refused(TypeError, found, STATE_WAY_OUT):
+        tx.update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("argument", "bound"),
+    [
+        ("learning_rate", "finite"),
+        ("b1", "less than 1"),
+        ("b2", "less than 1"),
+        ("eps", "finite"),
+        ("eps_root", "finite"),
+        ("weight_decay", "finite"),
+    ],
+)
+@pytest.mark.parametrize(
+    "value", [-1, -1e-9, np.float32(-1), np.nan, np.inf, -np.inf, np.array(-1)]
+)
+def test_numbers_out_of_range(argument, bound, value):
+    says = f"{argument} is {float(value)}; expected a number at least 0 and {bound}."
+    with refused(ValueError, says):
+        adamfn.adamw(**{argument: value})
+
+
+@pytest.mark.parametrize("argument", ["b1", "b2"])
+def test_decays_of_one_and_more(argument):
+    for value in (1, 1.0, 2):
+        with refused(ValueError, f"{argument} is {float(value)}", "less than 1"):
+            adamfn.adam(**{argument: value})
+
+
+def test_an_integer_too_large_for_a_float():
+    with refused(ValueError, "learning_rate is"):
+        adamfn.adam(10**400)
+
+
+ARGUMENTS = ["learning_rate", "b1", "b2", "eps", "eps_root", "weight_decay"]
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+@pytest.mark.parametrize(
+    "value", [True, np.True_, np.array(True), "0.9", None, 1j, [0.9], np.ones(1), {}], ids=repr
+)
+def test_what_is_no_number(argument, value):
+    with refused(TypeError, f"{argument} is ", "; expected a number or a scalar array."):
+        adamfn.adamw(**{argument: value})
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_arrays_that_are_no_scalars(argument):
+    for shape in ((1,), (2, 3), (0,)):
+        with refused(
+            TypeError,
+            f"{argument} is an array of shape {shape}; expected a scalar.",
+            "jax.vmap over init and update",
+            "optax.partition",
+        ):
+            adamfn.adamw(**{argument: jnp.ones(shape)})
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_arrays_that_are_no_real_numbers(argument):
+    for value in (jnp.array(True), jnp.array(1j), jax.random.key(0)):
+        with refused(TypeError, f"{argument} is an array of {value.dtype}", "a real number"):
+            adamfn.adamw(**{argument: value})
+
+
+@pytest.mark.parametrize("argument", ["b1", "b2", "eps", "eps_root"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_arrays_too_narrow_to_hold_an_average(argument, dtype):
+    says = f"{argument} is an array of {dtype.dtype}, which cannot hold it"
+    with refused(TypeError, says, "expected float32", "hyperparam_dtype=jnp.float32"):
+        adamfn.adam(**{argument: jnp.asarray(0.5, dtype)})
+
+
+def test_traced_hyperparameters_are_checked_for_shape_and_dtype():
+    with refused(TypeError, "b1 is an array of shape (2,)"):
+        jax.jit(lambda b: adamfn.adam(b1=b).init(PARAMS))(jnp.ones(2))
+    with refused(TypeError, "b2 is an array of bfloat16"):
+        jax.jit(lambda b: adamfn.adam(b2=b).init(PARAMS))(jnp.bfloat16(0.5))
+
+
+def test_an_override_is_checked_too():
+    tx = adamfn.adam()
+    state = tx.init(PARAMS)
+    with refused(TypeError, "learning_rate is an array of shape (2,)"):
+        tx.update(PARAMS, state, learning_rate=jnp.ones(2))
+    with refused(ValueError, "learning_rate is nan; expected a number at least 0"):
+        tx.update(PARAMS, state, learning_rate=float("nan"))
+    with refused(ValueError, "learning_rate is -1.0"):
+        tx.update(PARAMS, state, learning_rate=-1)
+
+
+BAD_SCHEDULES = {
+    "vector": (lambda count: jnp.ones(2), "(2,)"),
+    "numpy": (lambda count: np.ones(1), "(1,)"),
+    "list": (lambda count: [0.1], ""),
+    "none": (lambda count: None, "None"),
+    "string": (lambda count: "x", "'x'"),
+    "complex": (lambda count: 1j, "1j"),
+    "complex_array": (lambda count: jnp.array(1j), "complex64"),
+    "key": (lambda count: jax.random.key(0), "key<fry>"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SCHEDULES)
+def test_a_schedule_that_returns_no_scalar(name):
+    schedule, found = BAD_SCHEDULES[name]
+    with refused(TypeError, "learning_rate: its schedule returned ", found, "scalar"):
+        adamfn.adam(schedule).init(PARAMS)
+    tx = adamfn.add_decayed_weights(schedule)
+    with refused(TypeError, "weight_decay: its schedule returned ", found, "scalar"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    tx = adamfn.adam()
+    with refused(TypeError, "learning_rate: its schedule returned ", found, "scalar"):
+        tx.update(PARAMS, tx.init(PARAMS), learning_rate=schedule)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"dense": True},
+        {"dense": True, "scale": True, "more": True},
+        {"dense": {"w": True}, "scale": True},
+        {"dense": {"w": {"deeper": True}, "b": True}, "scale": True},
+        [True, False],
+        {},
+        {"dense": None, "scale": True},
+        lambda params: {"dense": True},
+        lambda params: None,
+    ],
+)
+def test_a_mask_of_another_structure(mask):
+    tx = adamfn.add_decayed_weights(0.1, mask)
+    with refused(
+        ValueError,
+        "add_decayed_weights: the mask's structure is not that of the parameters, nor a prefix",
+        "found PyTreeDef(",
+        "expected PyTreeDef({'dense': {'b': *, 'w': *}, 'scale': [*]})",
+    ):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize(
+    "leaf", [1, 0.0, "yes", jnp.array(True), np.array(True), jnp.ones(3, bool), len]
+)
+def test_a_mask_of_something_else_than_bools(leaf):
+    for mask in ({"dense": True, "scale": [leaf]}, lambda p: {"dense": True, "scale": [leaf]}):
+        tx = adamfn.add_decayed_weights(0.1, mask)
+        with refused(
+            TypeError,
+            f"add_decayed_weights: the mask at ['scale'][0] is {leaf!r}",
+            "expected True or False, known when the step is traced",
+        ):
+            tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+def test_a_traced_mask():
+    @jax.jit
+    def update(flag):
+        tx = adamfn.add_decayed_weights(0.1, flag)
+        return tx.update(PARAMS, tx.init(PARAMS), PARAMS)[0]
+
+    with refused(TypeError, "the mask at the root is", "known when the step is traced"):
+        update(True)
+
+
+@pytest.mark.parametrize(
+    ("updates", "path", "found", "expected"),
+    [
+        (without("dense/b"), "['dense']['b']", "float32[3]", "nothing"),
+        (changed("dense/c", jnp.ones(4)), "['dense']['c']", "nothing", "float32[4]"),
+        (changed("dense/b", jnp.ones(())), "['dense']['b']", "float32[3]", "float32[]"),
+        (changed("dense/b", jnp.ones((2, 3))), "['dense']['b']", "float32[3]", "float32[2,3]"),
+        (changed("dense/b", jnp.ones(3) * 1j), "['dense']['b']", "float32[3]", "complex64[3]"),
+    ],
+)
+def test_updates_unlike_the_params_they_are_added_to(updates, path, found, expected):
+    with refused(
+        ValueError,
+        f"apply_updates: params and updates differ at {path}: found {found}, expected {expected}.",
+        "Pass the updates that `update` returned for these parameters.",
+    ):
+        adamfn.apply_updates(PARAMS, updates)
+
+
+def test_updates_in_another_container():
+    with refused(ValueError, "same leaves in different containers", "([*])", "((*,))"):
+        adamfn.apply_updates([jnp.ones(1)], (jnp.ones(1),))
+
+
+@pytest.mark.parametrize(("leaf", "found"), NOT_TRAINED, ids=NOT_TRAINED_IDS)
+def test_apply_updates_to_or_from_what_is_not_of_floating_point(leaf, found):
+    number = jnp.ones(np.shape(leaf))
+    with refused(TypeError, f"apply_updates: params: the leaf at [0] is {found}", LEAF_WAY_OUT):
+        adamfn.apply_updates([leaf], [number])
+    with refused(TypeError, f"updates: the leaf at [0] is {found}", LEAF_WAY_OUT):
+        adamfn.apply_updates([number], [leaf])
+
+
+@pytest.mark.parametrize("other", [adamfn.adam, None, "adam", [adamfn.adam()], len])
+def test_what_cannot_be_chained(other):
+    with refused(
+        TypeError,
+        f"chain: argument 1 is {other!r}; expected a transformation with `init` and `update`.",
+        "Call the factory first: adamfn.adam(), not adamfn.adam.",
+    ):
+        adamfn.chain(adamfn.adam(), other)
+
+
+def test_bad_input_leaves_the_callers_state_as_it_was():
+    tx = adamfn.adamw()
+    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    before = jax.tree.map(np.array, state)
+    bad_grads = [changed("dense/b", jnp.ones(4)), changed("dense/b", jnp.arange(3)), None]
+    for grads in bad_grads:
+        for update in (tx.update, jax.jit(tx.update)):
+            with pytest.raises((TypeError, ValueError)):
+                update(grads, state, PARAMS)
+    with pytest.raises(ValueError, match="params"):
+        tx.update(PARAMS, state)
+    chex.assert_trees_all_equal(state, before)
+    updates, _ = tx.update(PARAMS, state, PARAMS)  # and it still works
+    assert np.all(np.isfinite(updates["dense"]["w"]))
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
+def test_the_values_of_gradients_are_never_checked(value, monkeypatch):
+    tx = adamfn.adamw()
+    grads = changed("dense/b", jnp.full(3, value))
+    state = tx.init(PARAMS)
+
+    def fetch(*args, **kwargs):
+        raise AssertionError("a value was fetched from the device")
+
+    with monkeypatch.context() as patch:
+        for method in ("__array__", "__bool__", "__float__", "__int__", "item", "tolist"):
+            patch.setattr(type(grads["dense"]["b"]), method, fetch)
+        updates, _ = tx.update(grads, state, PARAMS)
+        adamfn.apply_updates(PARAMS, updates)
+    assert np.all(np.isfinite(updates["dense"]["w"]))

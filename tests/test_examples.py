@@ -1,0 +1,98 @@
+"""Every example runs, and shows what it says."""
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NOTEBOOK = (
+    "0.809774 0.721449 0.638959 0.562460 0.491979 0.428558 0.372196 0.320848 0.274360 0.232563"
+)
+
+
+def example(name):
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))
+
+
+def test_seed_regression_reproduces_the_notebook(capsys):
+    example("seed_regression")["main"]([])
+    printed = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
+    assert len(printed) == 10
+    for found, expected in zip(printed, NOTEBOOK.split(), strict=True):
+        # One unit of the last printed digit, in exact arithmetic.
+        assert abs(int(found.replace(".", "")) - int(expected.replace(".", ""))) <= 1
+
+
+@pytest.mark.parametrize(
+    "name", ["flax_nnx", "flax_linen", "equinox_mlp", "clip_and_schedule", "per_group_rates"]
+)
+def test_the_loss_falls(name):
+    losses = example(name)["main"](["--steps", "40"])
+    assert len(losses) == 40
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_digits_learns_like_optax_and_draws(tmp_path, capsys):
+    runs = example("digits")["main"](["--steps", "60", "--out", str(tmp_path)])
+    assert runs["adamfn.adamw"].accuracies[-1] > 0.8  # a guess is right one time in ten
+    # Two roundings of one trajectory; 60 steps of training pull them apart by 1e-3 at most here.
+    assert runs["adamfn.adamw"].losses == pytest.approx(runs["optax.adamw"].losses, rel=0.05)
+    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    for word in ("adamfn.adamw", "optax.adamw", "accuracy", "digits.png"):
+        assert word in printed
+
+
+def test_digits_reads_the_rate_from_the_state():
+    import jax.numpy as jnp
+
+    import adamfn
+
+    tx = adamfn.adamw(lambda count: 0.5 / (1 + count))
+    params = jnp.ones(3)
+    _, state = tx.update(params, tx.init(params), params)
+    _, state = tx.update(params, state, params)
+    assert example("digits")["rate_in"](state, None) == 0.25
+
+
+@pytest.mark.parametrize("steps", ["1", "3"])
+def test_digits_runs_with_few_steps(steps, tmp_path):
+    example("digits")["main"](["--steps", steps, "--out", str(tmp_path / "new" / "folder")])
+    assert (tmp_path / "new" / "folder" / "digits.png").exists()
+
+
+@pytest.mark.parametrize("argument", ["0", "-3", "many"])
+def test_digits_refuses_a_senseless_number_of_steps(argument, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        example("digits")["main"]([f"--steps={argument}"])
+    assert exit_.value.code == 2
+    assert "not a positive whole number" in capsys.readouterr().err
+
+
+def test_digits_has_help(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        example("digits")["main"](["--help"])
+    assert exit_.value.code == 0
+    assert "--steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.5, 3.0, 6.0])
+def test_digits_can_be_interrupted(seconds, tmp_path):
+    command = [sys.executable, str(EXAMPLES / "digits.py"), "--steps", "100000"]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    time.sleep(seconds)  # during the imports, the compilation or the training
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert b"Traceback" not in printed, printed.decode()
+    assert process.returncode == 130

@@ -1,0 +1,137 @@
+"""scale_by_lr: number, array, schedule, override, and the rate kept in the state."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import adamfn
+
+LAST = 2**31 - 1
+
+
+def steps(tx, count, **extra):
+    """Updates of a gradient of 1, and the state's rate, at each step."""
+    state = tx.init(jnp.zeros(()))
+    found = []
+    for _ in range(count):
+        u, state = tx.update(jnp.ones(()), state, **extra)
+        found.append((float(u), float(state.learning_rate)))
+    return found
+
+
+@pytest.mark.parametrize(
+    "lr", [0.25, np.float32(0.25), np.array(0.25), jnp.float32(0.25), jnp.bfloat16(0.25)], ids=repr
+)
+def test_a_constant(lr):
+    assert steps(adamfn.scale_by_lr(lr), 2) == [(-0.25, 0.25)] * 2
+
+
+def test_integers_and_zero():
+    assert steps(adamfn.scale_by_lr(1), 1) == [(-1, 1)]
+    assert steps(adamfn.scale_by_lr(0), 1) == [(0, 0)]
+    assert steps(adamfn.scale_by_lr(jnp.int32(2)), 1) == [(-2, 2)]
+
+
+def test_the_default_is_the_papers():
+    assert steps(adamfn.scale_by_lr(), 1) == [(np.float32(-1e-3), np.float32(1e-3))]
+
+
+def test_a_schedule_is_asked_with_the_steps_taken_so_far():
+    asked = []
+
+    def schedule(count):
+        asked.append((int(count), count.dtype))
+        return 1.0 / (1 + count)
+
+    assert steps(adamfn.scale_by_lr(schedule), 3) == [
+        (-1.0, 1.0), (-0.5, 0.5), (np.float32(-1 / 3), np.float32(1 / 3))
+    ]  # fmt: skip
+    assert [count for count, _ in asked] == [0, 0, 1, 2]  # once by init, for the state
+    assert {dtype for _, dtype in asked} == {jnp.dtype(jnp.int32)}
+
+
+def test_an_optax_schedule():
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, 2, 5)
+    found = steps(adamfn.scale_by_lr(schedule), 6)
+    np.testing.assert_allclose([rate for _, rate in found], [schedule(t) for t in range(6)])
+    np.testing.assert_allclose([u for u, _ in found], [-schedule(t) for t in range(6)])
+
+
+def test_the_first_state_holds_the_rate_to_come():
+    assert adamfn.scale_by_lr(0.5).init(None).learning_rate == 0.5
+    state = adamfn.scale_by_lr(lambda count: 0.75 - count).init(None)
+    assert state._fields == ("count", "learning_rate")
+    assert state.learning_rate == 0.75
+    assert state.count == 0
+    assert (state.count.dtype, state.learning_rate.dtype) == (jnp.int32, jnp.float32)
+
+
+def test_an_override_is_for_one_step():
+    tx = adamfn.scale_by_lr(lambda count: 1.0 + count)
+    g = jnp.ones(())
+    state = tx.init(g)
+    seen = []
+    for override in (None, 0.25, jnp.float32(0.5), lambda count: 100.0 * count, None, 0):
+        u, state = tx.update(g, state, learning_rate=override)
+        seen.append((float(-u), float(state.learning_rate)))
+    assert seen == [(1, 1), (0.25, 0.25), (0.5, 0.5), (300, 300), (5, 5), (0, 0)]
+
+
+@pytest.mark.parametrize("make", [adamfn.adam, adamfn.adamw])
+def test_an_override_goes_through_chains_and_compiles_nothing(make):
+    tx = adamfn.chain(adamfn.chain(make(0.1)))
+    g = params = {"w": jnp.array([1.0, -2.0])}
+    traced = []
+
+    @jax.jit
+    def update(state, lr):
+        traced.append(lr)
+        return tx.update(g, state, params, learning_rate=lr)
+
+    state = tx.init(params)
+    once, after = update(state, 0.5)
+    twice, after_twice = update(state, 1.0)
+    assert len(traced) == 1
+    np.testing.assert_allclose(2 * once["w"], twice["w"], rtol=1e-6)
+    assert after[0][0][-1].learning_rate == 0.5
+    assert after_twice[0][0][-1].learning_rate == 1.0
+
+
+def test_every_rate_of_a_chain_is_overridden():
+    tx = adamfn.chain(adamfn.scale_by_lr(3.0), adamfn.scale_by_lr(5.0))
+    updates, _ = tx.update(jnp.ones(1), tx.init(jnp.ones(1)), learning_rate=2.0)
+    np.testing.assert_array_equal(updates, [4.0])
+
+
+def test_a_traced_rate():
+    @jax.jit
+    def update(lr):
+        tx = adamfn.scale_by_lr(lr)
+        return tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+
+    updates, state = update(0.25)
+    np.testing.assert_array_equal(updates, [-0.25, -0.25])
+    assert state.learning_rate == 0.25
+
+
+def test_a_narrow_leaf_does_not_round_the_rate():
+    # bfloat16 has no 1.00390625; 255 times it rounds to 256.
+    rate = 1 + 2**-8
+    g = jnp.array([255.0], jnp.bfloat16)
+    tx = adamfn.scale_by_lr(rate)
+    updates, state = tx.update(g, tx.init(g))
+    assert updates.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(updates, jnp.float32([-255 * rate]).astype(jnp.bfloat16))
+    assert state.learning_rate == rate
+
+
+@pytest.mark.parametrize("count", [LAST - 1, LAST])
+def test_the_count_stops_at_its_last(count):
+    tx = adamfn.scale_by_lr(lambda count: jnp.where(count > 0, 1.0, jnp.nan))
+    state = tx.init(jnp.ones(1))._replace(count=jnp.int32(count))
+    updates, state = tx.update(jnp.ones(1), state)
+    np.testing.assert_array_equal(updates, [-1.0])
+    assert state.count == LAST
+    assert state.count.dtype == jnp.int32
