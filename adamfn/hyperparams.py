@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamfn.trees import describe
+
 Schedule: TypeAlias = Callable[[chex.Array], chex.Numeric]
 """A function of the number of steps taken so far; any optax schedule is one."""
 
@@ -44,7 +46,10 @@ def scalar(name: str, value: Any, *, below: float = math.inf, narrow: bool = Fal
     if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
         hint = " optax.inject_hyperparams makes one of a schedule." if callable(value) else ""
         raise TypeError(f"{name} is {value!r}; expected a number or a scalar array.{hint}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not 0 <= number < below:  # false for NaN too
         bound = "finite" if below == math.inf else f"less than {below:g}"
         raise ValueError(f"{name} is {number}; expected a number at least 0 and {bound}.")
@@ -87,10 +92,18 @@ def value_at(name: str, value: ScalarOrSchedule, count: chex.Array) -> chex.Nume
     if not callable(value):
         return value
     result: Any = value(count)
-    if isinstance(result, int | float) or getattr(result, "shape", None) == ():
-        return result
-    found = f"shape {result.shape}" if hasattr(result, "shape") else repr(result)
-    raise TypeError(f"{name}: its schedule returned {found}; expected a number or a scalar array.")
+    real = isinstance(result, int | float) or (
+        getattr(result, "shape", None) == ()
+        and (
+            jnp.issubdtype(result.dtype, jnp.floating) or jnp.issubdtype(result.dtype, jnp.integer)
+        )
+    )
+    if not real:
+        raise TypeError(
+            f"{name}: its schedule returned {describe(result)}; expected a number or a real scalar"
+            " array."
+        )
+    return result
 
 
 def _scalar_array(name: str, value: jax.Array, narrow: bool) -> jax.Array:

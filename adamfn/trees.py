@@ -118,7 +118,7 @@ def check_inexact(tree: PyTree, name: str) -> None:
 def _signature(leaf: Any) -> tuple[Any, ...]:
     # Outside jit, the arrays of one call must lie on the same devices.
     sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
-    return jnp.shape(leaf), getattr(leaf, "dtype", type(leaf)), sharding
+    return getattr(leaf, "shape", ()), getattr(leaf, "dtype", type(leaf)), sharding
 
 
 def _matching_leaves(
@@ -131,20 +131,21 @@ def _matching_leaves(
     for other_name, other in others:
         other_leaves, other_treedef = jax.tree.flatten(other)
         fits = _has_shape_of if other_name in magnitudes else _is_like
+        if treedef == other_treedef:
+            check_inexact(other, other_name)
         if treedef != other_treedef or not all(map(fits, leaves, other_leaves)):
             _raise_mismatch(name, tree, other_name, other, fits, way_out)
-        check_inexact(other, other_name)
         columns.append(other_leaves)
     return list(zip(*columns, strict=True)), treedef
 
 
 def _has_shape_of(a: Any, b: Any) -> bool:
-    return jnp.shape(a) == jnp.shape(b)
+    return getattr(a, "shape", ()) == getattr(b, "shape", ())  # a Python number has none
 
 
 def _is_like(a: Any, b: Any) -> bool:
     # A complex number would lose its imaginary part on its way into a real leaf.
-    return jnp.shape(a) == jnp.shape(b) and jnp.iscomplexobj(a) == jnp.iscomplexobj(b)
+    return _has_shape_of(a, b) and jnp.iscomplexobj(a) == jnp.iscomplexobj(b)
 
 
 def _is_inexact(leaf: Any) -> bool:
@@ -154,7 +155,8 @@ def _is_inexact(leaf: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
-def _describe(leaf: Any) -> str:
+def describe(leaf: Any) -> str:
+    """What an error message calls a leaf: `float32[3,4]`, `the Python int 3`, `a function`."""
     if leaf is None:
         return "nothing"
     if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
@@ -172,7 +174,7 @@ def _paths(tree: PyTree) -> dict[str, Any]:
 def _raise_not_inexact(tree: PyTree, name: str) -> NoReturn:
     path, leaf = next((p, x) for p, x in _paths(tree).items() if not _is_inexact(x))
     raise TypeError(
-        f"{name}: the leaf at {path} is {_describe(leaf)}; expected an array of floating-point or"
+        f"{name}: the leaf at {path} is {describe(leaf)}; expected an array of floating-point or"
         " complex numbers. Leave out what is not trained (optax.masked;"
         " eqx.filter(model, eqx.is_inexact_array); nnx.state(model, nnx.Param)), or convert it with"
         " .astype(jnp.float32)."
@@ -190,10 +192,10 @@ def _raise_mismatch(
     found, expected = _paths(tree), _paths(other)
     for path in {**expected, **found}:
         a, b = found.get(path), expected.get(path)
-        if a is None or b is None or not fits(a, b):
+        if path not in found or path not in expected or not fits(a, b):
             raise ValueError(
-                f"{name} and {other_name} differ at {path}: found {_describe(a)}, expected"
-                f" {_describe(b)}. {way_out}"
+                f"{name} and {other_name} differ at {path}: found {describe(a)}, expected"
+                f" {describe(b)}. {way_out}"
             )
     raise ValueError(
         f"{name} and {other_name} have the same leaves in different containers: found"
