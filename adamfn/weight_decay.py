@@ -69,7 +69,7 @@ def add_decayed_weights(
         updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, AddDecayedWeightsState]:
         state = check_state("add_decayed_weights", state, AddDecayedWeightsState)
-        if params is None and jax.tree.leaves(updates):
+        if params is None and updates is not None:
             raise ValueError(
                 "add_decayed_weights: update got no params, and decay needs them. Call"
                 " update(updates, state, params)."

@@ -10,27 +10,36 @@ donates its parameters and its state; an optax schedule. The same run is made tw
 
 import argparse
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-try:
-    import jax
-    import jax.numpy as jnp
-    import matplotlib as mpl
-    import numpy as np
-    import optax
-    from flax import nnx
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.table import Table
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
 
-    import adamfn
-except KeyboardInterrupt:
-    sys.exit(130)
+def interrupted(*_: object) -> None:
+    """Ends the program at once, and shows the cursor that a progress bar has hidden."""
+    show_cursor = b"\x1b[?25h" if sys.stdout.isatty() else b""
+    os.write(sys.stdout.fileno(), show_cursor + b"\nInterrupted.\n")
+    os._exit(130)
+
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    signal.signal(signal.SIGINT, interrupted)
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import matplotlib as mpl  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+from flax import nnx  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
+from rich.table import Table  # noqa: E402
+from sklearn.datasets import load_digits  # noqa: E402
+from sklearn.model_selection import train_test_split  # noqa: E402
+
+import adamfn  # noqa: E402
 
 BATCH, EVALUATE_EVERY, PEAK_RATE, WEIGHT_DECAY = 64, 20, 4e-3, 1e-2
 console = Console()
@@ -254,9 +263,4 @@ def main(argv: list[str] | None = None) -> dict[str, Run]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        console.print("Interrupted.")
-        sys.stdout.flush()
-        os._exit(130)  # at once, without the tracebacks of threads that JAX still runs
+    main()

@@ -1,6 +1,5 @@
 """Every example runs, and shows what it says."""
 
-import os
 import runpy
 import signal
 import subprocess
@@ -41,8 +40,8 @@ def test_the_loss_falls(name):
 def test_digits_learns_like_optax_and_draws(tmp_path, capsys):
     runs = example("digits")["main"](["--steps", "60", "--out", str(tmp_path)])
     assert runs["adamfn.adamw"].accuracies[-1] > 0.8  # a guess is right one time in ten
-    # Two roundings of one trajectory; 60 steps of training pull them apart by 1e-3 at most here.
-    assert runs["adamfn.adamw"].losses == pytest.approx(runs["optax.adamw"].losses, rel=0.05)
+    # Two roundings of one trajectory, which training pulls apart: by 4e-5 in these 60 steps.
+    assert runs["adamfn.adamw"].losses == pytest.approx(runs["optax.adamw"].losses, rel=1e-3)
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     for word in ("adamfn.adamw", "optax.adamw", "accuracy", "digits.png"):
@@ -86,13 +85,11 @@ def test_digits_has_help(capsys):
 def test_digits_can_be_interrupted(seconds, tmp_path):
     command = [sys.executable, str(EXAMPLES / "digits.py"), "--steps", "100000"]
     process = subprocess.Popen(
-        [*command, "--out", str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        [*command, "--out", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     time.sleep(seconds)  # during the imports, the compilation or the training
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert b"Traceback" not in printed, printed.decode()
+    assert b"Interrupted." in printed
     assert process.returncode == 130
