@@ -88,15 +88,15 @@ def value_at(name: str, value: ScalarOrSchedule, count: chex.Array) -> chex.Nume
 
     Raises:
       TypeError: a schedule returned something else.
+      ValueError: a schedule returned a Python number out of range.
     """
     if not callable(value):
         return value
     result: Any = value(count)
-    real = isinstance(result, int | float) or (
-        getattr(result, "shape", None) == ()
-        and (
-            jnp.issubdtype(result.dtype, jnp.floating) or jnp.issubdtype(result.dtype, jnp.integer)
-        )
+    if isinstance(result, int | float):
+        return scalar(name, result)
+    real = getattr(result, "shape", None) == () and (
+        jnp.issubdtype(result.dtype, jnp.floating) or jnp.issubdtype(result.dtype, jnp.integer)
     )
     if not real:
         raise TypeError(

@@ -98,8 +98,9 @@ def scale_by_moments(
         ahead = bias(mean, count) / bias(mean, increment(count)) if nesterov else None
         updates, mu, nu = map_leaves(
             _moments,
-            {"scale_by_moments: updates": updates, "mu": state.mu, "nu": state.nu},
+            {"updates": updates, "mu": state.mu, "nu": state.nu},
             (mean, square, jnp.sqrt(c2) * eps, c2 * eps_root, ahead),
+            caller="scale_by_moments",
             magnitudes=("nu",),
             way_out="Pass gradients of the parameters that `init` was given, or call `init` again.",
         )

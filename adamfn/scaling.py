@@ -6,18 +6,18 @@ import jax
 from adamfn.trees import PyTree, map_leaves
 
 
-def scale_leaves(name: str, updates: PyTree, factor: chex.Numeric) -> PyTree:
+def scale_leaves(caller: str, updates: PyTree, factor: chex.Numeric) -> PyTree:
     """Returns `factor * updates`, each product rounded once, to its leaf's dtype.
 
     Args:
-      name: the transformation that asks, for error messages.
+      caller: the transformation that asks, for error messages.
       updates: any pytree of floating-point or complex arrays.
       factor: a number or a scalar array.
 
     Raises:
       TypeError: a leaf is not an array of floating-point or complex numbers.
     """
-    scaled, *_ = map_leaves(_scale, {f"{name}: updates": updates}, (factor,), way_out="")
+    scaled, *_ = map_leaves(_scale, {"updates": updates}, (factor,), caller=caller, way_out="")
     return scaled
 
 

@@ -143,7 +143,8 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
         )
     moved, *_ = map_leaves(
         _add,
-        {"apply_updates: params": trained, "updates": updates},
+        {"params": trained, "updates": updates},
+        caller="apply_updates",
         way_out="Pass the updates that `update` returned for these parameters.",
     )
     return jax.tree.map(lambda p, m: p if m is None else m, params, moved, is_leaf=_is_none)

@@ -18,6 +18,7 @@ def map_leaves(
     trees: Mapping[str, PyTree],
     scalars: Sequence[PyTree] = (),
     *,
+    caller: str,
     magnitudes: Sequence[str] = (),
     way_out: str,
 ) -> tuple[PyTree, ...]:
@@ -34,6 +35,7 @@ def map_leaves(
       formula: a function of one leaf of each tree, then of the scalars; returns a tuple.
       trees: the trees by the names that error messages call them, the one to check first.
       scalars: numbers, scalar arrays or trees of them, the same for all leaves.
+      caller: the function that error messages speak for.
       magnitudes: the names of the trees that are real even where the others are complex.
       way_out: the end of an error message: what to do when the trees do not match.
 
@@ -44,7 +46,7 @@ def map_leaves(
       ValueError: the trees differ in structure, in a leaf's shape, or in its being complex.
       TypeError: a leaf is not an array, or not of floating point.
     """
-    leaves, treedef = _matching_leaves(trees, magnitudes, way_out)
+    leaves, treedef = _matching_leaves(trees, caller, magnitudes, way_out)
     groups: dict[Any, list[int]] = {}
     for index, row in enumerate(leaves):
         groups.setdefault(tuple(_signature(leaf) for leaf in row), []).append(index)
@@ -122,19 +124,19 @@ def _signature(leaf: Any) -> tuple[Any, ...]:
 
 
 def _matching_leaves(
-    trees: Mapping[str, PyTree], magnitudes: Sequence[str], way_out: str
+    trees: Mapping[str, PyTree], caller: str, magnitudes: Sequence[str], way_out: str
 ) -> tuple[list[tuple[Any, ...]], Any]:
     (name, tree), *others = trees.items()
-    check_inexact(tree, name)
+    check_inexact(tree, f"{caller}: {name}")
     leaves, treedef = jax.tree.flatten(tree)
     columns = [leaves]
     for other_name, other in others:
         other_leaves, other_treedef = jax.tree.flatten(other)
         fits = _has_shape_of if other_name in magnitudes else _is_like
         if treedef == other_treedef:
-            check_inexact(other, other_name)
+            check_inexact(other, f"{caller}: {other_name}")
         if treedef != other_treedef or not all(map(fits, leaves, other_leaves)):
-            _raise_mismatch(name, tree, other_name, other, fits, way_out)
+            _raise_mismatch(f"{caller}: {name}", tree, other_name, other, fits, way_out)
         columns.append(other_leaves)
     return list(zip(*columns, strict=True)), treedef
 

@@ -77,8 +77,9 @@ def add_decayed_weights(
         rate = value_at("weight_decay", configured, state.count)
         decayed, *_ = map_leaves(
             _add_multiple,
-            {"add_decayed_weights: updates": updates, "params": params},
+            {"updates": updates, "params": params},
             (rate,),
+            caller="add_decayed_weights",
             way_out="Pass the parameters that the gradients are of.",
         )
         if mask is not None:

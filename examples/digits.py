@@ -27,19 +27,19 @@ def interrupted(*_: object) -> None:
 if __name__ == "__main__":  # before the imports, which take seconds
     signal.signal(signal.SIGINT, interrupted)
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import matplotlib as mpl  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from flax import nnx  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
-from rich.table import Table  # noqa: E402
-from sklearn.datasets import load_digits  # noqa: E402
-from sklearn.model_selection import train_test_split  # noqa: E402
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+import optax
+from flax import nnx
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
-import adamfn  # noqa: E402
+import adamfn
 
 BATCH, EVALUATE_EVERY, PEAK_RATE, WEIGHT_DECAY = 64, 20, 4e-3, 1e-2
 console = Console()

@@ -358,6 +358,26 @@ def test_a_schedule_that_returns_no_scalar(name):
 
 
 @pytest.mark.parametrize(
+    ("value", "error"), [(True, TypeError), (-1.0, ValueError), (float("nan"), ValueError)]
+)
+def test_a_number_from_a_schedule_is_checked_as_any_other(value, error):
+    with refused(error, f"learning_rate is {value}; expected a number"):
+        adamfn.adam(lambda count: value).init(PARAMS)
+
+
+def test_a_second_tree_is_named_with_its_transformation():
+    tx = adamfn.add_decayed_weights(0.1)
+    with refused(TypeError, "add_decayed_weights: params: the leaf at [0] is int32[3]"):
+        tx.update([jnp.ones(3)], tx.init(None), [jnp.ones(3, jnp.int32)])
+
+
+def test_missing_params_are_said_to_be_missing_even_for_an_empty_tree():
+    tx = adamfn.add_decayed_weights(0.1)
+    with refused(ValueError, "update got no params"):
+        tx.update({}, tx.init({}))
+
+
+@pytest.mark.parametrize(
     "mask",
     [
         {"dense": True},

@@ -9,6 +9,7 @@ import adamfn
 from adamfn.trees import check_inexact, map_leaves, real_dtype, wide_dtype
 
 SHAPES = [(3,), (2, 2), ()]
+NAMES = {"caller": "test", "way_out": ""}
 
 
 def interleaved(count):
@@ -29,7 +30,7 @@ def test_every_result_lands_at_its_own_leaf(count):
     a = interleaved(count)
     b = {name: 1000 * leaf for name, leaf in a.items()}
     total, difference = map_leaves(
-        _sum_and_difference, {"a": a, "b": b}, (jnp.float32(2),), way_out=""
+        _sum_and_difference, {"a": a, "b": b}, (jnp.float32(2),), **NAMES
     )
     assert list(total) == list(difference) == list(a)
     for name, leaf in a.items():
@@ -59,7 +60,7 @@ def test_adam_over_many_interleaved_leaves_equals_adam_over_each(wrap):
 def test_results_take_the_dtypes_of_their_leaves():
     tree = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2, jnp.float16)}
     moments = jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-    first, second = map_leaves(_sum_and_difference, {"a": tree, "b": moments}, (1 / 3,), way_out="")
+    first, second = map_leaves(_sum_and_difference, {"a": tree, "b": moments}, (1 / 3,), **NAMES)
     assert first["a"].dtype == jnp.bfloat16
     assert first["b"].dtype == jnp.float16
     assert second["a"].dtype == second["b"].dtype == jnp.float32
@@ -68,10 +69,10 @@ def test_results_take_the_dtypes_of_their_leaves():
 def test_the_formula_sees_float32_at_least():
     # 1 + 2^-9 is no bfloat16; rounding the factor first would give 1.
     factor = 1 + 2**-9
-    (product,) = map_leaves(_times, {"a": jnp.array([256.0], jnp.bfloat16)}, (factor,), way_out="")
+    (product,) = map_leaves(_times, {"a": jnp.array([256.0], jnp.bfloat16)}, (factor,), **NAMES)
     np.testing.assert_array_equal(product, jnp.array([256.5]).astype(jnp.bfloat16))
     (difference,) = map_leaves(
-        _times_minus, {"a": jnp.array([256.0], jnp.bfloat16)}, (factor,), way_out=""
+        _times_minus, {"a": jnp.array([256.0], jnp.bfloat16)}, (factor,), **NAMES
     )
     assert difference[0] == 0.5
 
@@ -86,7 +87,7 @@ def _times_minus(a, factor):
 
 @pytest.mark.parametrize("tree", [{}, (), None, [], {"a": None, "b": {"c": ()}}], ids=repr)
 def test_trees_without_leaves(tree):
-    results = map_leaves(_sum_and_difference, {"a": tree, "b": tree}, (1.0,), way_out="")
+    results = map_leaves(_sum_and_difference, {"a": tree, "b": tree}, (1.0,), **NAMES)
     assert results == (tree, tree)
 
 
@@ -98,9 +99,9 @@ def test_one_trace_serves_all_leaves_of_one_signature():
         return (a,)
 
     tree = [jnp.zeros((7, shape)) for shape in (3, 5) * 20]
-    map_leaves(formula, {"a": tree}, way_out="")
+    map_leaves(formula, {"a": tree}, **NAMES)
     assert len(traced) == 2
-    map_leaves(formula, {"a": tree}, way_out="")
+    map_leaves(formula, {"a": tree}, **NAMES)
     assert len(traced) == 2
 
 
