@@ -64,36 +64,41 @@ class Run(NamedTuple):
 
 
 class Network(nnx.Module):
-    """Two convolutions and two dense layers: 23k parameters."""
+    """Two convolutions and two dense layers: 38k parameters."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.conv_1 = nnx.Conv(1, 16, (3, 3), rngs=rngs)
         self.conv_2 = nnx.Conv(16, 32, (3, 3), rngs=rngs)
-        self.hidden = nnx.Linear(2 * 2 * 32, 128, rngs=rngs)
-        self.out = nnx.Linear(128, 10, rngs=rngs)
+        self.hidden = nnx.Linear(4 * 4 * 32, 64, rngs=rngs)
+        self.out = nnx.Linear(64, 10, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns the logits, of shape (n, 10)."""
-        x = nnx.max_pool(nnx.relu(self.conv_1(x)), (2, 2), (2, 2))
+        x = nnx.relu(self.conv_1(x))
         x = nnx.max_pool(nnx.relu(self.conv_2(x)), (2, 2), (2, 2))
         return self.out(nnx.relu(self.hidden(x.reshape(len(x), -1))))
 
 
-def load(seed: int) -> tuple[Digits, Digits]:
+def load() -> tuple[Digits, Digits]:
+    """The same split whatever the seed: 1347 digits to train on, 450 to test on."""
     images, labels = load_digits(return_X_y=True)
     images = (images / 16.0).astype(np.float32).reshape(-1, 8, 8, 1)
-    parts = train_test_split(images, labels, test_size=0.25, random_state=seed, stratify=labels)
+    parts = train_test_split(images, labels, test_size=0.25, random_state=0, stratify=labels)
     return Digits(parts[0], parts[2]), Digits(parts[1], parts[3])
 
 
 def batches(data: Digits, steps: int, seed: int):
-    """Yields `steps` batches, in a new order each epoch."""
+    """Yields `steps` batches, in a new order each epoch, each image moved by up to a pixel."""
+    padded = np.pad(data.images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (8, 8), axis=(1, 2))
+    windows = np.moveaxis(windows, 3, -1)  # (n, 3, 3, 8, 8, 1), a view
     random, order = np.random.default_rng(seed), np.array([], int)
     for _ in range(steps):
         if len(order) < BATCH:
             order = random.permutation(len(data.labels))
         chosen, order = order[:BATCH], order[BATCH:]
-        yield data.images[chosen], data.labels[chosen]
+        down, right = random.integers(3, size=(2, BATCH))
+        yield windows[chosen, down, right], data.labels[chosen]
 
 
 def train(
@@ -184,11 +189,13 @@ def draw(runs: dict[str, Run], test_set: Digits, path: Path) -> None:
         title="Training loss", xlabel="step", ylabel="cross-entropy, mean of 15 steps", yscale="log"
     )
     accuracy_axes.set(title="Test accuracy", xlabel="step", ylabel="%")
-    accuracy_axes.set_ylim(bottom=max(0, min(70, accuracy_axes.get_ylim()[0])), top=100.5)
+    lowest = 100 * min(run.accuracies[-1] for run in runs.values())
+    accuracy_axes.set_ylim(bottom=max(0, min(88, lowest - 5)), top=100.5)
     for axes in (loss_axes, accuracy_axes):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+    loss_axes.legend(frameon=False, loc="upper right")
+    accuracy_axes.legend(frameon=False, loc="lower right")
 
     predictions = next(iter(runs.values())).predictions
     wrong = np.flatnonzero(predictions != test_set.labels)[:6]
@@ -236,11 +243,11 @@ def positive(text: str) -> int:
 def main(argv: list[str] | None = None) -> dict[str, Run]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=positive, default=600, help="training steps (600)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and split (0)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (0)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the picture (out)")
     args = parser.parse_args(argv)
 
-    train_set, test_set = load(args.seed)
+    train_set, test_set = load()
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=PEAK_RATE / 10,
         peak_value=PEAK_RATE,
