@@ -62,9 +62,9 @@ def map_leaves(
 
 
 def _batches(indices: list[int]) -> list[list[int]]:
-    # Tracing costs grow with the size of a batch and with their number. One traced leaf costs
-    # about as much as ten calls, so sqrt(n) / 3 is best; a power of two leaves few odd ones, and
-    # those go one by one, lest the formula be traced again for an odd number of leaves.
+    # Tracing costs grow with the size of a batch and with their number. To trace a leaf costs as
+    # much as six to ten calls, so sqrt(n) / 3 is near the best; and a power of two often divides n.
+    # Odd leaves go one by one, lest the formula be traced again for an odd number of them.
     size = 1 << max(math.isqrt(len(indices)) // 3, 1).bit_length() - 1
     whole = len(indices) // size * size
     batches = [indices[start : start + size] for start in range(0, whole, size)]

@@ -28,13 +28,13 @@ LEARNING_RATE, B1, B2, EPS = 1e-3, 0.9, 0.999, 1e-8
 Run = Callable[[np.ndarray], Iterator[np.ndarray]]
 
 
-def formulas(gradients: np.ndarray) -> np.ndarray:
+def formulas(gradients: np.ndarray, b1: float = B1, b2: float = B2) -> np.ndarray:
     """The updates that Kingma and Ba's algorithm 1 gives, in float64."""
     m, v, updates = np.zeros(SIZE), np.zeros(SIZE), []
     for t, g in enumerate(gradients.astype(np.float64), start=1):
-        m = B1 * m + (1 - B1) * g
-        v = B2 * v + (1 - B2) * g**2
-        m_hat, v_hat = m / (1 - B1**t), v / (1 - B2**t)
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g**2
+        m_hat, v_hat = m / (1 - b1**t), v / (1 - b2**t)
         updates.append(-LEARNING_RATE * m_hat / (np.sqrt(v_hat) + EPS))
     return np.array(updates)
 
@@ -73,6 +73,11 @@ def torch_adam(gradients: np.ndarray) -> Iterator[np.ndarray]:
         yield param.detach().numpy().copy()
 
 
+def rounded_decays(gradients: np.ndarray) -> Iterator[np.ndarray]:
+    """What is left for a library to whom b1 and b2 come as float32 arrays."""
+    yield from formulas(gradients, float(np.float32(B1)), float(np.float32(B2)))
+
+
 RUNS: dict[str, Run] = {
     "optax.adam": transformation(optax.adam(LEARNING_RATE)),
     "optax.adam, injected hyperparameters": transformation(
@@ -81,6 +86,7 @@ RUNS: dict[str, Run] = {
     **({"torch.optim.Adam": torch_adam} if find_spec("torch") else {}),
     "adamfn.adam": transformation(adamfn.adam()),
     "adamfn.adam, traced hyperparameters": traced,
+    "the formulas in float64, b1 and b2 rounded to float32": rounded_decays,
 }
 
 

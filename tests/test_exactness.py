@@ -1,4 +1,4 @@
-"""Updates against the formulas in float64 (DESIGN.md: exactness, what was measured)."""
+"""Updates against the formulas in float64."""
 
 import jax
 import jax.numpy as jnp

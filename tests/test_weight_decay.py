@@ -126,8 +126,13 @@ def test_a_mask_that_is_a_module_with_a_call():
 
 def test_none_leaves_and_empty_subtrees():
     params = {"a": jnp.ones(1), "none": None, "empty": {}}
-    for mask in (None, True, {"a": True, "none": None, "empty": {}}, {"a": True, "none": True,
-                 "empty": False}):  # fmt: skip
+    masks = [
+        None,
+        True,
+        {"a": True, "none": None, "empty": {}},
+        {"a": True, "none": True, "empty": False},
+    ]
+    for mask in masks:
         tx = adamfn.add_decayed_weights(0.5, mask)
         updates, _ = tx.update(params, tx.init(params), params)
         assert updates == {"a": jnp.array([1.5]), "none": None, "empty": {}}
