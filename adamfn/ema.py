@@ -55,8 +55,8 @@ def decay(name: str, value: Any) -> Decay:
 def average(old: jax.Array, new: jax.Array, b: Decay) -> jax.Array:
     """One step of the average, `b old + (1 - b) new`.
 
-    It is written as a step from the nearer end, which rounds about half as much, and for b = 0 returns
-    `new` to the last bit.
+    It is written as a step from the nearer end, which rounds about half as much, and for b = 0
+    returns `new` to the last bit.
     """
     step = new - old
     from_old = old + b.complement * step
