@@ -8,6 +8,7 @@ from adamfn.bias import bias_correct
 from adamfn.hyperparams import ScalarOrSchedule
 from adamfn.learning_rate import scale_by_lr
 from adamfn.moments import scale_by_moments
+from adamfn.storage import Moments
 from adamfn.transform import GradientTransformation, chain
 from adamfn.trees import PyTree
 from adamfn.weight_decay import add_decayed_weights
@@ -21,6 +22,7 @@ def adam(
     eps_root: chex.Numeric = 0.0,
     *,
     nesterov: bool = False,
+    moments: Moments = "float32",
 ) -> GradientTransformation:
     r"""Adam, by Kingma and Ba.
 
@@ -39,10 +41,12 @@ def adam(
       eps: added to the root, in units of the gradient.
       eps_root: added under the root; not 0, updates can be differentiated at zero gradients.
       nesterov: look one step ahead, in Dozat's form (as optax's `nadam`).
+      moments: how the moments are stored, as in `scale_by_moments`.
 
     Returns:
       A `GradientTransformation`. Updates have the gradients' shapes and dtypes, and go to
-      `apply_updates(params, updates)`. The state takes 8 bytes a parameter: two float32 moments.
+      `apply_updates(params, updates)`. The state takes 8 bytes a parameter, two float32
+      moments, or what `moments` makes of them.
 
     Raises:
       TypeError, ValueError: a hyperparameter out of range; at `init` and `update`, trees that do
@@ -66,7 +70,7 @@ def adam(
     [ True  True]
     """
     return chain(
-        scale_by_moments(b1, b2, eps, eps_root, nesterov=nesterov),
+        scale_by_moments(b1, b2, eps, eps_root, nesterov=nesterov, moments=moments),
         bias_correct(b1, b2),
         scale_by_lr(learning_rate),
     )
@@ -82,6 +86,7 @@ def adamw(
     weight_decay: ScalarOrSchedule = 1e-2,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     nesterov: bool = False,
+    moments: Moments = "float32",
 ) -> GradientTransformation:
     r"""AdamW: Adam with decoupled weight decay, by Loshchilov and Hutter.
 
@@ -103,6 +108,7 @@ def adamw(
       mask: which parameters decay, None for all: a tree of bools, a prefix of one, or a function
         that makes one from the parameters.
       nesterov: as in `adam`.
+      moments: as in `adam`.
 
     Returns:
       A `GradientTransformation`, whose `update` needs `params`.
@@ -124,7 +130,7 @@ def adamw(
     [-0.1]
     """
     return chain(
-        scale_by_moments(b1, b2, eps, eps_root, nesterov=nesterov),
+        scale_by_moments(b1, b2, eps, eps_root, nesterov=nesterov, moments=moments),
         bias_correct(b1, b2),
         add_decayed_weights(weight_decay, mask),
         scale_by_lr(learning_rate),

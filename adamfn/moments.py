@@ -1,27 +1,15 @@
 """`scale_by_moments`: two averages and their ratio."""
 
-from typing import Any, NamedTuple
-
 import chex
 import jax
 import jax.numpy as jnp
 
-from adamfn.ema import Decay, average, bias, decay, increment
+from adamfn.averages import average_moments, scale_by_averages
+from adamfn.ema import Decay, bias, decay, increment
 from adamfn.hyperparams import scalar
-from adamfn.state import check_state
+from adamfn.storage import Moments
 from adamfn.transform import GradientTransformation
-from adamfn.trees import PyTree, check_inexact, map_leaves, real_dtype, wide_dtype
-
-
-class ScaleByMomentsState(NamedTuple):
-    """State of `scale_by_moments`."""
-
-    count: chex.Array
-    """Steps taken: int32 scalar."""
-    mu: PyTree
-    """The average m of the gradients: the parameters' tree and shapes, float32 at least."""
-    nu: PyTree
-    """The average v of their squares (of |g|^2 for a complex leaf): likewise, and real."""
+from adamfn.trees import PyTree
 
 
 def scale_by_moments(
@@ -31,6 +19,7 @@ def scale_by_moments(
     eps_root: chex.Numeric = 0.0,
     *,
     nesterov: bool = False,
+    moments: Moments = "float32",
 ) -> GradientTransformation:
     r"""Divides the average of the gradients by the root of the average of their squares.
 
@@ -55,10 +44,14 @@ def scale_by_moments(
       eps_root: added under the root, at least 0, in units of the gradient's square. Not 0, it
         makes the derivative of an update at a zero gradient finite.
       nesterov: look one step ahead, in Dozat's form.
+      moments: how the moments are stored: `"float32"`, `"bfloat16"`, `"8bit"`, `"4bit"`,
+        `"factored"`, `"blockmean"`, a format of `adamfn.formats`, or a function that chooses one
+        from a leaf's path and the leaf.
 
     Returns:
       A `GradientTransformation`. Updates have the gradients' shapes and dtypes; the moments are
-      kept in float32, or float64 for float64 leaves, and mu is complex for complex leaves.
+      kept in float32, or float64 for float64 leaves, and mu is complex for complex leaves; a
+      leaf that its format cannot hold is kept so too (`adamfn.formats.describe` shows it).
 
     Raises:
       TypeError, ValueError: a hyperparameter out of range; at `init`, a leaf that is not of
@@ -79,37 +72,15 @@ def scale_by_moments(
     mean, square = decay("b1", b1), decay("b2", b2)
     eps, eps_root = scalar("eps", eps), scalar("eps_root", eps_root)
 
-    def init(params: PyTree) -> ScaleByMomentsState:
-        check_inexact(params, "scale_by_moments: params")
-        return ScaleByMomentsState(
-            count=jnp.zeros((), jnp.int32),
-            mu=jax.tree.map(lambda p: jnp.zeros_like(p, wide_dtype(jnp.result_type(p))), params),
-            nu=jax.tree.map(
-                lambda p: jnp.zeros_like(p, real_dtype(wide_dtype(jnp.result_type(p)))), params
-            ),
-        )
-
-    def update(
-        updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
-    ) -> tuple[PyTree, ScaleByMomentsState]:
-        state = check_state("scale_by_moments", state, ScaleByMomentsState)
-        count = increment(state.count)
+    def scalars(count: chex.Array) -> tuple[PyTree, ...]:
         c2 = bias(square, count)
         ahead = bias(mean, count) / bias(mean, increment(count)) if nesterov else None
-        updates, mu, nu = map_leaves(
-            _moments,
-            {"updates": updates, "mu": state.mu, "nu": state.nu},
-            (mean, square, jnp.sqrt(c2) * eps, c2 * eps_root, ahead),
-            caller="scale_by_moments",
-            magnitudes=("nu",),
-            way_out="Pass gradients of the parameters that `init` was given, or call `init` again.",
-        )
-        return updates, ScaleByMomentsState(count, mu, nu)
+        return mean, square, jnp.sqrt(c2) * eps, c2 * eps_root, ahead
 
-    return GradientTransformation(init, update)
+    return scale_by_averages("scale_by_moments", _ratio, scalars, moments)
 
 
-def _moments(
+def _ratio(
     g: jax.Array,
     mu: jax.Array,
     nu: jax.Array,
@@ -119,7 +90,6 @@ def _moments(
     eps_root: jax.Array,
     ahead: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    mu = average(mu, g, b1)
-    nu = average(nu, jnp.real(g * jnp.conj(g)), b2)
+    mu, nu = average_moments(g, mu, nu, b1, b2)
     m = mu if ahead is None else mu * ((1 - b1.complement) * ahead) + g * b1.complement
     return m / (jnp.sqrt(nu + eps_root) + eps), mu, nu

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn, TypeAlias, cast
 
@@ -27,12 +28,9 @@ def map_leaves(
     The formula is computed in float32 at least. Its k-th result takes the dtype of its k-th
     leaf, so `(g, mu, nu) -> (u, mu, nu)` gives every result the dtype of what it replaces.
 
-    Leaves of one signature are handed to one jitted function, a few at a time. It is traced
-    once and called again from then on, which is what makes tracing a thousand leaves cheap. Its
-    cache is keyed by `formula`, so `formula` must be a function of a module and not a closure.
-
     Args:
-      formula: a function of one leaf of each tree, then of the scalars; returns a tuple.
+      formula: a function of one leaf of each tree, then of the scalars; returns a tuple. It must be
+        a function of a module, not a closure: `map_rows` says why.
       trees: the trees by the names that error messages call them, the one to check first.
       scalars: numbers, scalar arrays or trees of them, the same for all leaves.
       caller: the function that error messages speak for.
@@ -46,19 +44,34 @@ def map_leaves(
       ValueError: the trees differ in structure, in a leaf's shape, or in its being complex.
       TypeError: a leaf is not an array, or not of floating point.
     """
-    leaves, treedef = _matching_leaves(trees, caller, magnitudes, way_out)
-    groups: dict[Any, list[int]] = {}
-    for index, row in enumerate(leaves):
-        groups.setdefault(tuple(_signature(leaf) for leaf in row), []).append(index)
-    results: list[tuple[jax.Array, ...]] = [()] * len(leaves)
-    for indices in groups.values():
-        for chosen in _batches(indices):
-            rows = _map_rows(formula, [leaves[index] for index in chosen], tuple(scalars))
-            for index, row in zip(chosen, rows, strict=True):
-                results[index] = row
+    leaves, treedef = matching_leaves(trees, caller, magnitudes, way_out)
+    results = map_rows(Widened(formula, len(trees)), leaves, tuple(scalars))
     if not results:  # an empty tree does not tell how many results there are
         return (next(iter(trees.values())),) * len(trees)
     return tuple(treedef.unflatten(column) for column in zip(*results, strict=True))
+
+
+def map_rows(
+    function: Callable[..., tuple[PyTree, ...]], rows: Sequence[PyTree], shared: Sequence[PyTree]
+) -> list[tuple[PyTree, ...]]:
+    """Returns `function(*row, *shared)` for each row.
+
+    Rows of one signature are handed to one jitted function, a few at a time. It is traced once and
+    called again from then on, which is what makes tracing a thousand leaves cheap. Its cache is
+    keyed by `function`, so that must be hashable and equal to itself from call to call: a function
+    of a module or a frozen dataclass, not a closure.
+    """
+    groups: dict[Any, list[int]] = {}
+    for index, row in enumerate(rows):
+        arrays, treedef = jax.tree.flatten(row)
+        groups.setdefault((treedef, *map(_signature, arrays)), []).append(index)
+    results: list[tuple[PyTree, ...]] = [()] * len(rows)
+    for indices in groups.values():
+        for chosen in _batches(indices):
+            batch = _map_batch(function, [rows[index] for index in chosen], shared)
+            for index, row in zip(chosen, batch, strict=True):
+                results[index] = row
+    return results
 
 
 def _batches(indices: list[int]) -> list[list[int]]:
@@ -72,24 +85,34 @@ def _batches(indices: list[int]) -> list[list[int]]:
 
 
 @partial(jax.jit, static_argnums=0)
-def _map_rows(
-    formula: Callable[..., tuple[jax.Array, ...]],
-    rows: Sequence[Sequence[jax.Array]],
-    scalars: Sequence[PyTree],
-) -> list[tuple[jax.Array, ...]]:
-    return [_apply_widened(formula, row, scalars) for row in rows]
+def _map_batch(
+    function: Callable[..., tuple[PyTree, ...]],
+    rows: Sequence[Sequence[PyTree]],
+    shared: Sequence[PyTree],
+) -> list[tuple[PyTree, ...]]:
+    return [function(*row, *shared) for row in rows]
 
 
-def _apply_widened(
-    formula: Callable[..., tuple[jax.Array, ...]],
-    row: Sequence[jax.Array],
-    scalars: Sequence[PyTree],
-) -> tuple[jax.Array, ...]:
-    wide = [jnp.asarray(leaf, wide_dtype(leaf.dtype)) for leaf in row]
-    widest = max((real_dtype(leaf.dtype) for leaf in wide), key=lambda dtype: dtype.itemsize)
-    scalars = jax.tree.map(partial(jnp.asarray, dtype=widest), scalars)
-    results = formula(*wide, *scalars)
-    return tuple(result.astype(leaf.dtype) for result, leaf in zip(results, row, strict=False))
+@dataclass(frozen=True)
+class Widened:
+    """A formula of leaves and scalars, computed in float32 at least.
+
+    Its k-th result takes the dtype of its k-th leaf. Scalars become arrays of the widest real
+    dtype among the leaves.
+    """
+
+    formula: Callable[..., tuple[jax.Array, ...]]
+    leaves: int
+    """How many of the arguments are leaves."""
+
+    def __call__(self, *arguments: PyTree) -> tuple[jax.Array, ...]:
+        """Returns the formula's results."""
+        row, scalars = arguments[: self.leaves], arguments[self.leaves :]
+        wide = [jnp.asarray(leaf, wide_dtype(leaf.dtype)) for leaf in row]
+        widest = max((real_dtype(leaf.dtype) for leaf in wide), key=lambda dtype: dtype.itemsize)
+        scalars = jax.tree.map(partial(jnp.asarray, dtype=widest), scalars)
+        results = self.formula(*wide, *scalars)
+        return tuple(result.astype(leaf.dtype) for result, leaf in zip(results, row, strict=False))
 
 
 def wide_dtype(dtype: Any) -> jnp.dtype[Any]:
@@ -123,9 +146,13 @@ def _signature(leaf: Any) -> tuple[Any, ...]:
     return getattr(leaf, "shape", ()), getattr(leaf, "dtype", type(leaf)), sharding
 
 
-def _matching_leaves(
+def matching_leaves(
     trees: Mapping[str, PyTree], caller: str, magnitudes: Sequence[str], way_out: str
 ) -> tuple[list[tuple[Any, ...]], Any]:
+    """The corresponding leaves of trees that must match, and the first one's structure.
+
+    Arguments and errors are those of `map_leaves`.
+    """
     (name, tree), *others = trees.items()
     check_inexact(tree, f"{caller}: {name}")
     leaves, treedef = jax.tree.flatten(tree)
@@ -154,7 +181,17 @@ def _is_inexact(leaf: Any) -> bool:
     dtype = getattr(leaf, "dtype", None)
     if dtype is None:
         return isinstance(leaf, float | complex)
-    return bool(jnp.issubdtype(dtype, jnp.inexact))
+    try:
+        return bool(jnp.issubdtype(dtype, jnp.inexact))
+    except TypeError:  # another library's
+        return False
+
+
+def path_name(path: Any) -> str:
+    """A path as users write it: `layers/0/kernel`, without the `value` of a Flax variable."""
+    if path and getattr(path[-1], "name", None) == "value":
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def describe(leaf: Any) -> str:
@@ -168,12 +205,22 @@ def describe(leaf: Any) -> str:
     return f"a {type(leaf).__name__}"
 
 
-def _paths(tree: PyTree) -> dict[str, Any]:
-    leaves = cast("list[tuple[Any, Any]]", jax.tree.leaves_with_path(tree))
+def _is_sparse(leaf: Any) -> bool:
+    return any(base.__name__ == "JAXSparse" for base in type(leaf).__mro__)  # slow to import
+
+
+def _paths(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    leaves = cast("list[tuple[Any, Any]]", jax.tree.leaves_with_path(tree, is_leaf=is_leaf))
     return {jax.tree_util.keystr(path) or "the root": leaf for path, leaf in leaves}
 
 
 def _raise_not_inexact(tree: PyTree, name: str) -> NoReturn:
+    for path, leaf in _paths(tree, _is_sparse).items():
+        if _is_sparse(leaf):
+            raise TypeError(
+                f"{name}: the leaf at {path} is a sparse {type(leaf).__name__}; expected a dense"
+                " array. Make it dense with .todense(); adamfn.lazy_adam finds its zero rows."
+            )
     path, leaf = next((p, x) for p, x in _paths(tree).items() if not _is_inexact(x))
     raise TypeError(
         f"{name}: the leaf at {path} is {describe(leaf)}; expected an array of floating-point or"

@@ -1,0 +1,110 @@
+"""What a format is, and the noise that the formats round with."""
+
+import math
+from typing import Any, Protocol, TypeAlias
+
+import chex
+import jax
+import jax.numpy as jnp
+
+Stored: TypeAlias = Any
+"""One moment of one leaf as a format keeps it: an array or a NamedTuple of arrays."""
+
+SMALLEST = 4096
+"""Leaves of fewer elements stay in float32: all together they are a thousandth of a model."""
+
+
+class Format(Protocol):
+    """How the two moments of one leaf are stored: two pure functions, inverse up to rounding.
+
+    A format is frozen and hashable, so it can be a static argument of a jitted function. Stored
+    arrays that hold only zeros decode to zero, so a first state needs no `encode`.
+    """
+
+    def encode(
+        self, mu: jax.Array, nu: jax.Array, noise: jax.Array | None
+    ) -> tuple[Stored, Stored]:
+        """Stores the moments of a leaf.
+
+        Args:
+          mu: the average of the gradients, float32.
+          nu: the average of their squares, float32 of the same shape, not negative.
+          noise: uint32 of the same shape, from `noise`, for formats that round stochastically;
+            None rounds to nearest.
+
+        Returns:
+          What `decode` takes.
+        """
+        ...
+
+    def decode(self, stored_mu: Stored, stored_nu: Stored) -> tuple[jax.Array, jax.Array]:
+        """Returns both moments, float32 of the leaf's shape."""
+        ...
+
+    def holds(self, shape: tuple[int, ...], dtype: Any) -> bool:
+        """Whether it stores leaves like this one; others are to stay in float32."""
+        ...
+
+
+def is_narrow(dtype: Any) -> bool:
+    """Whether a dtype is real and its moments are averaged in float32."""
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.finfo(dtype).bits <= 32
+
+
+def is_large(shape: tuple[int, ...], last: int) -> bool:
+    """Whether a leaf has 4096 elements and `last` along its last axis, so that storing it pays."""
+    return len(shape) > 0 and math.prod(shape) >= SMALLEST and shape[-1] >= last
+
+
+def noise(count: chex.Numeric, leaf: chex.Numeric, shape: tuple[int, ...]) -> jax.Array:
+    """One random 32-bit word for each element of a leaf: 16 bits for each moment.
+
+    A hash of (count, leaf, element number). It needs no state, it is the same however the leaf is
+    sharded, and a compiler makes it where it is used. Both rounds are Wellons's lowbias32, with
+    one key added before the first and another xored in before the second: were there only the
+    first, any two steps would see one sequence shifted.
+
+    Args:
+      count: the step, an integer or an integer scalar array.
+      leaf: the leaf's number, likewise.
+      shape: the leaf's shape. Element numbers count modulo 2^32.
+
+    Returns:
+      uint32 of that shape.
+
+    References:
+      Wellons, Prospecting for Hash Functions, 2018, nullprogram.com/blog/2018/07/31.
+
+    >>> print(noise(1, 0, (3,)) == noise(1, 0, (3,)), noise(1, 0, (3,)) == noise(2, 0, (3,)))
+    [ True  True  True] [False False False]
+    """
+    zero = jnp.zeros((), jnp.uint32)
+    leaf = _hash(jnp.asarray(leaf).astype(jnp.uint32) + jnp.uint32(0x9E3779B9), zero)
+    add = _hash(jnp.asarray(count).astype(jnp.uint32), leaf)
+    element, stride = jnp.broadcast_to(add, shape), 1
+    for axis in reversed(range(len(shape))):
+        iota = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        element += iota * jnp.uint32(stride % 2**32)
+        stride *= shape[axis]
+    return _hash(element, _hash(add + jnp.uint32(0x85EBCA6B), leaf))
+
+
+def _hash(x: jax.Array, key: jax.Array) -> jax.Array:
+    x = (x ^ x >> 16) * jnp.uint32(0x7FEB352D)
+    x = (x ^ x >> 15 ^ key) * jnp.uint32(0x846CA68B)
+    return x ^ x >> 16
+
+
+def halves(noise: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
+    """The 16 random bits that round mu and the 16 that round nu, int32; None of None."""
+    if noise is None:
+        return None, None
+    return (noise & 0xFFFF).astype(jnp.int32), (noise >> 16).astype(jnp.int32)
+
+
+def threshold(bits: jax.Array | None) -> jax.Array | float:
+    """Sixteen random bits as a number in (0, 1): what a fraction must exceed to be rounded up.
+
+    It is the middle of its interval of 2^-16, so probabilities are right to 2^-17. None gives 1/2.
+    """
+    return 0.5 if bits is None else bits.astype(jnp.float32) * 2.0**-16 + 2.0**-17

@@ -1,0 +1,46 @@
+"""`BlockMean`: one nu for a whole row."""
+
+from dataclasses import dataclass
+
+import jax
+
+from adamfn.formats.base import Stored, is_large
+
+
+@dataclass(frozen=True)
+class BlockMean:
+    r"""One nu for all elements along an axis: their mean.
+
+    $$ \nu_{i\cdot} \approx \frac{1}{n} \sum_j \nu_{ij} $$
+
+    Adam-mini shares nu within a unit's weights. Along the last axis, the default, that is a token's
+    row of an embedding, and of a kernel of (inputs, outputs) the weights that leave one input; for
+    those that enter one output, use `axis=-2`. Deterministic: the noise is not used.
+
+    Infinities and NaN become those of all that share their mean.
+
+    Attributes:
+      axis: the axis to average over.
+
+    References:
+      Zhang et al., Adam-mini: Use Fewer Learning Rates To Gain More, 2024 (arXiv 2406.16793).
+
+    >>> import jax.numpy as jnp
+    >>> print(BlockMean().encode(jnp.array([[1.0, 3.0], [5.0, 7.0]]), None))
+    [[2.]
+     [6.]]
+    """
+
+    axis: int = -1
+
+    def encode(self, x: jax.Array, bits: jax.Array | None) -> Stored:  # noqa: ARG002
+        """Returns float32 of x's shape, but 1 along the axis."""
+        return x.mean(self.axis, keepdims=True)
+
+    def decode(self, stored: Stored) -> jax.Array:
+        """Returns `stored`, which broadcasts to the leaf's shape."""
+        return stored
+
+    def holds(self, shape: tuple[int, ...]) -> bool:
+        """True for 4096 elements and more in at least two axes."""
+        return len(shape) >= 2 and is_large(shape, last=1)

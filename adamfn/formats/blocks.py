@@ -1,0 +1,61 @@
+"""Blocks of elements along the last axis, and their largest and smallest."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def size_for(length: int, largest: int) -> int:
+    """The block size for a last axis of this length.
+
+    That is the multiple of 16, from `largest` down to its half, whose last block lacks least, and
+    of several the largest. Most lengths are divided by one. Then nothing is padded, which XLA does
+    on CPU by writing all of it to memory.
+
+    >>> [size_for(length, 256) for length in (768, 640, 192, 300)]
+    [256, 160, 192, 160]
+    """
+    return min(range(largest, largest // 2 - 1, -16), key=lambda size: -length % size)
+
+
+def check_size(format: str, size: Any) -> None:
+    """Checks the size of blocks that a user gave.
+
+    Raises:
+      ValueError: it is not a positive multiple of 16.
+    """
+    if not isinstance(size, int) or isinstance(size, bool) or size < 16 or size % 16:
+        raise ValueError(
+            f"{format}: block is {size!r}; expected a positive multiple of 16, such as 128 or 256."
+        )
+
+
+def split(x: jax.Array, size: int) -> jax.Array:
+    """Cuts the last axis into blocks: `(..., n)` to `(..., ceil(n / size), size)`.
+
+    The last block is filled up with zeros for the computation; what is stored is cut by `join`.
+    """
+    length = x.shape[-1]
+    if length % size:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -length % size)])
+    return x.reshape(*x.shape[:-1], -1, size)
+
+
+def join(x: jax.Array, length: int) -> jax.Array:
+    """Undoes `split` of an axis of that length."""
+    return x.reshape(*x.shape[:-2], -1)[..., :length]
+
+
+def _over_blocks(x: jax.Array, reduction: Callable[..., jax.Array]) -> jax.Array:
+    # In two stages: the first runs over whole vectors. On CPU, XLA would merge them and then cut
+    # the reduction into windows, for which it writes all of x to memory: twice as slow.
+    x = x.reshape(*x.shape[:-1], -1, 16)
+    partial_result = jax.lax.optimization_barrier(reduction(x, axis=-2))
+    return reduction(partial_result, axis=-1, keepdims=True)
+
+
+largest = partial(_over_blocks, reduction=jnp.max)
+smallest = partial(_over_blocks, reduction=jnp.min)

@@ -1,0 +1,128 @@
+"""`EightBit`: nu in logarithmic levels, mu in even levels of its ratio to nu's root, by blocks."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adamfn.formats import blocks
+from adamfn.formats.base import Stored, halves, is_large, is_narrow, threshold
+from adamfn.formats.floats import bits_of, float_of, near_root
+from adamfn.formats.levels import round_to_level, spanning
+
+_LEVELS = 255
+
+
+class EightBitMu(NamedTuple):
+    """mu of a leaf of shape (..., n)."""
+
+    codes: jax.Array
+    """int8, (..., n): -127 to 127."""
+    scale: jax.Array
+    """float32, (..., ceil(n / size)): what a code of 1 is, over nu's root."""
+
+
+class EightBitNu(NamedTuple):
+    """nu of a leaf of shape (..., n)."""
+
+    codes: jax.Array
+    """uint8, (..., n): 0 for zero, 1 to 255 for the levels, upwards."""
+    top: jax.Array
+    """float32, (..., ceil(n / size)): the block's largest."""
+    step: jax.Array
+    """int32, likewise: from one level to the next, in the bits of a float32."""
+
+
+@dataclass(frozen=True)
+class EightBit:
+    r"""Two bytes a parameter, and 12 for each block of up to 256 along the last axis.
+
+    With T the bits of a block's largest nu and s its step, a nu code k and a mu code l decode to
+
+    $$
+    \nu = \text{float}(T - (255 - k)\, s), \qquad \mu = l \cdot \text{scale} \cdot r(\nu)
+    $$
+
+    and k = 0 to zero. The 255 levels span the block's own range, from its smallest nonzero nu to
+    its largest; r(nu) is nu's root, up to 6 per cent. That ratio of moments is nearly Adam's
+    update, so mu keeps as many digits where gradients are small as where they are large.
+
+    Rounding is stochastic and unbiased: nu's, and mu's given the level that nu got.
+
+    What is not finite stays visible: in nu as that element (a NaN makes the block's infinities NaN
+    too), in mu as its whole block. Where nu is zero, mu is stored as zero: the update there would
+    have no bound. A nu that is not zero stays so; the smallest that is told apart is 2^-126.
+
+    Attributes:
+      block: the largest size of a block, a multiple of 16.
+
+    References:
+      Dettmers, Lewis, Shleifer and Zettlemoyer, 8-bit Optimizers via Block-wise Quantization, 2022
+      (arXiv 2110.02861), for the blocks. The levels are ours, and need no table.
+
+    >>> import jax.numpy as jnp
+    >>> gradients = jnp.array([1.0, -0.1, 0.01, 0.0])
+    >>> stored = EightBit().encode(0.5 * gradients, gradients**2, None)
+    >>> print(stored[1].codes)
+    [255 127   1   0]
+    >>> mu, nu = EightBit().decode(*stored)
+    >>> print(mu.round(2))
+    [ 0.5  -0.05  0.    0.  ]
+    >>> print(nu.round(5))
+    [1.0e+00 9.9e-03 1.0e-04 0.0e+00]
+    """
+
+    block: int = 256
+
+    def __post_init__(self) -> None:
+        """Checks the block size."""
+        blocks.check_size("EightBit", self.block)
+
+    def encode(
+        self, mu: jax.Array, nu: jax.Array, noise: jax.Array | None
+    ) -> tuple[Stored, Stored]:
+        """Returns `(EightBitMu, EightBitNu)`."""
+        length = mu.shape[-1]
+        size = blocks.size_for(length, self.block)
+        if noise is not None:
+            noise = blocks.split(noise, size)
+        mu_bits, nu_bits = halves(noise)
+        mu, nu = blocks.split(mu, size), bits_of(blocks.split(nu, size))
+
+        levels = spanning(nu, _LEVELS)
+        j = round_to_level(nu, levels, _LEVELS, threshold(nu_bits), unbiased=True)
+        codes = jnp.where(nu == 0, 0, _LEVELS - j)
+
+        # The scale is for nu as it came, lest a second pass wait for the levels chosen. A level
+        # below has a root smaller by this factor at most.
+        fall = 1 + levels.step.astype(jnp.float32) * 2.0**-24
+        ratio = mu * jnp.where(nu == 0, 0, 1 / near_root(nu))
+        largest = fall * float_of(blocks.largest(bits_of(ratio)))
+        per_code = jnp.where(largest == 0, 0, 127 / largest)
+        chosen = levels.top - j * levels.step
+        ratio = mu * jnp.where(nu == 0, 0, per_code / near_root(chosen))
+        signed = jnp.clip(jnp.floor(ratio + threshold(mu_bits)), -127, 127)
+        return (
+            EightBitMu(blocks.join(signed.astype(jnp.int8), length), (largest * (1 / 127))[..., 0]),
+            EightBitNu(
+                blocks.join(codes.astype(jnp.uint8), length),
+                float_of(levels.top)[..., 0],
+                levels.step[..., 0],
+            ),
+        )
+
+    def decode(self, stored_mu: Stored, stored_nu: Stored) -> tuple[jax.Array, jax.Array]:
+        """Returns both moments in float32."""
+        length = stored_nu.codes.shape[-1]
+        size = blocks.size_for(length, self.block)
+        codes = blocks.split(stored_nu.codes, size).astype(jnp.int32)
+        below = (_LEVELS - codes) * stored_nu.step[..., None]
+        nu = jnp.where(codes == 0, 0, bits_of(stored_nu.top)[..., None] - below)
+        signed = blocks.split(stored_mu.codes, size).astype(jnp.float32)
+        mu = signed * stored_mu.scale[..., None] * near_root(nu)
+        return blocks.join(mu, length), blocks.join(float_of(nu), length)
+
+    def holds(self, shape: tuple[int, ...], dtype: Any) -> bool:
+        """True for real leaves of at most 32 bits, with 4096 elements, half a block in a row."""
+        return is_narrow(dtype) and is_large(shape, last=self.block // 2)

@@ -1,0 +1,118 @@
+"""`FourBit`: both moments in one byte, by blocks."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adamfn.formats import blocks
+from adamfn.formats.base import Stored, halves, is_large, is_narrow, threshold
+from adamfn.formats.floats import bits_of, float_of, near_root
+from adamfn.formats.levels import round_to_level, spanning
+
+_NU_LEVELS = 17
+_MU_LEVELS = 15  # 17 * 15 and a zero are the 256 values of a byte
+_MU_LARGEST = _MU_LEVELS // 2
+_OCTAVES = 40
+_RECIPROCAL = 2**16 // _MU_LEVELS + 1
+
+
+class FourBitNu(NamedTuple):
+    """nu of a leaf of shape (..., n), and with it the codes of mu."""
+
+    codes: jax.Array
+    """uint8, (..., n): 0 where nu is zero; else 1 + 15 j + (l + 7), for nu's level and mu's."""
+    top: jax.Array
+    """float32, (..., ceil(n / size)): the block's largest."""
+    step: jax.Array
+    """int32, likewise: from one level to the next, in the bits of a float32."""
+
+
+@dataclass(frozen=True)
+class FourBit:
+    r"""One byte a parameter, and 12 for each block of up to 128 along the last axis.
+
+    With T the bits of a block's largest nu and s its step, level j of nu and level l of mu are
+
+    $$
+    \nu = \text{float}(T - j s), \quad 0 \le j < 17; \qquad
+    \mu = l \cdot \text{scale} \cdot r(\nu), \quad -7 \le l \le 7
+    $$
+
+    The 17 levels span the block's own range, but 40 octaves (6 decades of gradients) at most; what
+    is below rounds up to the last. r(nu) is nu's root, up to 6 per cent. `encode` divides mu by
+    the root of nu as it came, so that the ratio, nearly Adam's update, survives nu's rounding.
+
+    nu is rounded stochastically, to the right *logarithm* on average: with levels an octave or two
+    apart, an unbiased nu spends so much time too small that updates come out half as long again.
+    Rounded to nearest, it would stand still. mu changes by far more than its rounding, and goes to
+    the nearest.
+
+    What is not finite stays visible: in nu as that element, perhaps with neighbours within a level
+    of it; in mu as its whole block. Where nu is zero, mu is stored as zero.
+
+    Attributes:
+      block: the largest size of a block, a multiple of 16.
+
+    References:
+      Li, Chen and Zhu, Memory Efficient Optimizers with 4-bit States, 2023 (arXiv 2309.01507), for
+      blocks of 128 and the harm of a nu that rounds to zero. The code is another.
+
+    >>> import jax.numpy as jnp
+    >>> gradients = jnp.array([1.0, -0.1, 0.01, 0.0])
+    >>> mu, nu = FourBit().decode(*FourBit().encode(0.5 * gradients, gradients**2, None))
+    >>> print(mu.round(4))
+    [ 0.5    -0.0519  0.0052  0.    ]
+    >>> print(nu.round(5))
+    [1.000e+00 1.031e-02 1.000e-04 0.000e+00]
+    """
+
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        """Checks the block size."""
+        blocks.check_size("FourBit", self.block)
+
+    def encode(
+        self, mu: jax.Array, nu: jax.Array, noise: jax.Array | None
+    ) -> tuple[Stored, Stored]:
+        """Returns mu's scale, float32 of (..., ceil(n / size)), and a `FourBitNu`."""
+        length = mu.shape[-1]
+        size = blocks.size_for(length, self.block)
+        if noise is not None:
+            noise = blocks.split(noise, size)
+        _, nu_bits = halves(noise)
+        mu, nu = blocks.split(mu, size), bits_of(blocks.split(nu, size))
+
+        levels = spanning(nu, _NU_LEVELS, _OCTAVES)
+        j = round_to_level(nu, levels, _NU_LEVELS, threshold(nu_bits), unbiased=False)
+
+        ratio = mu * jnp.where(nu == 0, 0, 1 / near_root(nu))
+        largest = float_of(blocks.largest(bits_of(ratio)))
+        per_level = jnp.where(largest == 0, 0, _MU_LARGEST / largest)
+        # Divided anew: XLA would keep a quotient that is used twice in memory.
+        ratio = mu * jnp.where(nu == 0, 0, per_level / near_root(nu))
+        signed = jnp.clip(jnp.floor(ratio + 0.5), -_MU_LARGEST, _MU_LARGEST)
+        codes = 1 + _MU_LEVELS * j + (signed.astype(jnp.int32) + _MU_LARGEST)
+        codes = jnp.where(nu == 0, 0, codes).astype(jnp.uint8)
+        return (largest * (1 / _MU_LARGEST))[..., 0], FourBitNu(
+            blocks.join(codes, length), float_of(levels.top)[..., 0], levels.step[..., 0]
+        )
+
+    def decode(self, stored_mu: Stored, stored_nu: Stored) -> tuple[jax.Array, jax.Array]:
+        """Returns both moments in float32."""
+        length = stored_nu.codes.shape[-1]
+        size = blocks.size_for(length, self.block)
+        codes = blocks.split(stored_nu.codes, size).astype(jnp.int32)
+        # A quotient by 15. XLA keeps what was divided in memory, and makes a product again.
+        j = (codes - 1) * _RECIPROCAL >> 16
+        signed = codes - 1 - _MU_LEVELS * j - _MU_LARGEST
+        level = bits_of(stored_nu.top)[..., None] - j * stored_nu.step[..., None]
+        nu = jnp.where(codes == 0, 0, level)
+        ratio = jnp.where(codes == 0, 0, signed).astype(jnp.float32) * stored_mu[..., None]
+        return blocks.join(ratio * near_root(nu), length), blocks.join(float_of(nu), length)
+
+    def holds(self, shape: tuple[int, ...], dtype: Any) -> bool:
+        """True for real leaves of at most 32 bits, with 4096 elements, half a block in a row."""
+        return is_narrow(dtype) and is_large(shape, last=self.block // 2)

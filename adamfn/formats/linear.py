@@ -1,0 +1,71 @@
+"""`Linear`: a moment in even 8-bit levels, by blocks."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adamfn.formats import blocks
+from adamfn.formats.base import Stored, is_large, threshold
+from adamfn.formats.floats import bits_of, float_of
+
+
+class LinearCodes(NamedTuple):
+    """A moment of a leaf of shape (..., n)."""
+
+    codes: jax.Array
+    """int8, (..., n): -127 to 127."""
+    scale: jax.Array
+    """float32, (..., ceil(n / size)): what a code of 1 is."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One byte a parameter, and 4 for each block of up to 256 along the last axis.
+
+    A code l decodes to `l * scale`, where scale is the block's largest magnitude over 127. Rounding
+    is stochastic and unbiased. It suits mu where a block's gradients are of one size; beside nu
+    for each element, `EightBit` also serves those of many. Not for nu, which would round to zero.
+
+    An infinity or NaN makes its whole block infinite or NaN.
+
+    Attributes:
+      block: the largest size of a block, a multiple of 16.
+
+    References:
+      Dettmers, Lewis, Shleifer and Zettlemoyer, 8-bit Optimizers via Block-wise Quantization, 2022
+      (arXiv 2110.02861).
+
+    >>> import jax.numpy as jnp
+    >>> print(Linear().encode(jnp.array([1.0, -0.5, 0.0, 0.25]), None).codes)
+    [127 -63   0  32]
+    """
+
+    block: int = 256
+
+    def __post_init__(self) -> None:
+        """Checks the block size."""
+        blocks.check_size("Linear", self.block)
+
+    def encode(self, x: jax.Array, bits: jax.Array | None) -> Stored:
+        """Returns `LinearCodes`."""
+        length = x.shape[-1]
+        size = blocks.size_for(length, self.block)
+        place = threshold(None if bits is None else blocks.split(bits, size))
+        x = blocks.split(x, size)
+        # Not in denormals: their reciprocals are infinite.
+        scale = float_of(blocks.largest(bits_of(x))) * (1 / 127)
+        per_code = jnp.where(scale < 2.0**-125, 0, 1 / scale)
+        codes = jnp.clip(jnp.floor(x * per_code + place), -127, 127).astype(jnp.int8)
+        return LinearCodes(blocks.join(codes, length), scale[..., 0])
+
+    def decode(self, stored: Stored) -> jax.Array:
+        """Returns it in float32."""
+        length = stored.codes.shape[-1]
+        codes = blocks.split(stored.codes, blocks.size_for(length, self.block)).astype(jnp.float32)
+        return blocks.join(codes * stored.scale[..., None], length)
+
+    def holds(self, shape: tuple[int, ...]) -> bool:
+        """True for 4096 elements and more, half a block in a row."""
+        return is_large(shape, last=self.block // 2)
