@@ -5,10 +5,12 @@ Nothing here knows of Adam.
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
+import chex
 import jax
 
+from adamfn.rounding import add_stochastically
 from adamfn.trees import PyTree, map_leaves
 
 
@@ -110,22 +112,39 @@ def chain(*transformations: Transformation) -> GradientTransformation:
     return GradientTransformation(init, update)
 
 
-def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
+def apply_updates(
+    params: PyTree,
+    updates: PyTree,
+    *,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    count: chex.Numeric | None = None,
+) -> PyTree:
     """Adds updates to parameters: `params + updates`, leaf by leaf.
 
     The sum is taken in float32 at least and has the parameter's dtype and shape. Where an update
     is `None`, the parameter stays as it is.
 
+    Bfloat16 parameters have 8 bits: an update less than a five-hundredth of its parameter is lost
+    when their sum is rounded to nearest, and training stalls. With `rounding="stochastic"` the sum
+    is rounded up or down with probabilities that make it right on average, so bfloat16 parameters
+    train without a float32 copy.
+
     Args:
       params: any pytree of floating-point or complex arrays.
       updates: a tree of the same structure and shapes, or with `None` in place of a leaf.
+      rounding: how bfloat16 sums are rounded, `"nearest"` or `"stochastic"`.
+      count: the step, an integer or an integer scalar, such as a state's `count`: with it the
+        noise differs from step to step and is the same when a step is taken again. Needed for
+        stochastic rounding.
 
     Returns:
       The new parameters.
 
     Raises:
-      ValueError: structure or shapes differ; names the leaf.
-      TypeError: a leaf is not an array of floating-point or complex numbers.
+      ValueError: structure or shapes differ; names the leaf. An unknown rounding, or a stochastic
+        one without a count.
+      TypeError: a leaf is not an array of floating-point or complex numbers, or is float16 and to
+        be rounded stochastically.
 
     >>> import adamfn
     >>> import jax.numpy as jnp
@@ -141,12 +160,16 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
         trained = jax.tree.map(
             lambda p, u: None if u is None else p, params, updates, is_leaf=_is_none
         )
-    moved, *_ = map_leaves(
-        _add,
-        {"params": trained, "updates": updates},
-        caller="apply_updates",
-        way_out="Pass the updates that `update` returned for these parameters.",
-    )
+    way_out = "Pass the updates that `update` returned for these parameters."
+    if rounding == "nearest":
+        trees = {"params": trained, "updates": updates}
+        moved, *_ = map_leaves(_add, trees, caller="apply_updates", way_out=way_out)
+    elif rounding == "stochastic":
+        moved = add_stochastically(trained, updates, count, way_out)
+    else:
+        raise ValueError(
+            f"apply_updates: rounding is {rounding!r}; expected 'nearest' or 'stochastic'."
+        )
     return jax.tree.map(lambda p, m: p if m is None else m, params, moved, is_leaf=_is_none)
 
 
