@@ -48,3 +48,61 @@ def worst_error(found, expected):
     found, expected = np.asarray(found), np.asarray(expected)
     axes = tuple(range(1, expected.ndim))
     return np.max(np.max(np.abs(found - expected), axes) / np.max(np.abs(expected), axes))
+
+
+def amsgrad(grads, learning_rate=1e-3, b1=0.9, b2=0.999, eps=1e-8):
+    """As torch: the maximum of the uncorrected v."""
+    m = v = largest = 0.0
+    for t, g in _steps(grads):
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * np.abs(g) ** 2
+        largest = np.maximum(largest, v)
+        yield -learning_rate * (m / (1 - b1**t)) / (np.sqrt(largest / (1 - b2**t)) + eps)
+
+
+def nadam(grads, learning_rate=2e-3, b1=0.9, b2=0.999, eps=1e-8, momentum_decay=4e-3):
+    m = v = 0.0
+    product = 1.0
+    for t, g in _steps(grads):
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * np.abs(g) ** 2
+        now, ahead = (b1 * (1 - 0.5 * 0.96 ** (s * momentum_decay)) for s in (t, t + 1))
+        product *= now
+        numerator = ahead * m / (1 - product * ahead) + (1 - now) * g / (1 - product)
+        yield -learning_rate * numerator / (np.sqrt(v / (1 - b2**t)) + eps)
+
+
+def radam(grads, learning_rate=1e-3, b1=0.9, b2=0.999, eps=1e-8):
+    m = v = 0.0
+    longest = 2 / (1 - b2) - 1
+    for t, g in _steps(grads):
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * np.abs(g) ** 2
+        length = longest - 2 * t * b2**t / (1 - b2**t)
+        factor = 1.0
+        if length > 5:
+            part = (length - 4) * (length - 2) / length
+            whole = (longest - 4) * (longest - 2) / longest
+            factor = np.sqrt(part / whole) * np.sqrt(1 - b2**t) / (np.sqrt(v) + eps)
+        yield -learning_rate * m / (1 - b1**t) * factor
+
+
+def adamax(grads, learning_rate=2e-3, b1=0.9, b2=0.999, eps=1e-8):
+    m = v = 0.0
+    for t, g in _steps(grads):
+        m, v = b1 * m + (1 - b1) * g, np.maximum(b2 * v, np.abs(g) + eps)
+        yield -learning_rate * m / (1 - b1**t) / v
+
+
+def lazy_adam(grads, learning_rate=1e-3, b1=0.9, b2=0.999, eps=1e-8):
+    """For tables of rows."""
+    m, v = np.zeros_like(grads[0], np.float64), np.zeros_like(grads[0], np.float64)
+    for t, g in _steps(grads):
+        u = np.zeros_like(m)
+        for row in np.flatnonzero(np.any(g != 0, axis=-1)):
+            m[row] = b1 * m[row] + (1 - b1) * g[row]
+            v[row] = b2 * v[row] + (1 - b2) * g[row] ** 2
+            scale = np.sqrt(1 - b2**t) / (1 - b1**t)
+            u[row] = -learning_rate * scale * m[row] / (np.sqrt(v[row]) + eps)
+        yield u
+
+
+def _steps(grads):
+    return enumerate(np.asarray(grads).astype(np.result_type(grads, np.float64)), start=1)

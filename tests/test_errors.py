@@ -500,3 +500,16 @@ def test_the_values_of_gradients_are_never_checked(value, monkeypatch):
         updates, _ = tx.update(grads, state, PARAMS)
         adamfn.apply_updates(PARAMS, updates)
     assert np.all(np.isfinite(updates["dense"]["w"]))
+
+
+def test_sparse_gradients():
+    from jax.experimental import sparse
+
+    tx = adamfn.lazy_adam()
+    params = {"table": jnp.ones((4, 3))}
+    g = {"table": sparse.BCOO.fromdense(jnp.eye(4, 3))}
+    message = r"updates: the leaf at \['table'\] is a sparse BCOO; expected a dense array.*todense"
+    with pytest.raises(TypeError, match=message):
+        tx.update(g, tx.init(params))
+    with pytest.raises(TypeError, match=message.replace("updates", "params")):
+        tx.init(g)

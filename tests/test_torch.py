@@ -1,56 +1,112 @@
 """adamfn follows recorded runs of torch.optim (torch_trajectories.py records them)."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from torch_trajectories import DATA, RECORDED, RUNS
+from torch_trajectories import ALL_RUNS, CASES, DATA, RECORDED, STEPS, begin, loss
 
 import adamfn
 
+# Relative to the largest parameter.
+TOLERANCE = 2e-5
 
-def torch_like(optimizer, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=None):
-    """The chain that does what torch does with these arguments."""
-    if optimizer == "AdamW":  # without weight_decay: both libraries' default must be 0.01
+
+def torch_like(
+    optimizer,
+    *,
+    amsgrad=False,
+    weight_decay=None,
+    decoupled_weight_decay=False,
+    maximize=False,
+    **arguments,
+):
+    """The chain that does what torch does with these arguments, as the documentation's table."""
+    if "lr" in arguments:
+        arguments["learning_rate"] = arguments.pop("lr")
+    if "betas" in arguments:
+        arguments["b1"], arguments["b2"] = arguments.pop("betas")
+    if optimizer == "AdamW" and not amsgrad:  # no decay: both libraries' default must be 0.01
         decay = {} if weight_decay is None else {"weight_decay": weight_decay}
-        return adamfn.adamw(lr, *betas, eps, **decay)
-    if weight_decay is None:
-        return adamfn.adam(lr, *betas, eps)
-    return adamfn.chain(adamfn.add_decayed_weights(weight_decay), adamfn.adam(lr, *betas, eps))
+        return adamfn.adamw(**arguments, **decay)
+    member = {
+        "Adam": adamfn.amsgrad if amsgrad else adamfn.adam,
+        "AdamW": adamfn.amsgrad,
+        "NAdam": adamfn.nadam,
+        "RAdam": adamfn.radam,
+        "Adamax": adamfn.adamax,
+        "SparseAdam": adamfn.lazy_adam,
+    }[optimizer]
+    tx = member(**arguments)
+    if weight_decay and (optimizer == "AdamW" or decoupled_weight_decay):
+        stages = {
+            adamfn.amsgrad: (adamfn.scale_by_max_moments, (0.9, 0.999)),
+            adamfn.nadam: (adamfn.scale_by_nesterov_moments, (0.0, 0.999)),
+            adamfn.radam: (adamfn.scale_by_rectified_moments, (0.9, 0.999)),
+        }
+        moments, corrected = stages[member]
+        rate = arguments.pop("learning_rate")
+        tx = adamfn.chain(
+            moments(**arguments),
+            adamfn.bias_correct(*corrected),
+            adamfn.add_decayed_weights(weight_decay),
+            adamfn.scale_by_lr(rate),
+        )
+    elif weight_decay:
+        tx = adamfn.chain(adamfn.add_decayed_weights(weight_decay), tx)
+    return adamfn.chain(optax.scale(-1.0), tx) if maximize else tx
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_follows_torch(name):
-    with np.load(DATA) as data:
-        arrays = dict(data)
-    x, y = arrays["x"], arrays["y"]
-    optimizer, arguments = RUNS[name]
-    tx = torch_like(optimizer, **arguments)
-
-    def loss(params):
-        return jnp.mean((x @ params["w"] + params["b"] - y) ** 2)
+def train(problem, tx, params, state, first, last):
+    """Takes the steps after `first` up to `last`; yields the count and the parameters."""
+    data, _ = begin(problem)
+    data = jax.tree.map(jnp.asarray, data)
 
     @jax.jit
-    def step(params, state):
-        updates, state = tx.update(jax.grad(loss)(params), state, params)
+    def step(params, state, count):
+        def loss_of(params):
+            return loss(problem, data, params, count, jnp.tanh, lambda tokens, table: table[tokens])
+
+        updates, state = tx.update(jax.grad(loss_of)(params), state, params)
         return adamfn.apply_updates(params, updates), state
 
-    params = {"w": arrays["w"], "b": arrays["b"]}
-    state = tx.init(params)
-    recorded = iter(zip(RECORDED, arrays[f"{name}/w"], arrays[f"{name}/b"], strict=True))
-    for count in range(1, RECORDED[-1] + 1):
-        params, state = step(params, state)
-        if count in RECORDED:
-            _, w, b = next(recorded)
-            error = max(np.abs(params["w"] - w).max(), np.abs(params["b"] - b).max())
-            # Measured: 5e-6 of the largest at most.
-            assert error <= 2e-5 * np.abs(w).max(), f"step {count}"
+    for count in range(first, last):
+        params, state = step(params, state, count)
+        yield count + 1, params
 
 
-def test_the_runs_differ_from_one_another():
-    # Or following one of them would say nothing of its hyperparameters.
+def worst_difference(found, expected):
+    """The largest difference of a parameter, relative to the largest parameter."""
+    largest = max(np.abs(a).max() for a in expected.values())
+    return max(np.abs(found[name] - a).max() for name, a in expected.items()) / largest
+
+
+def recorded(problem, run, params, step):
     with np.load(DATA) as data:
-        ends = [data[f"{name}/w"][-1] for name in RUNS]
+        row = RECORDED.index(step)
+        return {name: data[f"{problem}/{run}/{name}"][row] for name in params}
+
+
+@pytest.mark.parametrize(("problem", "run"), CASES)
+def test_follows_torch(problem, run):
+    optimizer, arguments = ALL_RUNS[run]
+    tx = torch_like(optimizer, **arguments)
+    _, params = begin(problem)
+    errors = {
+        count: worst_difference(found, recorded(problem, run, params, count))
+        for count, found in train(problem, tx, params, tx.init(params), 0, STEPS)
+        if count in RECORDED
+    }
+    assert max(errors.values()) <= TOLERANCE, errors
+
+
+@pytest.mark.parametrize("problem", ["least_squares", "network", "embedding"])
+def test_the_runs_differ_from_one_another(problem):
+    # Or following one of them would say nothing of its hyperparameters.
+    _, params = begin(problem)
+    ends = [recorded(problem, run, params, STEPS) for p, run in CASES if p == problem]
     for i, a in enumerate(ends):
-        for b in ends[:i]:
-            assert np.abs(a - b).max() > 1e-3 * np.abs(a).max()
+        assert min(map(partial(worst_difference, a), ends[:i]), default=1) > TOLERANCE
