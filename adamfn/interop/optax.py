@@ -1,0 +1,129 @@
+"""Adam states between optax and adamfn.
+
+Both keep the same averages under the same names, so a run goes on in either. States are known by
+their fields `count`, `mu` and `nu`; optax is not imported.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from adamfn.averages import ScaleByMomentsState
+from adamfn.interop.states import LeafMoments, fill_moments, find_moments
+from adamfn.trees import PyTree, describe
+
+
+def from_state(state: PyTree, like: PyTree) -> PyTree:
+    """Continues an optax run: its state in the form of adamfn's.
+
+    Args:
+      state: the state of `optax.adam`, `optax.adamw` or `optax.nadam`, by itself or anywhere in a
+        chain, `inject_hyperparams`, `masked`, `partition` or another wrapper.
+      like: what the adamfn transformation's `init` returns for the same parameters; it may be
+        inside optax's wrappers too.
+
+    Returns:
+      `like` with the moments and counts of `state`. What else `like` holds, such as gradients
+      that a wrapper accumulates, stays.
+
+    Raises:
+      ValueError: one of the two holds no moments, or not those of the same leaves; names the leaf.
+
+    >>> import adamfn, optax
+    >>> import jax.numpy as jnp
+    >>> from adamfn.interop.optax import from_state
+    >>> params = {"w": jnp.ones(2)}
+    >>> theirs = optax.chain(optax.clip(1.0), optax.adamw(1e-3))
+    >>> _, state = theirs.update(params, theirs.init(params), params)
+    >>> ours = adamfn.adamw(1e-3)
+    >>> state = from_state(state, like=ours.init(params))
+    >>> print(state[0].count, state[0].mu["w"])
+    1 [0.1 0.1]
+    """
+    return _move("from_state", state, like)
+
+
+def to_state(state: PyTree, like: PyTree) -> PyTree:
+    """Hands a run to optax: adamfn's state in the form of optax's.
+
+    Args:
+      state: the state of `adam` or `adamw`, by itself or inside a chain or a wrapper.
+      like: what the optax transformation's `init` returns for the same parameters.
+
+    Returns:
+      `like` with the moments and counts of `state`. The moments have the dtypes that `like` has.
+
+    Raises:
+      ValueError: as `from_state`; or the state is not Adam's, such as that of `amsgrad`, whose
+        maximum optax takes of another quantity. (optax's Adamax and Yogi keep theirs in the state
+        of its Adam, and cannot be told from it.)
+
+    >>> import adamfn, optax
+    >>> import jax.numpy as jnp
+    >>> from adamfn.interop.optax import to_state
+    >>> params = {"w": jnp.ones(2)}
+    >>> ours = adamfn.adam(1e-3)
+    >>> _, state = ours.update(params, ours.init(params))
+    >>> state = to_state(state, like=optax.adam(1e-3).init(params))
+    >>> print(type(state[0]).__name__, state[0].count, state[0].mu["w"])
+    ScaleByAdamState 1 [0.1 0.1]
+    """
+    return _move("to_state", state, like)
+
+
+def _move(caller: str, state: PyTree, like: PyTree) -> PyTree:
+    source, target = (
+        _adam_moments(f"{caller}: state", state),
+        _adam_moments(f"{caller}: like", like),
+    )
+    for name, path in _only_in_one(source, target):
+        raise ValueError(
+            f"{caller}: only {name} has moments of a leaf at {path}; expected the same leaves in"
+            f" both, found {', '.join(source)} in state and {', '.join(target)} in like. Make both"
+            " for the same parameters."
+        )
+
+    count = _common_count(caller, [leaf.node.count for leaf in source.values()])
+
+    def leaf_of(field: str, path: str, leaf: Any) -> jax.Array:
+        value = source[path].kept[field]
+        if value.shape != leaf.shape or jnp.iscomplexobj(value) != jnp.iscomplexobj(leaf):
+            raise ValueError(
+                f"{caller}: {field} at {path}: found {describe(value)}, expected"
+                f" {describe(leaf)}. Make both states for the same parameters."
+            )
+        return jnp.asarray(value, leaf.dtype)
+
+    return fill_moments(like, count, leaf_of)
+
+
+def _adam_moments(owner: str, state: PyTree) -> dict[str, LeafMoments]:
+    moments = find_moments(owner, state)
+    for leaf in moments.values():
+        if type(leaf.node).__name__ not in ("ScaleByAdamState", ScaleByMomentsState.__name__):
+            raise ValueError(
+                f"{owner} holds a {type(leaf.node).__name__}; expected a ScaleByAdamState or a"
+                " ScaleByMomentsState. The other library keeps something else in its place."
+            )
+    return moments
+
+
+def _only_in_one(
+    source: dict[str, LeafMoments], target: dict[str, LeafMoments]
+) -> list[tuple[str, str]]:
+    return [("state", path) for path in source if path not in target] + [
+        ("like", path) for path in target if path not in source
+    ]
+
+
+def _common_count(caller: str, counts: list[Any]) -> jax.Array:
+    known = [count for count in counts if not isinstance(count, Tracer)]
+    if not all(np.array_equal(count, known[0]) for count in known):
+        raise ValueError(
+            f"{caller}: found leaves after {' and '.join(sorted({str(c) for c in counts}))} steps"
+            " in the state, expected one count for all of them. Pass one part at a time."
+        )
+    return jnp.asarray(counts[0], jnp.int32)

@@ -1,0 +1,10 @@
+"""Optimizer states between torch and adamfn: a run goes on in the other library.
+
+Tensors are taken as arrays of NumPy; torch is not imported.
+"""
+
+from adamfn.interop.torch.handover import to_state_dict
+from adamfn.interop.torch.layouts import from_flax, to_flax
+from adamfn.interop.torch.takeover import from_state_dict
+
+__all__ = ["from_flax", "from_state_dict", "to_flax", "to_state_dict"]

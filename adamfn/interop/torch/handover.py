@@ -1,0 +1,103 @@
+"""`to_state_dict`: a run here goes on in torch."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from adamfn.interop.states import LeafMoments, find_moments
+from adamfn.interop.torch.layouts import Layout
+from adamfn.interop.torch.members import Member, member_of
+from adamfn.interop.torch.parameters import Paths, TorchParameter, match, parameters_of
+from adamfn.trees import PyTree
+
+_CALLER = "to_state_dict"
+
+
+def to_state_dict(
+    state: PyTree,
+    like: Mapping[str, Any],
+    *,
+    paths: Paths = None,
+    layout: Layout | None = None,
+    optimizer: str | None = None,
+) -> dict[str, Any]:
+    """Hands a run to torch: a state in the form of a torch optimizer's `state_dict()`.
+
+    Args:
+      state: the state of the member of the family that `like` is of, by itself or inside a chain
+        or a wrapper.
+      like: `optimizer.state_dict()` of the torch optimizer that is to go on. Its hyperparameters
+        are kept; its state may be empty.
+      paths: as for `from_state_dict`.
+      layout: the inverse of `from_state_dict`'s: it lays out an array as torch's parameter that is
+        laid out as the leaf, such as `from_flax`.
+      optimizer: as for `from_state_dict`.
+
+    Returns:
+      A state dict of NumPy arrays; a parameter that was left out keeps what `like` has. After
+      `jax.tree.map(torch.as_tensor, state_dict["state"])` it is what `load_state_dict` accepts.
+
+    Raises:
+      TypeError, ValueError: a state of another member of the family, or of other leaves. (Adam,
+        RAdam and SparseAdam keep the same moments, and each goes on from the others'.)
+
+    >>> import adamfn
+    >>> import jax.numpy as jnp
+    >>> from adamfn.interop.torch import to_state_dict
+    >>> params = {"w": jnp.ones((2, 3))}
+    >>> tx = adamfn.adam()
+    >>> _, state = tx.update(params, tx.init(params))
+    >>> group = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    >>> group |= {"amsgrad": False, "decoupled_weight_decay": False, "params": [0]}
+    >>> state_dict = to_state_dict(state, like={"state": {}, "param_groups": [group]})
+    >>> print(*state_dict["state"][0], state_dict["state"][0]["step"])
+    step exp_avg exp_avg_sq 1.0
+    """
+    moments = find_moments(f"{_CALLER}: state", state)
+    parameters = parameters_of(_CALLER, like)
+    states = {
+        parameter.key: _entries(
+            parameter, member_of(_CALLER, parameter, optimizer), path, moments[path], layout
+        )
+        for path, parameter in match(_CALLER, parameters, list(moments), paths).items()
+    }
+    # What was left out (a path of None) keeps what `like` has of it.
+    rest = {p.key: dict(p.state) for p in parameters if p.state and p.key not in states}
+    ordered = {p.key: (states | rest)[p.key] for p in parameters if p.key in states | rest}
+    return {"state": ordered, "param_groups": copy.deepcopy(list(like["param_groups"]))}
+
+
+def _entries(
+    parameter: TorchParameter,
+    member: Member,
+    path: str,
+    moments: LeafMoments,
+    layout: Layout | None,
+) -> dict[str, Any]:
+    node, kept = moments
+    if not isinstance(node, member.state):
+        raise TypeError(
+            f"{_CALLER}: {parameter} is {member.optimizer}'s, which goes on from a"
+            f" {member.state.__name__}; found a {type(node).__name__} at {path}. Pass the"
+            " state_dict() of the torch optimizer that does what this run did."
+        )
+    # SparseAdam counts in a Python int, the others in a float32 tensor.
+    sparse = member.optimizer == "SparseAdam"
+    entries = {"step": int(node.count) if sparse else np.array(node.count, np.float32)}
+    if "mu_product" in member.scalars:
+        entries["mu_product"] = np.array(node.mu_product, np.float32)
+    for field, key in member.keys.items():
+        array = np.asarray(kept[field])
+        array = array.astype(np.float32) if array.dtype.itemsize < 4 else array
+        array = np.array(array if layout is None else layout(path, array), order="C")
+        known = parameter.state.get(key)
+        if known is not None and tuple(known.shape) != array.shape:
+            raise ValueError(
+                f"{_CALLER}: {parameter}, matched with {path}: found {key} of shape {array.shape},"
+                f" expected {tuple(known.shape)}. layout= moves its axes (from_flax for Flax's"
+                " kernels); paths= says which leaf it is."
+            )
+        entries[key] = array
+    return entries
