@@ -1,13 +1,15 @@
-"""Draws the README's tables from `benchmarks/results/`, between its markers.
+"""Draws the tables of README.md and docs/ from `benchmarks/results/`, between their markers.
 
-python benchmarks/readme_tables.py           # rewrites README.md
+python benchmarks/readme_tables.py           # rewrites the pages
 python benchmarks/readme_tables.py --check   # exits 1 if it would change
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -40,13 +42,60 @@ def trace_cost() -> str:
     return "\n".join([head, "|---|---|---|---|---|---|", *rows])
 
 
-TABLES = {"exactness": exactness, "trace_cost": trace_cost}
+def lean_quality() -> str:
+    """Validation losses, and how far they lie from float32's of the same seed."""
+    runs = json.loads((RESULTS / "lean_quality.json").read_text())["runs"]
+    losses = {(run["moments"], run["seed"]): run["validation_loss"] for run in runs}
+    rows = []
+    for name in dict.fromkeys(run["moments"] for run in runs):
+        own = [run for run in runs if run["moments"] == name]
+        beside = [run["validation_loss"] / losses["float32", run["seed"]] - 1 for run in own]
+        shown = ", ".join(f"{run['validation_loss']:.4f}" for run in own)
+        rows.append(
+            f'| `"{name}"` | {own[0]["bytes_a_parameter"]:.2f} | {shown} | {mean(beside):+.2%} |'
+        )
+    head = "| moments | bytes a parameter | validation loss of each seed | beside float32's, mean |"
+    return "\n".join([head, "|---|---|---|---|", *rows])
 
 
-def rendered(text: str) -> str:
-    """The README's text with each table drawn again between its markers."""
-    for name, table in TABLES.items():
-        begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+def lean_fidelity() -> str:
+    """Cosine, relative length and largest entry of an update, for each spread."""
+    rows = json.loads((RESULTS / "lean_fidelity.json").read_text())["rows"]
+    spreads = list(next(iter(rows.values()))["spreads"])
+    lines = []
+    for name, row in rows.items():
+        cells = " | ".join(
+            f"{c['cosine']:.4f} / {c['relative_length']:.3g} / {c['largest']:.2g}"
+            for c in row["spreads"].values()
+        )
+        lines.append(f"| {name} | {row['bytes_a_parameter']:.2f} | {cells} |")
+    head = "| moments by | bytes | " + " | ".join(f"{d} decades" for d in spreads) + " |"
+    return "\n".join([head, "|---" * (2 + len(spreads)) + "|", *lines])
+
+
+def lean_speed() -> str:
+    """Milliseconds of an update, and their ratio to float32's."""
+    results = json.loads((RESULTS / "lean_speed.json").read_text())["results"]
+    rows = [
+        f"| {name} | {1e3 * r['seconds']:.0f} | {r['ratio_to_float32']['median']:.2f}"
+        f" ({r['ratio_to_float32']['min']:.2f} to {r['ratio_to_float32']['max']:.2f}) |"
+        for name, r in results.items()
+    ]
+    head = "| Adam by | ms, median | times adamfn's float32 |"
+    return "\n".join([head, "|---|---|---|", *rows])
+
+
+TABLES = {
+    "README.md": (exactness, trace_cost, lean_quality),
+    "docs/lean_moments.md": (lean_fidelity, lean_speed),
+}
+"""The tables of each page."""
+
+
+def rendered(text: str, tables: Sequence[Callable[[], str]]) -> str:
+    """A page's text with each table drawn again between its markers."""
+    for table in tables:
+        begin, end = f"<!-- {table.__name__} -->", f"<!-- end {table.__name__} -->"
         head, _, rest = text.partition(begin)
         _, _, tail = rest.partition(end)
         text = f"{head}{begin}\n{table()}\n{end}{tail}"
@@ -55,14 +104,16 @@ def rendered(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether they are up to date")
     args = parser.parse_args(argv)
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = rendered(before)
-    if args.check:
-        sys.exit(before != after)
-    readme.write_text(after)
+    for name, tables in TABLES.items():
+        page = ROOT / name
+        text = page.read_text()
+        drawn = rendered(text, tables)
+        if args.check and drawn != text:
+            sys.exit(f"{name} is not up to date: run benchmarks/readme_tables.py")
+        if not args.check:
+            page.write_text(drawn)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,224 @@
+"""What storing Adam's moments in fewer bytes does to an update: a stress test.
+
+Leaves of 32768 entries whose gradients are noise, the scales spread over 1, 2 and 4 decades inside
+every block of 256. After 1500 steps, the next update of each storage beside float32's own: cosine,
+relative length, largest entry. torchao and bitsandbytes take part where they are installed, on the
+same gradients.
+
+    python benchmarks/lean_fidelity.py           # writes benchmarks/results/lean_fidelity.json
+                                                 # and docs/lean_fidelity.png
+    python benchmarks/lean_fidelity.py --moments float32 8bit --no-peers --steps 300 --out /tmp
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+from lean import DOCS, FORMATS, RESULTS, chosen, machine, quieten, save, versions
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import adamfn
+
+SHAPE, BLOCK, DECADES = (128, 256), 256, (1, 2, 4)
+B1, B2, EPS, STEPS = 0.9, 0.999, 1e-8, 1500
+ADAMFN = "adamfn {}"
+
+Leaves = dict[int, np.ndarray]
+Storage = Callable[[Iterator[Leaves]], tuple[Leaves, float]]
+
+
+def gradients(steps: int, seed: int) -> Iterator[Leaves]:
+    """Yields for each step one leaf for each spread: scales from 1 down to 10^-decades."""
+    random = np.random.default_rng(seed)
+    exponents = random.permuted(np.tile(np.linspace(-1, 0, BLOCK), (SHAPE[0], 1)), axis=1)
+    for _ in range(steps):
+        noise = random.standard_normal(SHAPE)
+        yield {d: (noise * 10 ** (d * exponents)).astype(np.float32) for d in DECADES}
+
+
+def by_adamfn(moments: str) -> Storage:
+    def run(steps: Iterator[Leaves]) -> tuple[Leaves, float]:
+        tx = adamfn.chain(
+            adamfn.scale_by_moments(B1, B2, EPS, **chosen(moments)), adamfn.bias_correct(B1, B2)
+        )
+        update = jax.jit(tx.update, donate_argnums=1)
+        state = tx.init({d: jnp.zeros(SHAPE) for d in DECADES})
+        for g in steps:
+            updates, state = update(g, state)
+        stored = sum(leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.ndim)
+        return jax.tree.map(np.asarray, updates), stored / entries()
+
+    return run
+
+
+def by_torch(module: str, name: str) -> Storage:
+    """A torch optimizer: a step of rate 1 from 0 leaves minus the update in the parameter."""
+
+    def run(steps: Iterator[Leaves]) -> tuple[Leaves, float]:
+        import torch
+
+        params = {d: torch.zeros(SHAPE, requires_grad=True) for d in DECADES}
+        optimizer = getattr(import_module(module), name)(
+            list(params.values()), lr=1.0, betas=(B1, B2), eps=EPS, weight_decay=0.0
+        )
+        for g in steps:
+            for d, param in params.items():
+                param.data.zero_()
+                param.grad = torch.from_numpy(g[d])
+            optimizer.step()
+        kept = [x for param in params.values() for x in moments_in(optimizer.state[param])]
+        stored = sum(x.numel() * x.element_size() for x in kept)
+        return {d: -param.detach().numpy() for d, param in params.items()}, stored / entries()
+
+    return run
+
+
+def moments_in(state: dict) -> Iterator:
+    """The arrays that a torch optimizer keeps of one parameter's moments.
+
+    Not the tables of levels (qmap), which could be one for all parameters.
+    """
+    for name, value in state.items():
+        if hasattr(value, "tensor_attrs"):  # torchao's quantized tensors
+            yield from (getattr(value, part) for part in value.tensor_attrs if part != "qmap")
+        elif hasattr(value, "numel") and value.numel() > 1 and "qmap" not in name:
+            yield value
+
+
+PEERS: dict[str, Storage] = {
+    f"{module.partition('.')[0]} {moments}": by_torch(module, name)
+    for module, moments, name in (
+        ("torchao.optim", "8bit", "AdamW8bit"),
+        ("torchao.optim", "fp8", "AdamWFp8"),
+        ("torchao.optim", "4bit", "AdamW4bit"),
+        ("bitsandbytes.optim", "8bit", "AdamW8bit"),
+    )
+    if find_spec(module.partition(".")[0])
+}
+
+
+def entries() -> int:
+    return len(DECADES) * SHAPE[0] * SHAPE[1]
+
+
+def compare(updates: Leaves, expected: Leaves) -> dict[str, dict[str, float]]:
+    """Cosine, relative length and largest entry, for each spread."""
+    results = {}
+    for d in DECADES:
+        u, e = (x[d].astype(np.float64).ravel() for x in (updates, expected))
+        lengths = np.linalg.norm(u), np.linalg.norm(e)
+        results[str(d)] = {
+            "cosine": float(u @ e / (lengths[0] * lengths[1])),
+            "relative_length": float(lengths[0] / lengths[1]),
+            "largest": float(np.abs(u).max()),
+        }
+    return results
+
+
+def table(rows: dict) -> Table:
+    title = "An update beside float32's: cosine, relative length, largest entry"
+    shown = Table(title=title, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    shown.add_column("moments by", no_wrap=True)
+    shown.add_column("bytes", min_width=4, no_wrap=True)
+    for d in DECADES:
+        shown.add_column(f"{d} decade{'s' * (d > 1)}", no_wrap=True)
+    for name, row in rows.items():
+        cells = (row["spreads"][str(d)] for d in DECADES)
+        shown.add_row(
+            name,
+            f"{row['bytes_a_parameter']:.2f}",
+            *(
+                f"{c['cosine']:.4f} {short(c['relative_length'])} {short(c['largest'])}"
+                for c in cells
+            ),
+        )
+    return shown
+
+
+def short(x: float) -> str:
+    return f"{x:.2f}" if x < 10 else f"{x:.0f}"
+
+
+def draw(rows: dict, path: Path) -> None:
+    """One line for each storage and each of two panels: what the cosine lacks, and the length."""
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [name for name in rows if name != ADAMFN.format("float32")][::-1]
+    figure, axes = plt.subplots(
+        1, 2, figsize=(8.4, 1.3 + 0.3 * len(names)), layout="constrained", sharey=True
+    )
+    measures = {
+        "angle to float32's update, degrees": lambda c: np.degrees(np.arccos(min(1, c["cosine"]))),
+        "length, relative to float32's": lambda c: c["relative_length"],
+    }
+    styles = dict(zip(DECADES, (("#8fbbe8", "o"), ("#1f6fb4", "s"), ("#b3361e", "D")), strict=True))
+    for panel, (label, measure) in zip(axes, measures.items(), strict=True):
+        for d, (color, marker) in styles.items():
+            values = [measure(rows[name]["spreads"][str(d)]) for name in names]
+            label_of = f"{d} decade{'s' * (d > 1)}"
+            panel.plot(values, range(len(names)), marker, color=color, label=label_of, alpha=0.9)
+        panel.set(xlabel=label, yticks=range(len(names)), yticklabels=names)
+        panel.set_ylim(-0.6, len(names) - 0.4)
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0].set_xlim(left=0)
+    axes[1].set_xscale("log")
+    axes[1].axvline(1, color="#444444", linewidth=1, zorder=0)
+    handles, labels = axes[0].get_legend_handles_labels()
+    labels = [f"scales span {label}" for label in labels]
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(DECADES), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--moments", nargs="*", choices=FORMATS, default=FORMATS)
+    parser.add_argument("--no-peers", action="store_true", help="adamfn alone")
+    parser.add_argument("--eager", action="store_true", help="torchao without a C++ compiler")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder of both files (results/ and docs/)")
+    args = parser.parse_args(argv)
+
+    names = ("float32", *(name for name in args.moments if name != "float32"))
+    storages = {ADAMFN.format(name): by_adamfn(name) for name in names}
+    if PEERS and not args.no_peers:
+        storages |= PEERS
+        quieten(args.eager)
+    console, rows, expected = Console(), {}, None
+    for name, storage in storages.items():
+        steps = track(
+            gradients(args.steps + 1, args.seed),
+            total=args.steps + 1,
+            description=f"{name:20s}",
+            console=console,
+        )
+        updates, stored = storage(steps)
+        expected = updates if expected is None else expected
+        rows[name] = {"bytes_a_parameter": stored, "spreads": compare(updates, expected)}
+    console.print(table(rows))
+    recorded = {
+        "machine": machine(),
+        "versions": versions(),
+        "steps": args.steps,
+        "seed": args.seed,
+        "rows": rows,
+    }
+    save((args.out or RESULTS) / "lean_fidelity.json", recorded)
+    draw(rows, (args.out or DOCS) / "lean_fidelity.png")
+
+
+if __name__ == "__main__":
+    main()
