@@ -95,3 +95,23 @@ def test_digits_can_be_interrupted(seconds, tmp_path):
     assert b"Traceback" not in printed, printed.decode()
     assert b"Interrupted." in printed
     assert process.returncode == 130
+
+
+def test_torch_to_jax_continues_torchs_curve(tmp_path, capsys):
+    theirs, ours = example("torch_to_jax")["main"](["--out", str(tmp_path)])
+    assert len(theirs) == 300
+    assert len(ours) == 150
+    # Two roundings of one run, which training pulls apart: 1e-6 for fifty steps, 5e-4 at the end.
+    assert ours[:50] == pytest.approx(theirs[150:200].tolist(), rel=1e-5)
+    assert ours == pytest.approx(theirs[150:].tolist(), rel=5e-3)
+    assert (tmp_path / "torch_to_jax.png").read_bytes().startswith(b"\x89PNG")
+    assert "taken over" in capsys.readouterr().out
+
+
+def test_char_lm_trains_with_lean_moments_and_writes(capsys):
+    run = example("char_lm")["main"](["--steps", "30", "--chars", "20", "--moments", "8bit"])
+    assert run.losses[-1] < 0.75 * run.losses[0]
+    assert run.validation_loss < 4.0  # a guess costs log 128 = 4.9
+    printed = capsys.readouterr().out
+    for word in ("2.08 bytes for each", "Validation loss", "def read_lines"):
+        assert word in printed
