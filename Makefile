@@ -2,14 +2,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint format bench tables clean
+.PHONY: help demo test test-peers lint format bench bench-lean clean
 
 help:
 	@echo "make demo    train a small network on handwritten digits (ARGS=--help for its options)"
 	@echo "make test    all tests and every example in the documentation"
+	@echo "make test-peers  the installed torch and optax beside adamfn, live (installs torch)"
 	@echo "make lint    ruff and pyright"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make bench   measure exactness and tracing, and draw the README's tables from the results"
+	@echo "make bench-lean  measure moments in fewer bytes, beside torchao and bitsandbytes (installs"
+	@echo "             them in an environment of their own; about 40 minutes)"
 	@echo "make clean   remove the virtual environment and what was built"
 
 demo: $(VENV)/.examples
@@ -17,6 +20,9 @@ demo: $(VENV)/.examples
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n auto $(ARGS)
+
+test-peers: $(VENV)/.peers
+	$(BIN)/python -m pytest -q -n auto tests/peers $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -32,11 +38,17 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/trace_cost.py
 	$(BIN)/python benchmarks/readme_tables.py
 
+bench-lean: $(VENV)-lean/.lean
+	$(VENV)-lean/bin/python benchmarks/lean_fidelity.py $(ARGS)
+	$(VENV)-lean/bin/python benchmarks/lean_speed.py
+	$(VENV)-lean/bin/python benchmarks/lean_quality.py
+	$(VENV)-lean/bin/python benchmarks/readme_tables.py
+
 # One stamp for each extra, so that an extra is installed once and again when it changes.
-$(VENV)/.%: pyproject.toml
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
+$(VENV)/.% $(VENV)-lean/.%: pyproject.toml
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist out .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lean build dist out .ruff_cache .hypothesis
