@@ -1,15 +1,17 @@
 """Adam for JAX: pure functions over pytrees, exact from the first step on."""
 
-from adamfn import formats
+from adamfn import formats, fused
 from adamfn.adam import adam, adamw
 from adamfn.adamax import adamax, scale_by_infinity_moments
 from adamfn.amsgrad import amsgrad, scale_by_max_moments
 from adamfn.bias import bias_correct
+from adamfn.fused import fused_adam, fused_adamw
 from adamfn.lazy_adam import lazy_adam, scale_by_lazy_moments
 from adamfn.learning_rate import scale_by_lr
 from adamfn.moments import scale_by_moments
 from adamfn.nadam import nadam, scale_by_nesterov_moments
 from adamfn.radam import radam, scale_by_rectified_moments
+from adamfn.step import SteppingTransformation, step
 from adamfn.transform import GradientTransformation, apply_updates, chain
 from adamfn.weight_decay import add_decayed_weights
 
@@ -17,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GradientTransformation",
+    "SteppingTransformation",
     "adam",
     "adamax",
     "adamw",
@@ -26,6 +29,9 @@ __all__ = [
     "bias_correct",
     "chain",
     "formats",
+    "fused",
+    "fused_adam",
+    "fused_adamw",
     "lazy_adam",
     "nadam",
     "radam",
@@ -36,4 +42,5 @@ __all__ = [
     "scale_by_moments",
     "scale_by_nesterov_moments",
     "scale_by_rectified_moments",
+    "step",
 ]

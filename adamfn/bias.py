@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import chex
 import jax.numpy as jnp
 
-from adamfn.ema import bias, decay, increment
+from adamfn.ema import Decay, bias, decay, increment
 from adamfn.scaling import scale_leaves
 from adamfn.state import check_state
 from adamfn.transform import GradientTransformation
@@ -63,7 +63,12 @@ def bias_correct(b1: chex.Numeric = 0.9, b2: chex.Numeric = 0.999) -> GradientTr
         updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, BiasCorrectState]:
         count = increment(check_state("bias_correct", state, BiasCorrectState).count)
-        factor = jnp.sqrt(bias(square, count)) / bias(mean, count)
+        factor = correction(mean, square, count)
         return scale_leaves("bias_correct", updates, factor), BiasCorrectState(count)
 
     return GradientTransformation(init, update)
+
+
+def correction(mean: Decay, square: Decay, count: chex.Array) -> chex.Array:
+    """The factor of `bias_correct` at a step: sqrt(c2) / c1."""
+    return jnp.sqrt(bias(square, count)) / bias(mean, count)

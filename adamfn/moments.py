@@ -1,5 +1,7 @@
 """`scale_by_moments`: two averages and their ratio."""
 
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -69,6 +71,19 @@ def scale_by_moments(
     >>> print(updates)  # 0.5 g / sqrt(0.25 g^2), whatever the gradient's size
     [ 1. -1.]
     """
+    scalars = ratio_scalars(b1, b2, eps, eps_root, nesterov=nesterov)
+    return scale_by_averages("scale_by_moments", ratio, scalars, moments)
+
+
+def ratio_scalars(
+    b1: chex.Numeric,
+    b2: chex.Numeric,
+    eps: chex.Numeric,
+    eps_root: chex.Numeric,
+    *,
+    nesterov: bool,
+) -> Callable[[chex.Array], tuple[PyTree, ...]]:
+    """Checks the hyperparameters, and returns what `ratio` needs of them at a step's count."""
     mean, square = decay("b1", b1), decay("b2", b2)
     eps, eps_root = scalar("eps", eps), scalar("eps_root", eps_root)
 
@@ -77,10 +92,10 @@ def scale_by_moments(
         ahead = bias(mean, count) / bias(mean, increment(count)) if nesterov else None
         return mean, square, jnp.sqrt(c2) * eps, c2 * eps_root, ahead
 
-    return scale_by_averages("scale_by_moments", _ratio, scalars, moments)
+    return scalars
 
 
-def _ratio(
+def ratio(
     g: jax.Array,
     mu: jax.Array,
     nu: jax.Array,
@@ -90,6 +105,7 @@ def _ratio(
     eps_root: jax.Array,
     ahead: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The formula of `scale_by_moments` for one leaf: `(u, mu, nu)`."""
     mu, nu = average_moments(g, mu, nu, b1, b2)
     m = mu if ahead is None else mu * ((1 - b1.complement) * ahead) + g * b1.complement
     return m / (jnp.sqrt(nu + eps_root) + eps), mu, nu

@@ -68,7 +68,7 @@ def zero_moments(
     leaves, treedef = jax.tree.flatten(params)
     stored = [
         _zeros(leaf) if format is None else _stored_zeros(format, jnp.shape(leaf))
-        for leaf, format in zip(leaves, _choose(moments, params), strict=True)
+        for leaf, format in zip(leaves, choose_formats(moments, params), strict=True)
     ]
     if rows_rest:
         for (path, leaf), pair in zip(jax.tree.leaves_with_path(params), stored, strict=True):
@@ -114,7 +114,7 @@ def step_moments(
       TypeError, ValueError: gradients or moments that do not fit, by the leaf's name.
     """
     check_inexact(updates, f"{name}: updates")
-    formats = _choose(moments, updates)
+    formats = choose_formats(moments, updates)
     real = [field for field in kept if field != "mu"]
     way_out = "Pass gradients of the parameters that `init` was given, or call `init` again."
     if not any(formats):
@@ -122,7 +122,7 @@ def step_moments(
         return map_leaves(formula, trees, scalars, caller=name, magnitudes=real, way_out=way_out)
     leaves, treedef = jax.tree.flatten(updates)
     decoded = {
-        field: _as_decoded(name, field, updates, formats, tree) for field, tree in kept.items()
+        field: as_decoded(name, field, updates, formats, tree) for field, tree in kept.items()
     }
     matching_leaves({"updates": updates, **decoded}, name, real, way_out)
     rows = list(zip(leaves, *map(treedef.flatten_up_to, kept.values()), strict=True))
@@ -171,8 +171,8 @@ class _Stored:
         return u.astype(g.dtype), *stored, *others
 
 
-def _choose(moments: Moments, tree: PyTree) -> list[Format | None]:
-    """The format of every leaf; None for what is kept as it is."""
+def choose_formats(moments: Moments, tree: PyTree) -> list[Format | None]:
+    """The format of every leaf; None for what is kept in float32 or wider."""
     if isinstance(moments, str) and moments == "float32":
         return [None] * len(jax.tree.leaves(tree))
     chosen: list[Format | None] = []
@@ -202,7 +202,7 @@ def _spec(format: Format, shape: tuple[int, ...]) -> tuple[PyTree, PyTree]:
     return jax.eval_shape(format.encode, moment, moment, noise)
 
 
-def _as_decoded(
+def as_decoded(
     name: str, field: str, updates: PyTree, formats: Sequence[Format | None], tree: PyTree
 ) -> PyTree:
     """A tree of moments with the shapes of what its leaves decode to.

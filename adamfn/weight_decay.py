@@ -83,7 +83,7 @@ def add_decayed_weights(
             way_out="Pass the parameters that the gradients are of.",
         )
         if mask is not None:
-            chosen = _broadcast_mask(mask, params)
+            chosen = broadcast_mask(mask, params)
             decayed = jax.tree.map(lambda yes, d, u: d if yes else u, chosen, decayed, updates)
         return decayed, AddDecayedWeightsState(increment(state.count))
 
@@ -94,7 +94,12 @@ def _add_multiple(u: jax.Array, p: jax.Array, rate: jax.Array) -> tuple[jax.Arra
     return (u + rate * p,)
 
 
-def _broadcast_mask(mask: PyTree | Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
+def broadcast_mask(mask: PyTree | Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
+    """A mask as a tree of bools with the parameters' structure.
+
+    Raises:
+      TypeError, ValueError: it has something else than bools, or does not fit the parameters.
+    """
     # A function is a leaf; a module that can be called is a tree (optax issue 1007).
     if callable(mask) and jax.tree_util.all_leaves([mask]):
         mask = mask(params)
