@@ -12,6 +12,10 @@ from adamfn.trees import PyTree, path_name
 from adamfn.trees import describe as describe_array
 
 
+_SCALARS = ("count", "mu_product", "learning_rate")
+"""What states of moments keep besides."""
+
+
 def describe(state: PyTree) -> str:
     """A table of what every leaf's moments are stored as, with bytes and shares of the whole.
 
@@ -46,7 +50,7 @@ def describe(state: PyTree) -> str:
         )
     rows: list[tuple[str, int, list[str]]] = []
     for node in nodes:
-        fields = [field for field in node._fields if field not in ("count", "mu_product")]
+        fields = [field for field in node._fields if field not in _SCALARS]
         for path, parts in _leaves((), [getattr(node, field) for field in fields]):
             size = sum(_bytes(part) for part in parts)
             stored = [f"{field} {_arrays(part)}" for field, part in zip(fields, parts, strict=True)]

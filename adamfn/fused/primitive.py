@@ -40,7 +40,7 @@ def _batch(operands: Any, axes: Any, *, group: Group) -> tuple[list[jax.Array], 
 
 
 def _jvp(primals: Any, tangents: Any, *, group: Group) -> Any:
-    tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
+    tangents = tuple(ad.instantiate_zeros(tangent) for tangent in tangents)
     return jax.jvp(partial(step_group, group), primals, tangents)
 
 
