@@ -11,7 +11,6 @@ from adamfn.formats.linear import LinearCodes
 from adamfn.trees import PyTree, path_name
 from adamfn.trees import describe as describe_array
 
-
 _SCALARS = ("count", "mu_product", "learning_rate")
 """What states of moments keep besides."""
 

@@ -1,6 +1,6 @@
 """`fused_adam` and `fused_adamw`: a training update in one pass over the memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import chex
@@ -9,23 +9,20 @@ import jax.numpy as jnp
 
 from adamfn.adam import adam, adamw
 from adamfn.ema import increment
-from adamfn.formats import Format
 from adamfn.fused.groups import Plan, step_leaves
-from adamfn.fused.packing import may_pack, pack, packed_leaves
+from adamfn.fused.packing import may_pack, pack
 from adamfn.fused.scalars import Scalars, scalars_at
-from adamfn.fused.state import FusedAdamState, check_packed, from_chain, to_chain
+from adamfn.fused.state import WAY_OUT, FusedAdamState, check_moments, from_chain, to_chain
 from adamfn.hyperparams import ScalarOrSchedule, scheduled, value_at
 from adamfn.state import check_state
 from adamfn.step import SteppingTransformation
-from adamfn.storage import Moments, as_decoded, choose_formats, zero_moments
+from adamfn.storage import Moments, choose_formats, zero_moments
 from adamfn.transform import GradientTransformation
 from adamfn.trees import PyTree, matching_leaves
 from adamfn.weight_decay import broadcast_mask
 
 Backend = Literal["auto", "xla"]
 """What runs a step: what is best where it is lowered, or plain XLA everywhere."""
-
-_WAY_OUT = "Pass gradients of these parameters, and the state that `init` made for them."
 
 
 def fused_adam(
@@ -42,7 +39,9 @@ def fused_adam(
 ) -> SteppingTransformation:
     r"""`adam` whose `step` goes over gradients, moments and parameters once.
 
-    $$ \theta \leftarrow \theta - \alpha \frac{\hat m}{\sqrt{\hat v + \epsilon_\text{root}} + \epsilon} $$
+    $$
+    \theta \leftarrow \theta - \alpha \frac{\hat m}{\sqrt{\hat v + \epsilon_\text{root}} + \epsilon}
+    $$
 
     with $\hat m$ and $\hat v$ as in `adam`. `adamfn.step(tx, grads, state, params)` takes the step.
     On CPU it runs in native code, which a C++ compiler of the system makes at the first use
@@ -217,9 +216,9 @@ def _fused(
         **extra: Any,
     ) -> tuple[PyTree, FusedAdamState]:
         state = check_state(name, state, FusedAdamState)
-        matching_leaves({"grads": grads, "params": params}, name, (), _WAY_OUT)
+        matching_leaves({"grads": grads, "params": params}, name, (), WAY_OUT)
         formats = choose_formats(moments, params)
-        _check_moments(name, state, params, formats)
+        check_moments(name, state, params, formats)
 
         chosen = (
             rates.learning_rate
@@ -237,18 +236,3 @@ def _fused(
         return params, FusedAdamState(count, mu, nu, jnp.asarray(rate, float))
 
     return SteppingTransformation(init, update, step)
-
-
-def _check_moments(
-    name: str, state: FusedAdamState, params: PyTree, formats: Sequence[Format | None]
-) -> None:
-    """Checks that a state's moments are those of the parameters, in these formats."""
-    leaves, treedef = jax.tree.flatten(params)
-    trees = {"params": params}
-    for field, moment in (("mu", state.mu), ("nu", state.nu)):
-        check_packed(name, field, moment, params)
-        parts = treedef.flatten_up_to(moment.leaves)
-        for number in packed_leaves(moment, treedef):
-            parts[number] = jax.ShapeDtypeStruct(jnp.shape(leaves[number]), jnp.float32)
-        trees[field] = as_decoded(name, field, params, formats, treedef.unflatten(parts))
-    matching_leaves(trees, name, ("nu",), _WAY_OUT)

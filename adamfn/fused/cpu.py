@@ -37,7 +37,10 @@ def can_run(group: Group, avals: Any) -> bool:
 
 def lower(ctx: Any, *operands: Any, group: Group) -> Any:
     """The lowering rule: one call, whose results lie where its operands do."""
-    aliased = range(3, 3 + group.moments), range(3 + group.moments + len(group.decays), len(operands))
+    aliased = (
+        range(3, 3 + group.moments),
+        range(3 + group.moments + len(group.decays), len(operands)),
+    )
     aliases = {operand: result for result, operand in enumerate([*aliased[0], *aliased[1]])}
     row = ctx.avals_in[-1].shape[-1:]
     size = size_for(row[0], group.format.block) if isinstance(group.format, EightBit) else 0

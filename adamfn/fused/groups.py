@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +34,7 @@ def step_leaves(
     params: PyTree,
     mu: Packed,
     nu: Packed,
-    count: jax.Array,
+    count: chex.Array,
     scalars: Scalars,
 ) -> tuple[Packed, Packed, PyTree]:
     """Takes the step of every leaf: of packed ones by runs, of the others one by one.
@@ -54,12 +55,17 @@ def step_leaves(
             jax.tree.structure(moments),
             flat,
         )
-        row = np.array(leaves, np.uint32), *moments, [gs[k] for k in leaves], [ps[k] for k in leaves]
+        row = (
+            np.array(leaves, np.uint32),
+            *moments,
+            [gs[k] for k in leaves],
+            [ps[k] for k in leaves],
+        )
         place = -1 - packed.index(list(leaves)) if flat else leaves[0]
         calls.setdefault(_GroupStep(of_group, plan.native), []).append((place, row))
 
-    for run, buffers in zip(packed, zip(mu.buffers, nu.buffers, strict=True), strict=True):
-        group_of(run, buffers, flat=True)
+    for run, mu_buffer, nu_buffer in zip(packed, mu.buffers, nu.buffers, strict=True):
+        group_of(run, (mu_buffer, nu_buffer), flat=True)
     for k, (g, p, format) in enumerate(zip(gs, ps, plan.formats, strict=True)):
         if mus[k] is None:
             continue

@@ -110,7 +110,7 @@ def step_group(group: Group, *operands: jax.Array) -> list[jax.Array]:
         return [*jax.tree.leaves((mu, nu)), p]
     sizes = [math.prod(p.shape) for p in params]
     if len(set(group.decays)) > 1:
-        decays = jnp.asarray(np.repeat(np.float32(group.decays), sizes))
+        decays = jnp.asarray(np.repeat(np.array(group.decays, np.float32), sizes))
         scalars = scalars._replace(weight_decay=decays * scalars.weight_decay)
     step = LeafStep(None, group.nesterov, any(group.decays))
     mu, nu, flat = step(numbers, _flat(grads), _flat(params), mu, nu, count, scalars)

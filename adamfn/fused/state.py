@@ -1,5 +1,6 @@
 """The state of a fused Adam, and its way to the chain's state and back."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import chex
@@ -8,11 +9,16 @@ import jax.numpy as jnp
 
 from adamfn.averages import ScaleByMomentsState
 from adamfn.bias import BiasCorrectState
+from adamfn.formats import Format
 from adamfn.fused.packing import Packed, elements, pack, packed_leaves, runs, unpack
 from adamfn.learning_rate import ScaleByLrState
 from adamfn.state import check_state
-from adamfn.trees import PyTree, check_inexact, describe
+from adamfn.storage import as_decoded
+from adamfn.trees import PyTree, check_inexact, describe, matching_leaves
 from adamfn.weight_decay import AddDecayedWeightsState
+
+WAY_OUT = "Pass gradients of these parameters, and the state that `init` made for them."
+"""The end of an error message when the trees do not match."""
 
 
 class FusedAdamState(NamedTuple):
@@ -112,7 +118,7 @@ def from_chain(state: PyTree, like: FusedAdamState, params: PyTree) -> FusedAdam
 
 
 def unpacked(caller: str, state: FusedAdamState, params: PyTree) -> tuple[PyTree, PyTree]:
-    """mu and nu as trees of the parameters' structure.
+    """Mu and nu as trees of the parameters' structure.
 
     Raises:
       ValueError: they are of other parameters.
@@ -121,6 +127,25 @@ def unpacked(caller: str, state: FusedAdamState, params: PyTree) -> tuple[PyTree
     for field, moment in (("mu", state.mu), ("nu", state.nu)):
         check_packed(caller, field, moment, params)
     return unpack(state.mu, leaves, treedef), unpack(state.nu, leaves, treedef)
+
+
+def check_moments(
+    name: str, state: FusedAdamState, params: PyTree, formats: Sequence[Format | None]
+) -> None:
+    """Checks that a state's moments are those of the parameters, in these formats.
+
+    Raises:
+      TypeError, ValueError: they are not; names the leaf.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    trees = {"params": params}
+    for field, moment in (("mu", state.mu), ("nu", state.nu)):
+        check_packed(name, field, moment, params)
+        parts = treedef.flatten_up_to(moment.leaves)
+        for number in packed_leaves(moment, treedef):
+            parts[number] = jax.ShapeDtypeStruct(jnp.shape(leaves[number]), jnp.float32)
+        trees[field] = as_decoded(name, field, params, formats, treedef.unflatten(parts))
+    matching_leaves(trees, name, ("nu",), WAY_OUT)
 
 
 def check_packed(caller: str, field: str, moment: Packed, params: PyTree) -> None:

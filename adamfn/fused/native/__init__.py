@@ -17,13 +17,13 @@ import tempfile
 import threading
 import warnings
 from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import jaxlib
 
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
-_SOURCES = ("handler.cc", "step.h", "rounding.h", "eight_bit.h")
+_SOURCES = ("handler.cc", "group.h", "step.h", "eight_bit.h", "rounding.h")
 _TARGET = "adamfn_step"
 _lock = threading.Lock()
 
@@ -154,7 +154,7 @@ def _build(compiler: str, target: Path) -> Path:
 def _key(compiler: str) -> str:
     parts = [_source(name) for name in _SOURCES]
     flags = (*_FLAGS, os.environ.get("ADAMFN_CXXFLAGS", ""))
-    parts += [repr((jaxlib.__version__, compiler, flags, _processor())).encode()]
+    parts += [repr((version("jaxlib"), compiler, flags, _processor())).encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
 
 
@@ -170,4 +170,4 @@ def _processor() -> tuple[str, ...]:
 
 
 def _source(name: str) -> bytes:
-    return resources.files(__package__).joinpath(name).read_bytes()
+    return resources.files(__name__).joinpath(name).read_bytes()
