@@ -41,8 +41,10 @@ def step(
       tx: any transformation, ours or optax's. `adamfn.fused_adam` and `fused_adamw` have a step of
         their own, which goes over the memory once.
       grads: the gradients.
-      state: the transformation's state. Donate it, and the parameters, to the jitted function
-        that this is called in: they are then written in place.
+      state: the transformation's state. Donate it and the parameters to the jitted function that
+        this is called in, and return them in the order in which that function takes them: they
+        are then written in place. (JAX pairs donated arrays of one shape with results by order;
+        `(state, params)` against `(params, state)` costs a copy of each.)
       params: the parameters.
       **extra: what `update` takes besides, such as `learning_rate=`.
 
@@ -52,13 +54,14 @@ def step(
     Raises:
       TypeError, ValueError: as `tx.update` and `apply_updates`.
 
+    >>> from functools import partial
     >>> import adamfn
     >>> import jax
     >>> import jax.numpy as jnp
     >>> tx = adamfn.fused_adam(0.1)
     >>> params = {"w": jnp.array([1.0, -2.0])}
     >>> state = tx.init(params)
-    >>> @jax.jit
+    >>> @partial(jax.jit, donate_argnums=(0, 1))
     ... def train_step(params, state):
     ...     grads = jax.grad(lambda p: jnp.sum(p["w"] ** 2))(params)
     ...     return adamfn.step(tx, grads, state, params)

@@ -6,7 +6,7 @@ kept as they are, and what it returns is stored again.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeAlias, cast
 
 import chex
@@ -195,6 +195,7 @@ def _stored_zeros(format: Format, shape: tuple[int, ...]) -> tuple[PyTree, PyTre
     return jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), _spec(format, shape))
 
 
+@cache
 def _spec(format: Format, shape: tuple[int, ...]) -> tuple[PyTree, PyTree]:
     """The shapes and dtypes of what a format stores of a leaf."""
     moment = jax.ShapeDtypeStruct(shape, jnp.float32)

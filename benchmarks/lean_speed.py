@@ -48,15 +48,17 @@ def by_jax(transformations: dict) -> dict[str, Update]:
     params = jax.tree.map(jnp.zeros_like, grads)
 
     def update_of(tx) -> Update:
-        def train_step(grads, state, params):
+        # What is donated comes back in the same order: JAX pairs buffers of one shape by order, and
+        # XLA copies what is paired with another's result.
+        def train_step(params, state, grads):
             updates, state = tx.update(grads, state, params)
             return adamfn.apply_updates(params, updates), state
 
-        step, state = jax.jit(train_step, donate_argnums=(1, 2)), jax.jit(tx.init)(params)
+        step, state = jax.jit(train_step, donate_argnums=(0, 1)), jax.jit(tx.init)(params)
 
         def update() -> None:
             nonlocal params, state
-            params, state = jax.block_until_ready(step(grads, state, params))
+            params, state = jax.block_until_ready(step(params, state, grads))
 
         return update
 

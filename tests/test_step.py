@@ -248,6 +248,15 @@ def test_vmap_scan_grad_and_donation(moments):
     jax.tree.map(np.testing.assert_array_equal, step(params, state), kept)
 
 
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "8bit"])
+def test_a_donated_step_is_in_place(moments):
+    params = {"w": jnp.ones((256, 512)), "v": jnp.ones((256, 512)), "b": jnp.ones(256)}
+    tx = adamfn.fused_adam(0.1, moments=moments)
+    step = jax.jit(lambda p, s, g: adamfn.step(tx, g, s, p), donate_argnums=(0, 1))
+    compiled = step.lower(params, tx.init(params), params).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4096  # the scalars
+
+
 def test_gradients_and_parameters_that_are_one_array():
     x = jnp.linspace(0.5, 1.0, 40000)
     tx = adamfn.fused_adam(0.25)
