@@ -327,6 +327,20 @@ def test_threads_that_call_at_once():
             jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+def test_a_step_is_over_when_it_returns():
+    # What reads the parameters next reads the last task's too.
+    tx = adamfn.fused_adam(0.25, b1=0.0, b2=0.0, eps=0.0)
+    params = jnp.zeros(2**20)
+    state = tx.init(params)
+
+    @jax.jit
+    def largest(state):
+        moved, _ = adamfn.step(tx, jnp.ones_like(params), state, params)
+        return jnp.max(moved)
+
+    assert {float(largest(state)) for _ in range(100)} == {-0.25}
+
+
 def test_a_process_forked_after_use():
     done = python(
         """

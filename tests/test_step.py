@@ -103,6 +103,16 @@ def test_updates_against_the_formulas(backend, hyperparameters, tolerance):
 
 
 @pytest.mark.parametrize("backend", FUSED.values(), ids=FUSED)
+def test_without_memory_a_large_gradient_is_forgotten_at_once(backend):
+    tx = adamfn.fused_adam(0.25, b1=0.0, b2=0.0, backend=backend)
+    params = jnp.zeros(8)
+    state = tx.init(params)
+    for g in (1e8, 1e-3):
+        moved, state = jax.jit(lambda s, g: adamfn.step(tx, jnp.full(8, g), s, params))(state, g)
+    np.testing.assert_allclose(moved, -0.25, rtol=2e-5)  # eps beside 1e-3
+
+
+@pytest.mark.parametrize("backend", FUSED.values(), ids=FUSED)
 @pytest.mark.parametrize("moments", MOMENTS)
 def test_step_is_the_chain(backend, moments):
     mask = {**jax.tree.map(lambda _: True, tree()), "scalar": False, "large": True}
