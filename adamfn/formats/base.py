@@ -78,15 +78,20 @@ def noise(count: chex.Numeric, leaf: chex.Numeric, shape: tuple[int, ...]) -> ja
     >>> print(noise(1, 0, (3,)) == noise(1, 0, (3,)), noise(1, 0, (3,)) == noise(2, 0, (3,)))
     [ True  True  True] [False False False]
     """
+    elements, stride = jnp.zeros(shape, jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        iota = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        elements += iota * jnp.uint32(stride % 2**32)
+        stride *= shape[axis]
+    return noise_at(count, leaf, elements)
+
+
+def noise_at(count: chex.Numeric, leaf: chex.Numeric, elements: jax.Array) -> jax.Array:
+    """`noise` of some elements of a leaf, by their numbers: uint32, as what it returns."""
     zero = jnp.zeros((), jnp.uint32)
     leaf = _hash(jnp.asarray(leaf).astype(jnp.uint32) + jnp.uint32(0x9E3779B9), zero)
     add = _hash(jnp.asarray(count).astype(jnp.uint32), leaf)
-    element, stride = jnp.broadcast_to(add, shape), 1
-    for axis in reversed(range(len(shape))):
-        iota = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-        element += iota * jnp.uint32(stride % 2**32)
-        stride *= shape[axis]
-    return _hash(element, _hash(add + jnp.uint32(0x85EBCA6B), leaf))
+    return _hash(add + elements, _hash(add + jnp.uint32(0x85EBCA6B), leaf))
 
 
 def _hash(x: jax.Array, key: jax.Array) -> jax.Array:

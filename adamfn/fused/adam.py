@@ -11,6 +11,8 @@ from adamfn.adam import adam, adamw
 from adamfn.ema import increment
 from adamfn.fused.groups import Plan, step_leaves
 from adamfn.fused.packing import may_pack, pack
+from adamfn.fused.primitive import group_step, pallas_group_step
+from adamfn.fused.reference import step_group
 from adamfn.fused.scalars import Scalars, scalars_at
 from adamfn.fused.state import WAY_OUT, FusedAdamState, check_moments, from_chain, to_chain
 from adamfn.hyperparams import ScalarOrSchedule, scheduled, value_at
@@ -21,8 +23,14 @@ from adamfn.transform import GradientTransformation
 from adamfn.trees import PyTree, matching_leaves
 from adamfn.weight_decay import broadcast_mask
 
-Backend = Literal["auto", "xla"]
-"""What runs a step: what is best where it is lowered, or plain XLA everywhere."""
+Backend = Literal["auto", "xla", "pallas"]
+"""What runs a step: the fastest known where it is lowered, plain XLA, or Pallas kernels."""
+
+_STEP_GROUP: dict[Backend, Callable[..., list[jax.Array]]] = {
+    "auto": group_step,
+    "xla": step_group,
+    "pallas": pallas_group_step,
+}
 
 
 def fused_adam(
@@ -231,7 +239,7 @@ def _fused(
         count = increment(state.count)
         at_step = scalars(count, decay, rate)
 
-        plan = Plan(formats, rates.decays(params), nesterov, backend == "auto")
+        plan = Plan(formats, rates.decays(params), nesterov, _STEP_GROUP[backend])
         mu, nu, params = step_leaves(plan, grads, params, state.mu, state.nu, count, at_step)
         return params, FusedAdamState(count, mu, nu, jnp.asarray(rate, float))
 

@@ -12,8 +12,7 @@ import numpy as np
 from adamfn.formats import Format
 from adamfn.fused import cpu
 from adamfn.fused.packing import Packed, packed_leaves, runs
-from adamfn.fused.primitive import group_step
-from adamfn.fused.reference import Group, LeafStep, step_group
+from adamfn.fused.reference import Group, LeafStep
 from adamfn.fused.scalars import Scalars
 from adamfn.trees import PyTree, map_rows
 
@@ -24,8 +23,8 @@ class Plan(NamedTuple):
     formats: Sequence[Format | None]
     decays: Sequence[bool]
     nesterov: bool
-    native: bool
-    """Whether native code may run it."""
+    step_group: Callable[..., list[jax.Array]]
+    """What takes the step of a group: `reference.step_group`, or another with its results."""
 
 
 def step_leaves(
@@ -62,7 +61,7 @@ def step_leaves(
             [ps[k] for k in leaves],
         )
         place = -1 - packed.index(list(leaves)) if flat else leaves[0]
-        calls.setdefault(_GroupStep(of_group, plan.native), []).append((place, row))
+        calls.setdefault(_GroupStep(of_group, plan.step_group), []).append((place, row))
 
     for run, mu_buffer, nu_buffer in zip(packed, mu.buffers, nu.buffers, strict=True):
         group_of(run, (mu_buffer, nu_buffer), flat=True)
@@ -98,7 +97,7 @@ def step_leaves(
 @dataclass(frozen=True)
 class _GroupStep:
     group: Group
-    native: bool
+    step_group: Callable[..., list[jax.Array]]
 
     def __call__(
         self,
@@ -110,8 +109,7 @@ class _GroupStep:
         count: jax.Array,
         vector: jax.Array,
     ) -> tuple[PyTree, PyTree, list[jax.Array]]:
-        run = group_step if self.native else step_group
         operands = [vector, count, numbers, *jax.tree.leaves((mu, nu)), *grads, *params]
-        results = run(self.group, *operands)
+        results = self.step_group(self.group, *operands)
         kept = jax.tree.unflatten(self.group.stored, results[: self.group.moments])
         return *kept, results[self.group.moments :]

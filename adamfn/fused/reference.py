@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamfn.formats import Format, noise
+from adamfn.formats.base import noise_at
 from adamfn.fused.scalars import Scalars
 from adamfn.moments import ratio
 from adamfn.trees import PyTree, real_dtype, wide_dtype
@@ -38,6 +39,7 @@ class LeafStep:
         nu: PyTree,
         count: jax.Array,
         scalars: Scalars,
+        elements: jax.Array | None = None,
     ) -> tuple[PyTree, PyTree, jax.Array]:
         """Returns the next mu, nu and parameter, with the dtypes that came.
 
@@ -49,6 +51,8 @@ class LeafStep:
           nu: the average of its squares, likewise.
           count: the step, likewise for the noise.
           scalars: numbers and scalar arrays.
+          elements: of a part of a leaf, the numbers that its elements have there, uint32 of g's
+            shape; None for a whole leaf.
         """
         stored, dtype = (mu, nu), p.dtype
         g, p = g.astype(wide_dtype(g.dtype)), p.astype(wide_dtype(p.dtype))
@@ -63,7 +67,12 @@ class LeafStep:
             u = u + s.weight_decay * p
         p = p - s.learning_rate * u
         if self.format is not None:
-            kept = self.format.encode(mu, nu, noise(count, number, g.shape))
+            words = (
+                noise(count, number, g.shape)
+                if elements is None
+                else noise_at(count, number, elements)
+            )
+            kept = self.format.encode(mu, nu, words)
         else:
             kept = mu.astype(stored[0].dtype), nu.astype(stored[1].dtype)
         return *kept, p.astype(dtype)
