@@ -12,55 +12,91 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu, triton
 
+from adamfn.formats import EightBit, Format
+from adamfn.formats.blocks import size_for
+from adamfn.fused import cpu
 from adamfn.fused.reference import Group, LeafStep
 from adamfn.fused.scalars import Scalars
 
-_TRITON = ("cuda", "rocm")
+_TRITON = triton.CompilerParams(num_warps=4)
+_PARAMETERS: dict[str, Any] = {
+    "cuda": _TRITON,
+    "rocm": _TRITON,
+    "tpu": tpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+}
 
 
-class Tiles(NamedTuple):
+class Tiling(NamedTuple):
     """A leaf as a matrix, and the shape of the tiles that it is cut into."""
 
     matrix: tuple[int, int]
     tile: tuple[int, int]
 
 
-def tiles_of(shape: tuple[int, ...], platform: str) -> Tiles | None:
-    """How a leaf is cut, None if it cannot be.
+def tiling(shape: tuple[int, ...], format: Format | None, platform: str) -> Tiling | None:
+    """How a leaf is cut; None if it is not, and goes through XLA."""
+    if platform in ("cuda", "rocm"):
+        return _for_triton(shape, format)
+    if platform == "tpu":
+        return _for_mosaic(shape, format)
+    return _for_mosaic(shape, format) or _for_triton(shape, format)
 
-    Triton's tiles have a power of two of elements, and none may reach over the edge; on GPU a leaf
-    lies in memory in the order of its elements, so any rows will do. On TPU it lies in tiles of its
-    last two axes: rows stay rows, and so the matrix is no copy.
+
+def _for_triton(shape: tuple[int, ...], format: Format | None) -> Tiling | None:
+    """Tiles of a power of two of elements, 1024 at most; none reaches over the edge.
+
+    A leaf lies in memory in the order of its elements, so that any rows will do: of 8bit, blocks.
     """
     size = math.prod(shape)
-    if platform in _TRITON:
+    if isinstance(format, EightBit):
+        columns = size_for(shape[-1], format.block)
+        if shape[-1] % columns:
+            return None
+    else:
         columns = math.gcd(size, 1024)
-        return Tiles((size // columns, columns), (1, columns)) if columns >= 128 else None
-    columns = shape[-1] if len(shape) > 1 else 128
-    if size == 0 or size % columns:
+    if columns not in (128, 256, 512, 1024):
         return None
+    rows = size // columns
+    return Tiling((rows, columns), (math.gcd(rows, 1024 // columns), columns))
+
+
+def _for_mosaic(shape: tuple[int, ...], format: Format | None) -> Tiling | None:
+    """Tiles of 65536 elements at most, which may reach over the edge.
+
+    A leaf lies in memory by tiles of up to 32 by 128 of its last two axes (of 1024 if it has one),
+    so that only these rows are no copy. 8bit's sixteenths of a block would be laid out anew.
+    """
+    size = math.prod(shape)
+    whole = size % 1024 == 0 if len(shape) == 1 else len(shape) == 2 or shape[-2] % 32 == 0
+    if not shape or size == 0 or not whole or isinstance(format, EightBit):
+        return None
+    columns = 128 if len(shape) == 1 else shape[-1]
     rows, width = size // columns, min(columns, 1024)
     height = 2**16 // max(width, 128) // 32 * 32
-    return Tiles((rows, columns), (min(rows, height), width))
+    return Tiling((rows, columns), (min(rows, height), width))
 
 
 def can_run(group: Group, avals: Any, platform: str) -> bool:
     """Whether there is a kernel for a group."""
-    return not group.packed and tiles_of(avals[-1].shape, platform) is not None
+    *_, g, p = avals
+    known = not group.packed and cpu.knows(group.format, g.dtype, p.dtype)
+    return known and tiling(p.shape, group.format, platform) is not None
 
 
-def step_leaf(group: Group, platform: str, *operands: jax.Array) -> list[jax.Array]:
-    """`step_group` of a group of one leaf, which `can_run`."""
+def step_leaf(
+    group: Group, platform: str, *operands: jax.Array, interpret: bool = False
+) -> list[jax.Array]:
+    """`step_group` of a group of one leaf, if the platform `can_run` it."""
     vector, count, numbers, *arrays = operands
-    tiles = tiles_of(arrays[-1].shape, platform)
-    assert tiles is not None
-    (rows, columns), (height, width) = tiles
+    cut = tiling(arrays[-1].shape, group.format, platform)
+    assert cut is not None
+    (rows, columns), (height, width) = cut
 
     def kernel(vector: Any, words: Any, *refs: Any) -> None:
         *moments, g, p = (ref[...] for ref in refs[: len(arrays)])
         mu, nu = jax.tree.unflatten(group.stored, moments)
-        row = pl.program_id(0) * height + jax.lax.broadcasted_iota(jnp.int32, tiles.tile, 0)
-        column = pl.program_id(1) * width + jax.lax.broadcasted_iota(jnp.int32, tiles.tile, 1)
+        row = pl.program_id(0) * height + jax.lax.broadcasted_iota(jnp.int32, cut.tile, 0)
+        column = pl.program_id(1) * width + jax.lax.broadcasted_iota(jnp.int32, cut.tile, 1)
         elements = (row * columns + column).astype(jnp.uint32)
         scalars = Scalars(*(vector[k] for k in range(len(Scalars._fields))))
         step = LeafStep(group.format, group.nesterov, group.decays[0])
@@ -68,26 +104,22 @@ def step_leaf(group: Group, platform: str, *operands: jax.Array) -> list[jax.Arr
         for ref, value in zip(refs[len(arrays) :], jax.tree.leaves(moved), strict=True):
             ref[...] = value
 
-    words = jnp.stack([numbers[0].astype(jnp.int32), count])
-    whole = pl.BlockSpec(memory_space=tpu.SMEM if platform == "tpu" else None)
-    tile = pl.BlockSpec(tiles.tile, lambda i, j: (i, j))
-    views = [array.reshape(rows, -1) for array in arrays]
-    kept = [*range(group.moments), group.moments + 1]
+    views = [array.reshape(rows, array.size // rows) for array in arrays]
+    # What 8bit keeps of a block has one element where the leaf has a row.
+    tiles = [
+        pl.BlockSpec((height, min(width, view.shape[1])), lambda i, j: (i, j)) for view in views
+    ]
+    small = pl.BlockSpec(memory_space=tpu.SMEM if platform == "tpu" else None)
+    moved = [*range(group.moments), group.moments + 1]
     results = pl.pallas_call(
         kernel,
-        out_shape=[jax.ShapeDtypeStruct(views[k].shape, views[k].dtype) for k in kept],
+        out_shape=[jax.ShapeDtypeStruct(views[k].shape, views[k].dtype) for k in moved],
         grid=(pl.cdiv(rows, height), pl.cdiv(columns, width)),
-        in_specs=[whole, whole, *[tile] * len(views)],
-        out_specs=[tile] * len(kept),
-        input_output_aliases={2 + k: place for place, k in enumerate(kept)},
-        interpret=platform == "cpu",
-        compiler_params=_PARAMS.get(platform),
+        in_specs=[small, small, *tiles],
+        out_specs=[tiles[k] for k in moved],
+        input_output_aliases={2 + k: place for place, k in enumerate(moved)},
+        compiler_params=_PARAMETERS.get(platform),
+        interpret=interpret,
         name="adamfn_step",
-    )(vector, words, *views)
-    return [result.reshape(arrays[k].shape) for k, result in zip(kept, results, strict=True)]
-
-
-_PARAMS = {
-    **dict.fromkeys(_TRITON, triton.CompilerParams(num_warps=4)),
-    "tpu": tpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-}
+    )(vector, jnp.stack([numbers[0].astype(jnp.int32), count]), *views)
+    return [result.reshape(arrays[k].shape) for k, result in zip(moved, results, strict=True)]

@@ -60,7 +60,7 @@ def _lower_for(platform: str, ctx: Any, *operands: Any, group: Group, pallas: bo
             from adamfn.fused import pallas as kernel  # slow to import
 
             if kernel.can_run(group, ctx.avals_in, platform):
-                step = partial(kernel.step_leaf, group, platform)
+                step = partial(kernel.step_leaf, group, platform, interpret=platform == "cpu")
                 return mlir.lower_fun(step, multiple_results=True)(ctx, *operands)
         elif platform == "cpu" and cpu.can_run(group, ctx.avals_in):
             return cpu.lower(ctx, *operands, group=group)
