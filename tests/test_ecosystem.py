@@ -591,7 +591,8 @@ def test_weakly_typed_scalars(rate):
 def test_import_loads_no_optional_library():
     code = (
         "import sys, adamfn; print(sorted({'optax', 'flax', 'torch', 'equinox', 'orbax',"
-        " 'sklearn', 'matplotlib'} & {name.split('.')[0] for name in sys.modules}))"
+        " 'sklearn', 'matplotlib'} & {name.split('.')[0] for name in sys.modules}),"
+        " 'jax.experimental.pallas' in sys.modules)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "[]"
+    assert ran.stdout.strip() == "[] False"

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adamfn.formats import blocks
 from adamfn.formats.floats import INFINITY, SMALLEST_NORMAL, float_of
@@ -33,7 +34,7 @@ def spanning(bits: jax.Array, number: int, octaves: int = 256) -> Levels:
     top = jnp.maximum(blocks.largest(bits), least)
     bottom = jnp.maximum(blocks.smallest(jnp.where(bits == 0, INFINITY, bits)), least)
     span = jnp.clip(top - bottom, 0, min(octaves << 23, INFINITY))
-    return Levels(top, jnp.maximum(jax.lax.div(span + (number - 2), number - 1), 1))
+    return Levels(top, jnp.maximum(jax.lax.div(span + (number - 2), np.int32(number - 1)), 1))
 
 
 def round_to_level(

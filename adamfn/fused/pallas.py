@@ -35,6 +35,8 @@ class Tiling(NamedTuple):
 
 def tiling(shape: tuple[int, ...], format: Format | None, platform: str) -> Tiling | None:
     """How a leaf is cut; None if it is not, and goes through XLA."""
+    if math.prod(shape) == 0:
+        return None
     if platform in ("cuda", "rocm"):
         return _for_triton(shape, format)
     if platform == "tpu":
@@ -64,15 +66,16 @@ def _for_mosaic(shape: tuple[int, ...], format: Format | None) -> Tiling | None:
     """Tiles of 65536 elements at most, which may reach over the edge.
 
     A leaf lies in memory by tiles of up to 32 by 128 of its last two axes (of 1024 if it has one),
-    so that only these rows are no copy. 8bit's sixteenths of a block would be laid out anew.
+    so that only these rows are no copy; and XLA turns a narrow one around. 8bit's sixteenths of a
+    block would be laid out anew.
     """
-    size = math.prod(shape)
-    whole = size % 1024 == 0 if len(shape) == 1 else len(shape) == 2 or shape[-2] % 32 == 0
-    if not shape or size == 0 or not whole or isinstance(format, EightBit):
+    flat = len(shape) == 1 and shape[0] % 1024 == 0
+    by_rows = len(shape) == 2 or (len(shape) > 2 and shape[-2] % 32 == 0)
+    columns = 128 if flat else shape[-1] if by_rows else 0
+    if columns < 128 or isinstance(format, EightBit):
         return None
-    columns = 128 if len(shape) == 1 else shape[-1]
-    rows, width = size // columns, min(columns, 1024)
-    height = 2**16 // max(width, 128) // 32 * 32
+    rows, width = math.prod(shape) // columns, min(columns, 1024)
+    height = 2**16 // width // 32 * 32
     return Tiling((rows, columns), (min(rows, height), width))
 
 

@@ -1,0 +1,192 @@
+"""The Pallas backend: its kernels interpreted on CPU beside the reference, and lowered elsewhere."""
+
+import contextlib
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+import adamfn
+from adamfn import formats
+from adamfn.fused import pallas
+from adamfn.fused.reference import Group, step_group
+
+TPU = AbstractDevice(device_kind="TPU v5e", num_cores=1, platform="tpu")
+SHAPES = {
+    "small": (3, 5),
+    "scalar": (),
+    "empty": (0, 256),
+    "vector": (2048,),
+    "odd vector": (333,),
+    "edges": (70, 1100),  # four tiles of 64 by 1024
+    "cube": (3, 32, 200),
+    "odd cube": (3, 31, 50),
+    "blocks": (24, 768),
+    "odd blocks": (40, 300),
+}
+KERNELS = {"vector", "edges", "cube", "blocks", "odd blocks"}
+"""What of these is cut into tiles on CPU."""
+
+
+def tree(seed, dtype):
+    keys = jax.random.split(jax.random.key(seed), len(SHAPES))
+    shapes = zip(keys, SHAPES.items(), strict=True)
+    return {name: jax.random.normal(key, shape, dtype) for key, (name, shape) in shapes}
+
+
+def counted(monkeypatch):
+    """The shapes that kernels were made for from here on."""
+    shapes, make = [], pallas.step_leaf
+
+    def step_leaf(group, platform, *operands, **options):
+        shapes.append(operands[-1].shape)
+        return make(group, platform, *operands, **options)
+
+    monkeypatch.setattr(pallas, "step_leaf", step_leaf)
+    return shapes
+
+
+def trained(backend, moments, dtypes, **options):
+    """Parameters and state after three steps."""
+    tx = adamfn.fused_adamw(
+        0.01,
+        moments=moments,
+        mask={name: name != "edges" for name in SHAPES},
+        backend=backend,
+        packed=False,
+        **options,
+    )
+    of_params, of_grads = dtypes
+    params = tree(0, of_params)
+    state = tx.init(params)
+    step = jax.jit(partial(adamfn.step, tx))
+    for seed in range(1, 4):
+        params, state = step(tree(seed, of_grads), state, params)
+    return params, state
+
+
+def check_close(found, expected):
+    """Floats to two roundings of the largest; codes but for one in a thousand.
+
+    The formulas are the same. Where a compiler contracts a product and a sum into one rounding, the
+    two may differ in the last bit, and a code by one level if its rounding hung on that bit.
+    """
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        if a.dtype in (jnp.int8, jnp.uint8):
+            assert np.mean(np.asarray(a) != np.asarray(b)) < 1e-3
+            continue
+        bits = {jnp.float32: 23, jnp.bfloat16: 7}.get(a.dtype.type, 23)
+        a, b = (np.asarray(x, np.float64) for x in (a, b))
+        np.testing.assert_allclose(a, b, rtol=0, atol=2 * 2.0**-bits * np.max(np.abs(b), initial=0))
+
+
+@pytest.mark.parametrize(
+    ("moments", "dtypes", "nesterov"),
+    [
+        ("float32", ("float32", "float32"), False),
+        ("float32", ("bfloat16", "bfloat16"), True),
+        ("bfloat16", ("float32", "bfloat16"), True),
+        ("8bit", ("float32", "float32"), False),
+        ("8bit", ("bfloat16", "bfloat16"), True),
+    ],
+)
+def test_same_as_the_reference(monkeypatch, moments, dtypes, nesterov):
+    made = counted(monkeypatch)
+    found = trained("pallas", moments, dtypes, nesterov=nesterov)
+    # In 8 bits Triton takes blocks of a power of two that fill the rows; a vector stays float32.
+    kernels = {"vector", "blocks"} if moments == "8bit" else KERNELS
+    assert sorted(made) == sorted(SHAPES[name] for name in kernels)
+    check_close(found, trained("xla", moments, dtypes, nesterov=nesterov))
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_tiles_for_gpu(moments):
+    format = None if moments == "float32" else formats.get(moments)
+    shape = 50, 3, 128  # 19200 elements: 75 rows of 256
+    assert pallas.tiling(shape, format, "cuda") == ((75, 256), (1, 256))
+    kept = jnp.float32 if format is None else jnp.bfloat16
+    moments = jax.tree.structure((0, 0))
+    group = Group(format, False, (True,), moments, False)
+    keys = jax.random.split(jax.random.key(0), 4)
+    mu, nu, g, p = (jax.random.normal(key, shape) for key in keys)
+    vector = jnp.array([0.1, 1e-3, 1, 1, 1e-8, 0, 1, 0.5, 0.1, 0.01], jnp.float32)
+    operands = vector, jnp.int32(7), jnp.uint32([3]), mu.astype(kept), (nu**2).astype(kept), g, p
+    found = jax.jit(partial(pallas.step_leaf, group, "cuda", interpret=True))(*operands)
+    check_close(found, jax.jit(partial(step_group, group))(*operands))
+
+
+def test_tiles_never_reach_over_the_edge_on_gpu():
+    for shape in [(128,), (1024, 3), (50257, 768), (7, 11, 512), (3, 3, 64, 128)]:
+        for format in (None, formats.EightBit(), formats.EightBit(block=1024)):
+            cut = pallas.tiling(shape, format, "cuda")
+            if cut is not None:
+                (rows, columns), (height, width) = cut
+                assert (rows % height, columns % width) == (0, 0), shape
+                assert (height * width).bit_count() == 1, shape
+                assert height * width <= 1024, shape
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize(
+    ("platform", "target", "kernels"),
+    [
+        ("cuda", "__gpu$xla.gpu.triton", {"float32": 2, "bfloat16": 2, "8bit": 2}),
+        ("rocm", "__gpu$xla.gpu.triton", {"bfloat16": 2}),
+        ("tpu", "tpu_custom_call", {"float32": 2, "bfloat16": 2, "8bit": 0}),
+    ],
+)
+def test_lowers_without_the_device(platform, target, kernels, x64):
+    params = {
+        name: jax.ShapeDtypeStruct(shape, dtype)
+        for name, shape, dtype in [
+            ("kernel", (64, 768), jnp.float32),
+            ("filter", (3, 64, 256), jnp.bfloat16),
+            ("odd", (33, 125), jnp.float32),
+            ("half", (64, 768), jnp.float16),
+        ]
+    }
+    device = AbstractMesh((1,), ("x",), abstract_device=TPU if platform == "tpu" else None)
+    with jax.enable_x64(x64), jax.sharding.use_abstract_mesh(device):
+        for moments, expected in kernels.items():
+            for backend, number in (("pallas", expected), ("auto", 0), ("xla", 0)):
+                tx = adamfn.fused_adam(moments=moments, backend=backend, packed=False)
+                state = jax.eval_shape(tx.init, params)
+                traced = jax.jit(partial(adamfn.step, tx)).trace(params, state, params)
+                text = traced.lower(lowering_platforms=(platform,)).as_text()
+                assert text.count(target) == number, (moments, backend)
+                # In place: each moment, and the parameter.
+                arrays = 6 if moments == "8bit" else 3
+                aliases = text.count("output_operand_alias<")
+                assert aliases == number * arrays, (moments, backend)
+
+
+def test_sharded_leaves_go_through_xla():
+    """XLA would gather a leaf for a kernel."""
+    mesh = AbstractMesh((2,), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    params = jax.ShapeDtypeStruct((64, 768), jnp.float32, sharding=sharding)
+    tx = adamfn.fused_adam(backend="pallas", packed=False)
+    state = jax.eval_shape(tx.init, params)
+    text = jax.jit(partial(adamfn.step, tx)).trace(params, state, params)
+    assert "triton" not in text.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_vmap_and_jvp_go_through_the_reference():
+    tx = adamfn.fused_adam(0.1, eps_root=1e-8, backend="pallas", packed=False)
+    params = jnp.ones((2, 8, 1024))
+    moved, _ = jax.vmap(lambda p: adamfn.step(tx, p, tx.init(p), p))(params)
+    np.testing.assert_allclose(moved, 0.9, rtol=1e-6)
+
+    def moves(scale):
+        return adamfn.step(tx, scale * params[0], tx.init(params[0]), params[0])[0].sum()
+
+    assert np.isfinite(jax.jit(jax.grad(moves))(1.0))
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="'auto', 'xla', 'pallas'"):
+        adamfn.fused_adam(backend="triton")
