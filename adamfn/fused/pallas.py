@@ -69,9 +69,10 @@ def _for_mosaic(shape: tuple[int, ...], format: Format | None) -> Tiling | None:
     so that only these rows are no copy; and XLA turns a narrow one around. 8bit's sixteenths of a
     block would be laid out anew.
     """
-    flat = len(shape) == 1 and shape[0] % 1024 == 0
-    by_rows = len(shape) == 2 or (len(shape) > 2 and shape[-2] % 32 == 0)
-    columns = 128 if flat else shape[-1] if by_rows else 0
+    *leading, last = shape or (1,)
+    flat = not leading and last % 1024 == 0
+    by_rows = len(leading) == 1 or (len(leading) > 1 and leading[-1] % 32 == 0)
+    columns = 128 if flat else last if by_rows else 0
     if columns < 128 or isinstance(format, EightBit):
         return None
     rows, width = math.prod(shape) // columns, min(columns, 1024)
