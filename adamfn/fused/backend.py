@@ -22,7 +22,7 @@ class Backend(NamedTuple):
 
 
 def backend(platform: str | None = None) -> Backend:
-    """What runs the step of `fused_adam` and `fused_adamw`, and why.
+    """What runs the step of `fused_adam` and `fused_adamw` with `backend="auto"`, and why.
 
     On CPU the first call builds the native code, if no step has done so before.
 

@@ -2,6 +2,7 @@
 
 The leaf is seen as a matrix, and the matrix cut into tiles. What the kernel does with a tile is
 `LeafStep`: the reference's formulas, given the numbers that the tile's elements have in the leaf.
+Float32, bfloat16 and, on GPU, 8bit have kernels, for shapes that need no copy to be cut so.
 """
 
 import math
