@@ -71,9 +71,9 @@ def fused_adam(
       packed: whether the float32 moments of leaves under 32768 elements share buffers, which makes
         the calls of many small leaves cheaper. Leaves that lie on several devices are not packed,
         nor are traced ones, of which that cannot be seen, where JAX has several.
-      backend: `"auto"`; `"xla"` for no native code; `"pallas"` for Pallas kernels, which were run in
-        interpret mode on CPU only and for GPU and TPU no more than compiled, so that whether they
-        beat XLA there is not known, and they are not the default.
+      backend: `"auto"`; `"xla"` for no native code; `"pallas"` for Pallas kernels, which were run
+        in interpret mode on CPU only, and for GPU and TPU no more than compiled, so that whether
+        they beat XLA there is not known, and they are not the default.
 
     Returns:
       A `SteppingTransformation`, whose state is a `FusedAdamState`; `adamfn.fused.to_chain` and
