@@ -341,6 +341,86 @@ def test_gradients_of_another_shape():
         tx.update({k: v for k, v in PARAMS.items() if k != "table"}, state)
 
 
+@pytest.mark.parametrize("moments", LEAN)
+def test_a_python_number_beside_lean_leaves(moments):
+    tx = adamfn.adam(moments=moments)
+    params = {"w": jnp.ones((128, 256)), "scale": 1.0}
+    updates, _ = tx.update(params, tx.init(params))
+    np.testing.assert_allclose(updates["scale"], -1e-3, rtol=1e-6)
+
+
+@dataclass(frozen=True)
+class Everything(HalfPrecision):
+    def holds(self, shape, dtype):
+        return True
+
+
+def test_a_scalar_can_rest_in_a_format_of_the_users_own():
+    tx = adamfn.lazy_adam(moments=Everything())
+    params = {"scalar": jnp.ones(()), "row": jnp.ones(3)}
+    _, state = tx.update(params, tx.init(params))
+    _, after = tx.update(jax.tree.map(jnp.zeros_like, params), state)
+    same(after[0]._replace(count=1), state[0])
+
+
+class NotHashable(HalfPrecision):
+    __hash__ = None
+
+
+@pytest.mark.parametrize(
+    ("moments", "message"),
+    [
+        (
+            formats.Linear(),
+            r"a codec of one moment; expected a format of both, such as Pair\(mu=Lin",
+        ),
+        (NotHashable(), r"which cannot be hashed; .* @dataclass\(frozen=True\)"),
+    ],
+    ids=["codec", "unhashable"],
+)
+def test_what_is_nearly_a_format(moments, message):
+    with pytest.raises(TypeError, match=message):
+        adamfn.adam(moments=moments)
+
+
+@pytest.mark.parametrize(
+    ("mu", "nu", "message"),
+    [
+        ("8bit", formats.Exact(), "Pair: mu is '8bit'; expected a codec of one moment"),
+        (formats.Exact(), formats.Factored, "Pair: nu is <class .*Factored'>; expected a codec"),
+        (formats.Exact(), formats.EightBit(), "Pair: nu is EightBit.*; expected a codec of one"),
+        (formats.BlockMean(), formats.Exact(), "Pair: mu is BlockMean.*, which keeps means alone"),
+        (formats.Factored(), formats.Exact(), "Pair: mu is Factored.*, which keeps means alone"),
+    ],
+    ids=["name", "class", "format", "blockmean", "factored"],
+)
+def test_a_pair_that_makes_no_sense(mu, nu, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        formats.Pair(mu, nu)
+
+
+def test_an_axis_to_average_over_that_is_none():
+    third = formats.Pair(formats.Exact(), formats.BlockMean(axis=2))
+    assert adamfn.adam(moments=third).init(jnp.ones((64, 64)))[0].nu.shape == (64, 64)
+    assert adamfn.adam(moments=third).init(jnp.ones((64, 64, 2)))[0].nu.shape == (64, 64, 1)
+    with pytest.raises(ValueError, match=r"BlockMean: axis is 1\.5; expected an integer"):
+        formats.BlockMean(axis=1.5)
+
+
+@pytest.mark.parametrize("params", [{}, {"frozen": None}])
+def test_describe_says_that_there_is_nothing(params):
+    with pytest.raises(ValueError, match="describe: found no moments in a tuple"):
+        formats.describe(adamfn.adam(moments="8bit").init(params))
+
+
+def test_an_error_about_a_leaf_that_is_the_whole_tree():
+    with pytest.raises(ValueError, match="the leaf at the root stores several rows"):
+        adamfn.lazy_adam(moments="factored").init(PARAMS["table"])
+    state = adamfn.adam().init(PARAMS["table"])
+    with pytest.raises(ValueError, match="mu at the root is stored as float32"):
+        adamfn.adam(moments="8bit").update(PARAMS["table"], state)
+
+
 def test_an_integer_leaf():
     with pytest.raises(TypeError, match=r"params: the leaf at \['table'\] is int32"):
         adamfn.adam(moments="8bit").init(PARAMS | {"table": jnp.ones((128, 256), int)})
