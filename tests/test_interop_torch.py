@@ -394,7 +394,23 @@ BAD = {
         "state has a dict at '0'; expected a mapping for each of the groups' params, 0, 1",
     ),
     "entries that are none": ({**small(), "state": {0: 3}}, ValueError, "state has a int at 0"),
-    "too few names": (small(param_names=["w"]), ValueError, "group 0 has 1 param_names for 2"),
+    "too few names": (small(param_names=["w"]), ValueError, r"has the param_names \['w'\] for 2"),
+    "a name for all": (small(param_names=3), ValueError, "group 0 has the param_names 3 for 2"),
+    "params that are no list": (
+        {"state": {}, "param_groups": [SGD | {"params": 3}]},
+        TypeError,
+        "params of group 0 is 3; expected a list of keys",
+    ),
+    "the groups of the optimizer itself": (
+        {"state": {}, "param_groups": [SGD | {"params": [Tensor(np.ones(3))]}]},
+        TypeError,
+        "params of group 0 has a Tensor; .* optimizer.param_groups the tensors themselves",
+    ),
+    "moments that NumPy cannot read": (
+        {**small(), "state": {0: {"step": 1, "exp_avg": [[1], [2, 3]], "exp_avg_sq": 0}}},
+        TypeError,
+        "exp_avg of torch's parameter 0 is a list that NumPy cannot read",
+    ),
     "a beta out of range": (
         small(betas=(0.9, 1.0)),
         ValueError,
@@ -502,6 +518,19 @@ def test_a_state_that_cannot_be_handed_over():
         to_state_dict(state, like=small(amsgrad=True))
     with pytest.raises(ValueError, match=r"matched with w: found exp_avg of shape \(2, 3\)"):
         to_state_dict(state, like=small(shapes=((3, 2), (3,))))
+    with pytest.raises(TypeError, match=r"the count of the state at w is a .*outside jax\.jit"):
+        jax.jit(lambda state: to_state_dict(state, like=small()))(state)
+    with pytest.raises(TypeError, match=r"the count of the state at w is int32\[\]; expected"):
+        to_state_dict(jax.eval_shape(lambda: state), like=small())
+    two = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    with pytest.raises(ValueError, match=r"at w has a count of shape \(2,\), as that of several"):
+        to_state_dict(two, like=small() | {"state": {}})
+    with pytest.raises(TypeError, match=r"mu at w is complex64\[2,3\]; expected an array of real"):
+        to_state_dict(adamfn.adam().init(jax.tree.map(lambda x: 1j * x, PARAMS)), like=small())
+    with pytest.raises(TypeError, match="layout is 'flax'; expected a function"):
+        to_state_dict(state, like=small(), layout="flax")
+    with pytest.raises(TypeError, match="layout's result for w is None; expected an array"):
+        to_state_dict(state, like=small() | {"state": {}}, layout=lambda path, array: None)
     with pytest.raises(ValueError, match="state: found no moments"):
         to_state_dict(optax.sgd(0.1).init(PARAMS), like=small())
 
