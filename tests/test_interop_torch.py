@@ -104,9 +104,20 @@ def test_the_chain_is_the_documented_one(problem, run):
     _, params = begin(problem)
     tx, _ = from_state_dict(recorded_state_dict(problem, run, params), params, paths=list(params))
     expected = torch_like(optimizer, **arguments)
-    *_, (_, a) = train(problem, tx, params, tx.init(params), 0, 5)
-    *_, (_, b) = train(problem, expected, params, expected.init(params), 0, 5)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    if "maximize" in arguments:  # negated by us and by optax, in other operations
+        *_, (_, a) = train(problem, tx, params, tx.init(params), 0, 5)
+        *_, (_, b) = train(problem, expected, params, expected.init(params), 0, 5)
+        same(a, b)
+        return
+    found, written = (
+        jax.make_jaxpr(lambda grads, params, tx=tx: tx.update(grads, tx.init(params), params))(
+            params, params
+        )
+        for tx in (tx, expected)
+    )
+    assert str(found) == str(written)  # the same operations, and the same numbers in them
+    assert not found.consts
+    assert not written.consts
 
 
 def test_a_single_group_has_the_state_of_the_recipe():
