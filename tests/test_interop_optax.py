@@ -203,6 +203,17 @@ def test_shapes_that_differ_are_named():
         from_state(optax.adam(0.1).init(other), adamfn.adam().init(PARAMS))
 
 
+def test_abstract_states_are_refused():
+    theirs, ours = (tx.init(PARAMS) for tx in PAIRS["adam"])
+    shapes = jax.eval_shape(lambda: (theirs, ours))
+    with pytest.raises(TypeError, match="from_state: found shapes without values in like"):
+        from_state(theirs, like=shapes[1])
+    with pytest.raises(TypeError, match="from_state: found shapes without values in state"):
+        from_state(shapes[0], like=ours)
+    with pytest.raises(ValueError, match="moments of a leaf at the root; expected"):
+        from_state(optax.adam(0.1).init(jnp.ones(3)), like=ours)
+
+
 def test_leaves_after_different_numbers_of_steps_are_refused():
     tx = PAIRS["partition"][0]
     state = tx.init(PARAMS)
