@@ -263,6 +263,12 @@ def test_zero_stays_zero_and_nothing_else_becomes_zero(name):
         assert np.isfinite(kept_nu).all()
 
 
+def test_four_bits_span_forty_octaves_below_the_largest():
+    nu = np.where(np.arange(128) == 5, np.float32(2.0**-100), np.float32(1.5))
+    _, kept = roundtrip("4bit", 1e-3 * np.sqrt(nu), nu)
+    np.testing.assert_allclose(kept, np.where(nu < 1, 1.5 * 2.0**-40, 1.5), rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["8bit", "4bit"])
 def test_mu_without_nu_is_dropped_and_spares_its_neighbours(name):
     mu, nu = moments((1, 256))

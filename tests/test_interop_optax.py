@@ -114,6 +114,16 @@ def test_every_count_goes_on():
     assert all(x == 5 for x in counts)
 
 
+def test_the_count_of_an_older_optaxs_injection_goes_on():
+    def wrapped(count):
+        state = adamfn.adam().init(PARAMS)
+        return optax.InjectHyperparamsState(jnp.int32(count), {"learning_rate": 0.1}, state)
+
+    moved = to_state(wrapped(0), like=optax.adam(0.1).init(PARAMS))
+    _, later = train(optax.adam(0.1), PARAMS, moved, 0, 3)
+    assert from_state(later, like=wrapped(0)).count == 3
+
+
 def test_moments_keep_the_dtypes_of_the_target():
     theirs, ours = PAIRS["lookalike"]
     _, state = train(theirs, PARAMS, theirs.init(PARAMS), 0, 2)

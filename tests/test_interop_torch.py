@@ -301,9 +301,12 @@ def test_the_state_is_a_copy():
     _, state = from_state_dict(state_dict, PARAMS)
     state_dict["state"][1]["exp_avg"][:] = 0
     assert state[0].mu["z"].tolist() == [101, 102, 103]
-    back = to_state_dict(state, like=small())
+    like = small()
+    back = to_state_dict(state, like=like)
     for entries in back["state"].values():
         assert all(value.flags.writeable for value in entries.values())
+    back["param_groups"][0]["lr"] = 7.0
+    assert like["param_groups"][0]["lr"] == 0.1
 
 
 def test_narrow_parameters_get_wide_moments():
