@@ -163,6 +163,15 @@ def test_linear_rounding_is_unbiased():
     assert np.abs(mean - x).max() <= np.asarray(stored.scale).max() / 4096
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-42, 1e-37])
+def test_linear_stores_as_zero_what_has_no_scale(size):
+    # The scale would be a denormal, and its reciprocal infinite.
+    codec, x = formats.Linear(), jnp.array([size, 0.0, -size])
+    stored = jax.jit(codec.encode)(x, None)
+    np.testing.assert_array_equal(stored.codes, 0)
+    np.testing.assert_array_equal(codec.decode(stored), 0)
+
+
 def test_bfloat16_takes_every_sixteen_bits_once():
     x = jnp.array([1.0 + 2**-9, -3.0e-5, 7.1e20])[:, None]
     rounded = formats.Rounded().encode(

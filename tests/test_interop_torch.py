@@ -230,7 +230,7 @@ def test_flax_kernels(window):
     assert kernel.shape == (*window, 3, 16)
     assert kernel[..., 1, 2].tolist() == weight[2, 1].tolist()
     np.testing.assert_array_equal(from_flax("a/kernel", kernel), weight)
-    for path in ("a/bias", "kernel/scale/x", "embedding"):
+    for path in ("a/bias", "kernel/scale/x", "embedding", "a/subkernel"):
         assert to_flax(path, weight) is weight
     assert to_flax("kernel/embedding", weight) is weight
     vector = weight.ravel()
