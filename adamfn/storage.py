@@ -229,10 +229,8 @@ def _as_decoded(
             decoded.append(part)
         else:
             spec = _spec(format, leaf.shape)[0 if field == "mu" else 1]
-            expected, fits = (
-                _describe_stored(spec),
-                _describe_stored(part) == _describe_stored(spec),
-            )
+            expected = _describe_stored(spec)
+            fits = _describe_stored(part) == expected
             decoded.append(jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
         if not fits:
             where = path_name(path) or "the root"
