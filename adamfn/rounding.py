@@ -43,6 +43,7 @@ def add_stochastically(params: PyTree, updates: PyTree, count: Any, way_out: str
             f"apply_updates: count is {count!r}; expected the step, an integer scalar, for"
             " rounding='stochastic'. A state knows it: state[0].count."
         )
+    count = np.uint32(count % 2**32) if isinstance(count, int) else count
     numbered = [(np.uint32(_FIRST_LEAF + index), *row) for index, row in enumerate(rows)]
     return treedef.unflatten([total for (total,) in map_rows(_add, numbered, (count,))])
 

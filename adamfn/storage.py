@@ -73,10 +73,11 @@ def zero_moments(
     if rows_rest:
         for (path, leaf), pair in zip(jax.tree.leaves_with_path(params), stored, strict=True):
             if any(part.shape[:-1] != jnp.shape(leaf)[:-1] for part in jax.tree.leaves(pair)):
+                where = path_name(path) or "the root"
                 raise ValueError(
-                    f"{name}: the format of the leaf at {path_name(path)} stores several rows in"
-                    " one number; expected one in which a row can keep its moments, such as"
-                    " 'bfloat16' or '8bit'."
+                    f"{name}: the format of the leaf at {where} stores several rows in one number;"
+                    " expected one in which a row can keep its moments, such as 'bfloat16' or"
+                    " '8bit'."
                 )
     return (
         treedef.unflatten([mu for mu, _ in stored]),
@@ -164,7 +165,8 @@ class _Stored:
         )
         stored = self.format.encode(next_mu, next_nu, noise(count, leaf, g.shape))
         if self.rows_rest:
-            moved = jnp.any((next_mu != mu) | (next_nu != nu), axis=-1, keepdims=True)
+            moved = (next_mu != mu) | (next_nu != nu)
+            moved = jnp.any(moved, axis=-1, keepdims=True) if moved.ndim else moved
             stored = jax.tree.map(partial(jnp.where, moved), stored, (first, second))
         # To nearest: noise would make a maximum climb.
         others = [self.format.encode(jnp.zeros_like(x), x, None)[1] for x in others]
@@ -224,18 +226,17 @@ def as_decoded(
     paths = [path for path, _ in jax.tree.leaves_with_path(updates)]
     for path, leaf, format, part in zip(paths, leaves, formats, parts, strict=True):
         if format is None:
-            expected, fits = f"an array of shape {leaf.shape}", jax.tree_util.all_leaves([part])
+            expected, fits = f"an array of shape {np.shape(leaf)}", jax.tree_util.all_leaves([part])
             decoded.append(part)
         else:
             spec = _spec(format, leaf.shape)[0 if field == "mu" else 1]
-            expected, fits = (
-                _describe_stored(spec),
-                _describe_stored(part) == _describe_stored(spec),
-            )
+            expected = _describe_stored(spec)
+            fits = _describe_stored(part) == expected
             decoded.append(jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
         if not fits:
+            where = path_name(path) or "the root"
             raise ValueError(
-                f"{name}: {field} at {path_name(path)} is stored as {_describe_stored(part)};"
+                f"{name}: {field} at {where} is stored as {_describe_stored(part)};"
                 f" expected {expected}, for {describe(leaf)} and the moments= of this"
                 " transformation. Pass gradients of the parameters that `init` was given, and a"
                 " state that was made with the same moments=."

@@ -83,7 +83,7 @@ def test_digits_has_help(capsys):
     assert "--steps" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("seconds", [1.0, 2.0, 3.5, 6.0])
+@pytest.mark.parametrize("seconds", [1.0, 4.0])
 def test_digits_can_be_interrupted(seconds, tmp_path):
     command = [sys.executable, str(EXAMPLES / "digits.py"), "--steps", "100000"]
     process = subprocess.Popen(
@@ -109,7 +109,9 @@ def test_torch_to_jax_continues_torchs_curve(tmp_path, capsys):
 
 
 def test_char_lm_trains_with_lean_moments_and_writes(capsys):
-    run = example("char_lm")["main"](["--steps", "30", "--chars", "20", "--moments", "8bit"])
+    main = example("char_lm")["main"]
+    main.__globals__["VALIDATION_WINDOWS"] = 64
+    run = main(["--steps", "20", "--chars", "20", "--moments", "8bit"])  # one call of the loop
     assert run.losses[-1] < 0.75 * run.losses[0]
     assert run.validation_loss < 4.0  # a guess costs log 128 = 4.9
     printed = capsys.readouterr().out

@@ -81,6 +81,11 @@ def test_what_is_not_finite_shows(value):
     assert not np.any(np.isfinite(np.asarray(moved, np.float32))) or value == 3.4e38
 
 
+def test_a_count_of_more_than_32_bits():
+    p, u = jnp.ones((64, 64), jnp.bfloat16), jnp.full((64, 64), 2.0**-9)
+    np.testing.assert_array_equal(add(p, u, 2**40 + 7), add(p, u, 7))
+
+
 def test_senseless_arguments():
     p, u = {"w": jnp.ones(2, jnp.bfloat16)}, {"w": jnp.ones(2)}
     with pytest.raises(ValueError, match="rounding is 'up'; expected 'nearest' or 'stochastic'"):

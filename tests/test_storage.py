@@ -1,6 +1,7 @@
 """`moments=`: every member of the family with every format."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ PARAMS = {
     "block": [{"kernel": jnp.full((256, 128), 0.5), "bias": jnp.zeros(128)}],
     "none": None,
 }
+SMALL = {"kernel": jnp.full((128, 256), 0.5), "bias": jnp.zeros(128)}
 
 
 def gradients(step, params=PARAMS):
@@ -25,12 +27,12 @@ def gradients(step, params=PARAMS):
     return jax.tree.map(lambda p: 1e-3 * jax.random.normal(key, p.shape, p.dtype), params)
 
 
-def trail(tx, steps):
+def trail(tx, steps, params=PARAMS):
     """The updates of every step, for gradients that grow and shrink."""
-    update, state = jax.jit(tx.update, donate_argnums=1), tx.init(PARAMS)
+    update, state = jax.jit(tx.update, donate_argnums=1), tx.init(params)
     for step in range(steps):
-        grads = jax.tree.map(lambda g, step=step: g * (1.5 + np.sin(step)), gradients(step))
-        updates, state = update(grads, state, PARAMS)
+        grads = jax.tree.map(lambda g, step=step: g * (1.5 + np.sin(step)), gradients(step, params))
+        updates, state = update(grads, state, params)
         yield updates
     yield state
 
@@ -49,6 +51,13 @@ def cosine(a, b):
     return flat(a) @ flat(b) / np.linalg.norm(flat(a)) / np.linalg.norm(flat(b))
 
 
+@cache
+def exact_trail(recipe, steps, small=False, **arguments):
+    """The updates of a recipe in float32."""
+    tx = getattr(adamfn, recipe)(**arguments)
+    return list(trail(tx, steps, SMALL if small else PARAMS))[:-1]
+
+
 def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
@@ -56,25 +65,22 @@ def same(a, b):
 @pytest.mark.parametrize(
     ("recipe", "moments"),
     [
-        *(("adam", moments) for moments in LEAN),
-        *((recipe, moments) for recipe in RECIPES[2:] for moments in ("8bit", "4bit")),
-        *((recipe, "factored") for recipe in RECIPES[2:-1]),
+        *((recipe, moments) for recipe in ("adam", "amsgrad", "nesterov") for moments in LEAN),
+        *((recipe, "8bit") for recipe in ("nadam", "radam", "adamax", "lazy_adam")),
+        ("adamax", "factored"),
         ("lazy_adam", "blockmean"),
     ],
 )
 def test_a_member_in_a_format_follows_itself_in_float32(recipe, moments):
-    make = getattr(adamfn, recipe)
-    lean, full = (list(trail(make(moments=m), 20))[:-1] for m in (moments, "float32"))
+    arguments = {"nesterov": True} if recipe == "nesterov" else {}
+    recipe = "adam" if arguments else recipe
+    lean = getattr(adamfn, recipe)(moments=moments, **arguments)
+    *lean, _ = trail(lean, 20, SMALL)
+    full = exact_trail(recipe, 20, small=True, **arguments)
     # The first step is taken with moments that were not yet stored.
     np.testing.assert_allclose(flat(lean[0]), flat(full[0]), rtol=1e-5)
     # Adamax takes its denominator as it is, and no root halves what it lacks.
     assert cosine(lean[-1], full[-1]) > (0.9 if recipe == "adamax" else 0.97)
-
-
-@pytest.mark.parametrize("moments", ["bfloat16", "8bit", "4bit"])
-def test_nesterov_in_a_format(moments):
-    found, exact = (run(adamfn.adam(nesterov=True, moments=m), 30)[0] for m in (moments, "float32"))
-    assert cosine(found, exact) > 0.97
 
 
 @pytest.mark.parametrize("moments", formats.FORMATS)
@@ -144,7 +150,7 @@ def test_a_function_chooses_for_each_leaf():
     assert state[0].mu["block"][0]["kernel"].dtype == jnp.bfloat16
     assert isinstance(state[0].nu["block"][0]["kernel"], formats.factored.Factors)
     updates, _ = run(tx, 10)
-    assert cosine(updates, run(adamfn.adamw(), 10)[0]) > 0.97
+    assert cosine(updates, exact_trail("adamw", 10)[-1]) > 0.97
 
 
 @dataclass(frozen=True)
@@ -165,7 +171,7 @@ def test_a_format_of_the_users_own():
     tx = adamfn.amsgrad(moments=HalfPrecision())
     updates, state = run(tx, 20)
     assert state[0].nu_max["table"].dtype == jnp.float16
-    assert cosine(updates, run(adamfn.amsgrad(), 20)[0]) > 0.999
+    assert cosine(updates, exact_trail("amsgrad", 20)[-1]) > 0.999
     assert "float16[128,256]" in formats.describe(state)
 
 
@@ -205,12 +211,11 @@ def test_a_stored_maximum_stays(moments):
     same(state[0].nu_max, largest)
 
 
-@pytest.mark.parametrize("moments", LEAN)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("moments", "dtype"), [*((m, "bfloat16") for m in LEAN), ("8bit", "float16")]
+)
 def test_narrow_gradients(moments, dtype):
-    params = jnp.ones((64, 256), dtype)
-    if moments == "factored":
-        params = jnp.ones((128, 256), dtype)
+    params = jnp.ones((128, 256), dtype)
     tx = adamfn.adam(moments=moments)
     updates, state = tx.update(gradients(0, params), tx.init(params))
     assert updates.dtype == dtype
@@ -299,12 +304,12 @@ def test_a_block_size_that_makes_no_sense(make, block):
         make(block=block)
 
 
-@pytest.mark.parametrize("block", [16, 48, 64, 512])
+@pytest.mark.parametrize("block", [16, 48, 512])
 def test_other_block_sizes(block):
     tx = adamfn.adam(moments=formats.EightBit(block=block))
-    updates, state = run(tx, 10)
+    updates, state = run(tx, 20)
     assert state[0].mu["table"].scale.shape == (128, -(-256 // formats.blocks.size_for(256, block)))
-    assert cosine(updates, run(adamfn.adam(), 10)[0]) > 0.99
+    assert cosine(updates, exact_trail("adam", 20)[-1]) > 0.99
 
 
 @pytest.mark.parametrize(
@@ -339,6 +344,86 @@ def test_gradients_of_another_shape():
             tx.update(PARAMS | {"table": other}, state)
     with pytest.raises(ValueError, match=r"differ at \['table'\]: found nothing"):
         tx.update({k: v for k, v in PARAMS.items() if k != "table"}, state)
+
+
+@pytest.mark.parametrize("moments", LEAN)
+def test_a_python_number_beside_lean_leaves(moments):
+    tx = adamfn.adam(moments=moments)
+    params = {"w": jnp.ones((128, 256)), "scale": 1.0}
+    updates, _ = tx.update(params, tx.init(params))
+    np.testing.assert_allclose(updates["scale"], -1e-3, rtol=1e-6)
+
+
+@dataclass(frozen=True)
+class Everything(HalfPrecision):
+    def holds(self, shape, dtype):
+        return True
+
+
+def test_a_scalar_can_rest_in_a_format_of_the_users_own():
+    tx = adamfn.lazy_adam(moments=Everything())
+    params = {"scalar": jnp.ones(()), "row": jnp.ones(3)}
+    _, state = tx.update(params, tx.init(params))
+    _, after = tx.update(jax.tree.map(jnp.zeros_like, params), state)
+    same(after[0]._replace(count=1), state[0])
+
+
+class NotHashable(HalfPrecision):
+    __hash__ = None
+
+
+@pytest.mark.parametrize(
+    ("moments", "message"),
+    [
+        (
+            formats.Linear(),
+            r"a codec of one moment; expected a format of both, such as Pair\(mu=Lin",
+        ),
+        (NotHashable(), r"which cannot be hashed; .* @dataclass\(frozen=True\)"),
+    ],
+    ids=["codec", "unhashable"],
+)
+def test_what_is_nearly_a_format(moments, message):
+    with pytest.raises(TypeError, match=message):
+        adamfn.adam(moments=moments)
+
+
+@pytest.mark.parametrize(
+    ("mu", "nu", "message"),
+    [
+        ("8bit", formats.Exact(), "Pair: mu is '8bit'; expected a codec of one moment"),
+        (formats.Exact(), formats.Factored, "Pair: nu is <class .*Factored'>; expected a codec"),
+        (formats.Exact(), formats.EightBit(), "Pair: nu is EightBit.*; expected a codec of one"),
+        (formats.BlockMean(), formats.Exact(), "Pair: mu is BlockMean.*, which keeps means alone"),
+        (formats.Factored(), formats.Exact(), "Pair: mu is Factored.*, which keeps means alone"),
+    ],
+    ids=["name", "class", "format", "blockmean", "factored"],
+)
+def test_a_pair_that_makes_no_sense(mu, nu, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        formats.Pair(mu, nu)
+
+
+def test_an_axis_to_average_over_that_is_none():
+    third = formats.Pair(formats.Exact(), formats.BlockMean(axis=2))
+    assert adamfn.adam(moments=third).init(jnp.ones((64, 64)))[0].nu.shape == (64, 64)
+    assert adamfn.adam(moments=third).init(jnp.ones((64, 64, 2)))[0].nu.shape == (64, 64, 1)
+    with pytest.raises(ValueError, match=r"BlockMean: axis is 1\.5; expected an integer"):
+        formats.BlockMean(axis=1.5)
+
+
+@pytest.mark.parametrize("params", [{}, {"frozen": None}])
+def test_describe_says_that_there_is_nothing(params):
+    with pytest.raises(ValueError, match="describe: found no moments in a tuple"):
+        formats.describe(adamfn.adam(moments="8bit").init(params))
+
+
+def test_an_error_about_a_leaf_that_is_the_whole_tree():
+    with pytest.raises(ValueError, match="the leaf at the root stores several rows"):
+        adamfn.lazy_adam(moments="factored").init(PARAMS["table"])
+    state = adamfn.adam().init(PARAMS["table"])
+    with pytest.raises(ValueError, match="mu at the root is stored as float32"):
+        adamfn.adam(moments="8bit").update(PARAMS["table"], state)
 
 
 def test_an_integer_leaf():

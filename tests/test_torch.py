@@ -1,6 +1,6 @@
 """adamfn follows recorded runs of torch.optim (torch_trajectories.py records them)."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -60,21 +60,27 @@ def torch_like(
     return adamfn.chain(optax.scale(-1.0), tx) if maximize else tx
 
 
+@cache
+def gradient_of(problem):
+    """Compiled once for all runs of a problem."""
+    data = jax.tree.map(jnp.asarray, begin(problem)[0])
+
+    def loss_of(params, count):
+        return loss(problem, data, params, count, jnp.tanh, lambda tokens, table: table[tokens])
+
+    return jax.jit(jax.grad(loss_of))
+
+
 def train(problem, tx, params, state, first, last):
     """Takes the steps after `first` up to `last`; yields the count and the parameters."""
-    data, _ = begin(problem)
-    data = jax.tree.map(jnp.asarray, data)
 
     @jax.jit
-    def step(params, state, count):
-        def loss_of(params):
-            return loss(problem, data, params, count, jnp.tanh, lambda tokens, table: table[tokens])
-
-        updates, state = tx.update(jax.grad(loss_of)(params), state, params)
+    def step(grads, state, params):
+        updates, state = tx.update(grads, state, params)
         return adamfn.apply_updates(params, updates), state
 
     for count in range(first, last):
-        params, state = step(params, state, count)
+        params, state = step(gradient_of(problem)(params, count), state, params)
         yield count + 1, params
 
 

@@ -23,7 +23,7 @@ from adamfn.formats.factored import Factored
 from adamfn.formats.float32 import Exact
 from adamfn.formats.four_bit import FourBit
 from adamfn.formats.linear import Linear
-from adamfn.formats.pair import Codec, Pair
+from adamfn.formats.pair import Codec, Pair, is_codec
 
 FORMATS: dict[str, Format] = {
     "float32": Pair(Exact(), Exact()),
@@ -46,7 +46,7 @@ def get(name_or_format: Any) -> Format:
 
     Raises:
       ValueError: no format has this name.
-      TypeError: it is neither.
+      TypeError: it is neither, or cannot be hashed.
 
     >>> get("8bit")
     EightBit(block=256)
@@ -61,6 +61,18 @@ def get(name_or_format: Any) -> Format:
             f"moments is {name_or_format!r}; expected {_NAMES}, an object with `encode`, `decode`"
             " and `holds`, or a function of a leaf's path and the leaf that returns one of these."
         )
+    if is_codec(name_or_format):
+        raise TypeError(
+            f"moments is {name_or_format!r}, a codec of one moment; expected a format of both, such"
+            f" as Pair(mu={name_or_format!r}, nu=Rounded())."
+        )
+    try:
+        hash(name_or_format)
+    except TypeError as error:
+        raise TypeError(
+            f"moments is {name_or_format!r}, which cannot be hashed; expected a format that can, as"
+            " compiled updates are kept by it. @dataclass(frozen=True) makes it so."
+        ) from error
     return cast("Format", name_or_format)
 
 

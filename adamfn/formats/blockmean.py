@@ -33,6 +33,11 @@ class BlockMean:
 
     axis: int = -1
 
+    def __post_init__(self) -> None:
+        """Checks the axis."""
+        if not isinstance(self.axis, int) or isinstance(self.axis, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"BlockMean: axis is {self.axis!r}; expected an integer, such as -1.")
+
     def encode(self, x: jax.Array, bits: jax.Array | None) -> Stored:  # noqa: ARG002
         """Returns float32 of x's shape, but 1 along the axis."""
         return x.mean(self.axis, keepdims=True)
@@ -42,5 +47,6 @@ class BlockMean:
         return stored
 
     def holds(self, shape: tuple[int, ...]) -> bool:
-        """True for 4096 elements and more in at least two axes."""
-        return len(shape) >= 2 and is_large(shape, last=1)
+        """True for 4096 elements and more in at least two axes, the averaged one among them."""
+        has_axis = -len(shape) <= self.axis < len(shape)
+        return has_axis and len(shape) >= 2 and is_large(shape, last=1)

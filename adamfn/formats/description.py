@@ -42,7 +42,7 @@ def describe(state: PyTree) -> str:
                       295,680 bytes in all
     """
     nodes = [n for n in jax.tree.leaves(state, is_leaf=_holds_moments) if _holds_moments(n)]
-    if not nodes:
+    if not any(jax.tree.leaves(node.mu) for node in nodes):
         raise ValueError(
             f"describe: found no moments in a {type(state).__name__}; expected a state of adamfn's,"
             " with mu and nu, by itself or inside a chain or a wrapper."

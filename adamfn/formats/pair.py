@@ -1,5 +1,6 @@
 """`Pair`: a format made of one codec for mu and another for nu."""
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -7,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from adamfn.formats.base import Stored, halves, is_narrow
+from adamfn.formats.blockmean import BlockMean
+from adamfn.formats.factored import Factored
 
 
 class Codec(Protocol):
@@ -30,6 +33,14 @@ class Codec(Protocol):
         ...
 
 
+def is_codec(value: Any) -> bool:
+    """Whether something is a `Codec`: its `holds` takes a shape alone, a format's a dtype too."""
+    methods = [getattr(value, name, None) for name in ("encode", "decode", "holds")]
+    if isinstance(value, type) or not all(map(callable, methods)):
+        return False
+    return len(inspect.signature(value.holds).parameters) == 1
+
+
 @dataclass(frozen=True)
 class Pair:
     """Stores mu by one codec and nu by another.
@@ -37,6 +48,10 @@ class Pair:
     Attributes:
       mu: `Exact`, `Rounded` or `Linear`: a codec that keeps every element.
       nu: any codec.
+
+    Raises:
+      TypeError: one of them is no codec.
+      ValueError: mu's keeps means alone.
 
     >>> import jax.numpy as jnp
     >>> from adamfn.formats import Exact, Factored, Pair
@@ -48,6 +63,20 @@ class Pair:
 
     mu: Codec
     nu: Codec
+
+    def __post_init__(self) -> None:
+        """Checks the codecs."""
+        for moment, codec in (("mu", self.mu), ("nu", self.nu)):
+            if not is_codec(codec):
+                raise TypeError(
+                    f"Pair: {moment} is {codec!r}; expected a codec of one moment: Exact(),"
+                    " Rounded(), Linear(), Factored(), BlockMean() or an object like them."
+                )
+        if isinstance(self.mu, Factored | BlockMean):
+            raise ValueError(
+                f"Pair: mu is {self.mu!r}, which keeps means alone; expected a codec that keeps"
+                " every element, such as Linear()."
+            )
 
     def encode(
         self, mu: jax.Array, nu: jax.Array, noise: jax.Array | None

@@ -31,6 +31,7 @@ def from_state(state: PyTree, like: PyTree) -> PyTree:
 
     Raises:
       ValueError: one of the two holds no moments, or not those of the same leaves; names the leaf.
+      TypeError: one of them is abstract, of `jax.eval_shape`.
 
     >>> import adamfn, optax
     >>> import jax.numpy as jnp
@@ -81,11 +82,16 @@ def _move(caller: str, state: PyTree, like: PyTree) -> PyTree:
     )
     for name, path in _only_in_one(source, target):
         raise ValueError(
-            f"{caller}: only {name} has moments of a leaf at {path}; expected the same leaves in"
-            f" both, found {', '.join(source)} in state and {', '.join(target)} in like. Make both"
-            " for the same parameters."
+            f"{caller}: only {name} has moments of a leaf at {path or 'the root'}; expected the"
+            f" same leaves in both, found {_named(source)} in state and {_named(target)} in like."
+            " Make both for the same parameters."
         )
-
+    for name, tree in (("state", state), ("like", like)):
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
+            raise TypeError(
+                f"{caller}: found shapes without values in {name}; expected arrays. Pass what init"
+                " returns, outside jax.eval_shape."
+            )
     count = _common_count(caller, [leaf.node.count for leaf in source.values()])
 
     def leaf_of(field: str, path: str, leaf: Any) -> jax.Array:
@@ -117,6 +123,10 @@ def _only_in_one(
     return [("state", path) for path in source if path not in target] + [
         ("like", path) for path in target if path not in source
     ]
+
+
+def _named(moments: dict[str, LeafMoments]) -> str:
+    return ", ".join(path or "the root" for path in moments)
 
 
 def _common_count(caller: str, counts: list[Any]) -> jax.Array:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from adamfn.interop.states import LeafMoments, find_moments
-from adamfn.interop.torch.layouts import Layout
+from adamfn.interop.torch.layouts import Layout, check_layout
 from adamfn.interop.torch.members import Member, member_of
-from adamfn.interop.torch.parameters import Paths, TorchParameter, match, parameters_of
+from adamfn.interop.torch.parameters import Paths, TorchParameter, array_of, match, parameters_of
 from adamfn.trees import PyTree
 
 _CALLER = "to_state_dict"
@@ -55,6 +55,7 @@ def to_state_dict(
     >>> print(*state_dict["state"][0], state_dict["state"][0]["step"])
     step exp_avg exp_avg_sq 1.0
     """
+    check_layout(_CALLER, layout)
     moments = find_moments(f"{_CALLER}: state", state)
     parameters = parameters_of(_CALLER, like)
     states = {
@@ -83,15 +84,23 @@ def _entries(
             f" {member.state.__name__}; found a {type(node).__name__} at {path}. Pass the"
             " state_dict() of the torch optimizer that does what this run did."
         )
+    count = array_of(_CALLER, f"the count of the state at {path}", node.count)
+    if count.ndim:
+        raise ValueError(
+            f"{_CALLER}: the state at {path} has a count of shape {count.shape}, as that of several"
+            " runs at once; expected a scalar. Pass one run: jax.tree.map(lambda x: x[0], state)."
+        )
     # SparseAdam counts in a Python int, the others in a float32 tensor.
     sparse = member.optimizer == "SparseAdam"
-    entries = {"step": int(node.count) if sparse else np.array(node.count, np.float32)}
+    entries = {"step": int(count) if sparse else count.astype(np.float32)}
     if "mu_product" in member.scalars:
         entries["mu_product"] = np.array(node.mu_product, np.float32)
     for field, key in member.keys.items():
-        array = np.asarray(kept[field])
+        array = array_of(_CALLER, f"{field} at {path}", kept[field])
         array = array.astype(np.float32) if array.dtype.itemsize < 4 else array
-        array = np.array(array if layout is None else layout(path, array), order="C")
+        if layout is not None:
+            array = array_of(_CALLER, f"layout's result for {path}", layout(path, array))
+        array = np.array(array, order="C")
         known = parameter.state.get(key)
         if known is not None and tuple(known.shape) != array.shape:
             raise ValueError(

@@ -11,6 +11,19 @@ Layout: TypeAlias = Callable[[str, Array], Array]
 """A function of a leaf's path and an array in one layout, which returns it in the other."""
 
 
+def check_layout(caller: str, layout: Any) -> None:
+    """Checks what is to be a layout, or None.
+
+    Raises:
+      TypeError: it is neither.
+    """
+    if layout is not None and not callable(layout):
+        raise TypeError(
+            f"{caller}: layout is {layout!r}; expected a function of a leaf's path and an array,"
+            " such as to_flax or from_flax."
+        )
+
+
 def to_flax(path: str, array: Array) -> Array:
     """Lays out a torch weight as Flax's kernel; a `layout` for `from_state_dict`.
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import numpy as np
 
 from adamfn.interop.torch.layouts import Array
+from adamfn.trees import describe
 
 Paths: TypeAlias = Sequence[str | None] | Mapping[Any, str | None] | None
 """The leaf's path for each torch parameter, in its order or by its name or number."""
@@ -62,10 +63,23 @@ def parameters_of(caller: str, state_dict: Any) -> list[TorchParameter]:
         )
     listed: list[TorchParameter] = []
     for index, group in enumerate(groups):
+        keys = group["params"]
+        if not isinstance(keys, Sequence) or isinstance(keys, str):
+            raise TypeError(
+                f"{caller}: params of group {index} is {keys!r}; expected a list of keys of the"
+                " state, as in a torch optimizer's state_dict()."
+            )
+        for key in cast("Sequence[Any]", keys):
+            if not isinstance(key, int | str):
+                raise TypeError(
+                    f"{caller}: params of group {index} has a {type(key).__name__}; expected"
+                    " numbers, or names. optimizer.state_dict() has them, optimizer.param_groups"
+                    " the tensors themselves."
+                )
         names = group.get("param_names") or [None] * len(group["params"])
-        if len(names) != len(group["params"]):
+        if not isinstance(names, Sequence) or len(names) != len(group["params"]):
             raise ValueError(
-                f"{caller}: group {index} has {len(names)} param_names for"
+                f"{caller}: group {index} has the param_names {names!r} for"
                 f" {len(group['params'])} params; expected a name for each."
             )
         listed += [
@@ -162,12 +176,19 @@ def array_of(caller: str, what: str, value: Any) -> Array:
             f"{caller}: {what} is a sparse tensor; expected a dense one. Make it dense with"
             " .to_dense()."
         )
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = value.float() if "bfloat16" in str(value.dtype) else value
-    array = np.asarray(value)
+    try:
+        if hasattr(value, "detach"):
+            value = value.detach().cpu()
+            value = value.float() if "bfloat16" in str(value.dtype) else value
+        array = np.asarray(value)
+    except Exception as error:  # torch and NumPy raise any kind; a JAX tracer likewise
+        raise TypeError(
+            f"{caller}: {what} is a {type(value).__name__} that NumPy cannot read; expected an"
+            " array of real numbers, outside jax.jit."
+        ) from error
     if array.dtype.kind not in "fiu" and str(array.dtype) != "bfloat16":
-        raise TypeError(f"{caller}: {what} is {value!r}; expected an array of real numbers.")
+        found = describe(value) if hasattr(value, "shape") else repr(value)
+        raise TypeError(f"{caller}: {what} is {found}; expected an array of real numbers.")
     return array
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from adamfn.hyperparams import ScalarOrSchedule
 from adamfn.interop.states import fill_moments, leaves_by_path
 from adamfn.interop.torch.groups import by_group
-from adamfn.interop.torch.layouts import Layout
+from adamfn.interop.torch.layouts import Layout, check_layout
 from adamfn.interop.torch.members import Member, continue_with, member_of
 from adamfn.interop.torch.parameters import (
     Paths,
@@ -81,11 +81,7 @@ def from_state_dict(
     7 (2, 3)
     """
     check_inexact(params, f"{_CALLER}: params")
-    if layout is not None and not callable(layout):
-        raise TypeError(
-            f"{_CALLER}: layout is {layout!r}; expected a function of a leaf's path and an array,"
-            " such as to_flax."
-        )
+    check_layout(_CALLER, layout)
     leaves = {path: leaf for path, leaf in leaves_by_path(params).items() if leaf is not None}
     if not leaves:
         raise ValueError(f"{_CALLER}: params has no leaves; expected the parameters of a model.")
