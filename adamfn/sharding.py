@@ -115,12 +115,12 @@ def _owners(state: Sequence[tuple[Path, Any]], placed: Mapping[Path, Placed]) ->
             if path[begin:end] in placed and _fits(array.shape, placed[path[begin:end]].shape)
         ]
         found.append(parts)
-        for place, parameter in parts:
-            beside[place].add(parameter)
+        for where, parameter in parts:
+            beside[where].add(parameter)
 
-    def rank(shape: tuple[int, ...], place: Path, parameter: Path) -> tuple[int, ...]:
+    def rank(shape: tuple[int, ...], where: Path, parameter: Path) -> tuple[int, ...]:
         same_shape = shape == placed[parameter].shape
-        return same_shape, len(beside[place]), len(parameter), len(place)
+        return same_shape, len(beside[where]), len(parameter), len(where)
 
     return [
         max(parts, key=lambda part, shape=array.shape: rank(shape, *part))[1] if parts else None
