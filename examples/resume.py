@@ -1,9 +1,9 @@
 """Train, be killed at any moment, and go on bit for bit.
 
-A small network on scikit-learn's digits, with a checkpoint of parameters, state and step every few
-steps. Stop it by Ctrl-C or by kill -9 and start it again: it goes on from its last whole checkpoint,
-and ends with the very bits of a run that nothing stopped. A step's batch follows from its number,
-so the step is all there is to know of the data.
+A small network on scikit-learn's digits, with a checkpoint of parameters and state every few steps.
+Stop it by Ctrl-C or by kill -9 and start it again: it goes on from its last whole checkpoint, and
+ends with the very bits of a run that nothing stopped. A step's batch follows from the step's
+number, so that is all there is to know of the data.
 
     python examples/resume.py                            # again and again, until it is done
     python examples/resume.py --moments 8bit --steps 2000 --out out/resume_8bit

@@ -60,39 +60,27 @@ def test_moments_follow_their_parameters_and_scalars_go_everywhere():
     assert {found["[0].count"], found["[3].learning_rate"]} == {P()}
 
 
-EIGHT_BIT = {
-    "[0].mu['w'].codes": P("data", "model"),
-    "[0].mu['w'].scale": P("data", "model"),
-    "[0].nu['w'].codes": P("data", "model"),
-    "[0].nu['w'].top": P("data", "model"),
-    "[0].nu['w'].step": P("data", "model"),
-}
+BOTH, ROWS = P("data", "model"), P("data")
 
 
 @pytest.mark.parametrize(
-    ("moments", "shape", "expected"),
+    ("moments", "shape", "mu", "nu"),
     [
-        ("8bit", (64, 1024), EIGHT_BIT),
+        ("8bit", (64, 1024), {".codes": BOTH, ".scale": BOTH}, {".codes": BOTH, ".step": BOTH}),
         # One block of 256 and three of 256: two devices would share one.
-        ("8bit", (64, 256), {"[0].mu['w'].codes": P("data", "model"), "[0].mu['w'].scale": P("data")}),
-        ("8bit", (64, 768), {"[0].nu['w'].codes": P("data", "model"), "[0].nu['w'].top": P("data")}),
-        # Blocks of 176: the sixth is not full, and half of 1000 is not three of them.
-        ("8bit", (64, 1000), {"[0].mu['w'].codes": P("data", "model"), "[0].mu['w'].scale": P("data")}),
-        ("4bit", (64, 512), {"[0].mu['w']": P("data", "model"), "[0].nu['w'].codes": P("data", "model")}),
-        ("bfloat16", (64, 128), {"[0].nu['w']": P("data", "model")}),
-        (
-            "factored",
-            (128, 512),
-            {
-                "[0].mu['w'].codes": P("data", "model"),
-                "[0].nu['w'].rows": P("data"),
-                "[0].nu['w'].columns": P(None, "model"),
-            },
-        ),
-        ("blockmean", (64, 512), {"[0].mu['w'].scale": P("data", "model"), "[0].nu['w']": P("data")}),
+        ("8bit", (64, 256), {".codes": BOTH, ".scale": ROWS}, {".codes": BOTH, ".top": ROWS}),
+        ("8bit", (64, 768), {".codes": BOTH, ".scale": ROWS}, {".codes": BOTH, ".top": ROWS}),
+        # The last of six blocks of 176 is not full, and three of them are not half of 1000.
+        ("8bit", (64, 1000), {".codes": BOTH, ".scale": ROWS}, {".codes": BOTH, ".top": ROWS}),
+        ("4bit", (64, 512), {"": BOTH}, {".codes": BOTH, ".top": BOTH}),
+        ("bfloat16", (64, 128), {"": BOTH}, {"": BOTH}),
+        ("factored", (128, 512), {".codes": BOTH}, {".rows": ROWS, ".columns": P(None, "model")}),
+        ("blockmean", (64, 512), {".codes": BOTH, ".scale": BOTH}, {"": ROWS}),
     ],
-)  # fmt: skip
-def test_codes_and_scales(moments, shape, expected):
+)
+def test_codes_and_scales(moments, shape, mu, nu):
+    expected = {f"[0].mu['w']{part}": spec for part, spec in mu.items()}
+    expected |= {f"[0].nu['w']{part}": spec for part, spec in nu.items()}
     tx = adamfn.adamw(1e-3, moments=moments)
     for specs, zero_axis in ((P("data", "model"), None), (P(None, "model"), "data")):
         found = specs_of(tx, {"w": shape}, {"w": specs}, zero_axis)
@@ -139,7 +127,7 @@ class Pair(NamedTuple):
         [(8, 16), (16, 8), (8, 4)],
         [(8, 16), (8, 16)],
         {"w": (8, 16), "in": {"w": (8, 16)}},
-        Pair(mu=(8, 16), nu=Pair(mu=(8, 16), nu=(8, 16))),
+        Pair(mu=(8, 16), nu=(8, 16)),
         {"count": (8, 16), "mu": (16, 8), "0": {"nu": (4, 8)}},
     ],
 )
@@ -234,6 +222,7 @@ def test_shardings_may_stand_for_all_below():
 
 PARAMS = abstract({"a": (8, 16), "b": {"c": (8,)}})
 FULL = {"a": on(P()), "b": {"c": on(P())}}
+ELSEWHERE = on(P(), AbstractMesh((8,), ("x",)))
 
 
 @pytest.mark.parametrize(
@@ -245,11 +234,11 @@ FULL = {"a": on(P()), "b": {"c": on(P())}}
         ({**FULL, "a": P("data")}, {}, TypeError, ["['a']", "spec", "NamedSharding"]),
         ({**FULL, "a": 3}, {}, TypeError, ["['a']", "NamedSharding"]),
         ({}, {}, ValueError, ["no leaves"]),
-        ({**FULL, "b": {"c": on(P("data", "model"))}}, {}, ValueError, ["['b']['c']", "float32[8]"]),
-        ({"a": on(P()), "b": on(P(), AbstractMesh((8,), ("x",)))}, {}, ValueError, ["['b']", "one mesh"]),
+        ({**FULL, "b": {"c": on(BOTH)}}, {}, ValueError, ["['b']['c']", "float32[8]"]),
+        ({"a": on(P()), "b": ELSEWHERE}, {}, ValueError, ["['b']", "one mesh"]),
         (FULL, {"zero_axis": "batch"}, ValueError, ["'batch'", "'data', 'model'"]),
     ],
-)  # fmt: skip
+)
 def test_errors_name_the_leaf_and_the_way_out(shardings, options, error, words):
     with pytest.raises(error) as raised:
         state_shardings(adamfn.adam(), PARAMS, shardings, **options)
