@@ -106,7 +106,11 @@ def train(
     images, labels = map(jnp.asarray, load_digits(return_X_y=True))
     images = images / 16.0
     options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, save_interval_steps=every)
-    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+    with ocp.CheckpointManager(
+        folder.absolute(),
+        item_handlers=ocp.StandardCheckpointHandler(),  # to read what is saved before restoring it
+        options=options,
+    ) as manager:
         begin = manager.latest_step() or 0
         like = jax.eval_shape(partial(start, tx))
         run = restore(manager, begin, like) if begin else start(tx)

@@ -6,7 +6,6 @@ costs a fork and not an import.
 
 import contextlib
 import multiprocessing
-import os
 import random
 import runpy
 import time
@@ -34,15 +33,13 @@ SHAPES = {"kernel": (64, 128), "bias": (128,)}
 @contextlib.contextmanager
 def child(target, *arguments):
     """A forked process, killed at the end if it still runs."""
-    with open(os.devnull, "w") as quiet:
-        process = FORKS.Process(target=target, args=arguments, daemon=True)
-        process.start()
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.join(60)
-            assert process.exitcode is not None, quiet
+    process = FORKS.Process(target=target, args=arguments, daemon=True)
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
 def resume(folder, moments):
@@ -165,6 +162,16 @@ def test_another_chain_or_format_says_what_differs(saved, asked, words, tmp_path
             check_saved(manager.item_metadata(1), like)
     for word in words:
         assert word in str(raised.value), str(raised.value)
+
+
+def test_a_manager_that_cannot_read_metadata_is_an_error(tmp_path):
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(1, args=ocp.args.StandardSave({"w": jnp.zeros(3)}))
+    with (
+        ocp.CheckpointManager(tmp_path) as manager,
+        pytest.raises(ValueError, match="item_handlers"),
+    ):
+        check_saved(manager.item_metadata(1), {"w": jnp.zeros(3)})
 
 
 def test_the_example_refuses_a_checkpoint_of_another_format(tmp_path):

@@ -15,7 +15,8 @@ def check_saved(saved: PyTree, like: PyTree) -> None:
     """Checks that a checkpoint holds what it is to be restored as.
 
     Args:
-      saved: what a `CheckpointManager`'s `item_metadata(step)` returns.
+      saved: what `item_metadata(step)` returns, of a `CheckpointManager` that was made with
+        `item_handlers=StandardCheckpointHandler()`.
       like: the tree to restore, or its shapes and dtypes, such as
         `jax.eval_shape(lambda: {"params": params, "state": tx.init(params)})`.
 
@@ -35,6 +36,12 @@ def check_saved(saved: PyTree, like: PyTree) -> None:
     ValueError: check_saved: 2 parts of the checkpoint differ, the first at 0/mu/kernel: it holds
     codes int8[64,256], scale float32[64,1]; expected float32[64,256]. Restore it with ...
     """
+    if saved is None:
+        raise ValueError(
+            "check_saved: saved is None; expected the metadata of a checkpoint. Make the manager with"
+            " item_handlers=orbax.checkpoint.StandardCheckpointHandler(): without, it does not know"
+            " how to read them before it has saved or restored."
+        )
     found, expected = _arrays(getattr(saved, "tree", saved)), _arrays(like)
     differing = [path for path in {**expected, **found} if found.get(path) != expected.get(path)]
     parts = {_part(path, found, expected): None for path in differing}
