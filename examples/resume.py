@@ -113,7 +113,7 @@ def train(
     ) as manager:
         begin = manager.latest_step() or 0
         like = jax.eval_shape(partial(start, tx))
-        run = restore(manager, begin, like) if begin else start(tx)
+        run = restore(manager, begin, like) if begin else jax.jit(partial(start, tx))()
         for step in range(begin, steps):
             run, loss = train_step(tx, run, step, images, labels)
             manager.save(step + 1, args=ocp.args.StandardSave(run), force=step + 1 == steps)

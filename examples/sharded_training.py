@@ -31,7 +31,6 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
 import char_lm
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from rich.console import Console
@@ -158,7 +157,7 @@ def main(argv: list[str] | None = None) -> Run:
         f"\nThe first moment of a matrix, {moment.dtype}{list(moment.shape)}, lies so on its"
         f" {args.data * args.model} devices ({moment.sharding.spec}):"
     )
-    jax.debug.visualize_array_sharding(moment)
+    jax.debug.visualize_array_sharding(moment, scale=0.5)
     for name, size in run.bytes_on_a_device.items():
         console.print(f"{size:>12,} bytes on each device: {name}")
     return run

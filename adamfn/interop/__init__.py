@@ -1,4 +1,5 @@
-"""Optimizer states in and out: `adamfn.interop.torch` and `adamfn.interop.optax`.
+"""Optimizer states in and out: `adamfn.interop.torch` and `adamfn.interop.optax`; and
+checkpoints: `adamfn.interop.orbax`.
 
-Neither module imports the library that it is named after.
+No module imports the library that it is named after.
 """

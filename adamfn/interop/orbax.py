@@ -38,9 +38,9 @@ def check_saved(saved: PyTree, like: PyTree) -> None:
     """
     if saved is None:
         raise ValueError(
-            "check_saved: saved is None; expected the metadata of a checkpoint. Make the manager with"
-            " item_handlers=orbax.checkpoint.StandardCheckpointHandler(): without, it does not know"
-            " how to read them before it has saved or restored."
+            "check_saved: saved is None; expected the metadata of a checkpoint. Make the manager"
+            " with item_handlers=orbax.checkpoint.StandardCheckpointHandler(): without, it does not"
+            " know how to read them before it has saved or restored."
         )
     found, expected = _arrays(getattr(saved, "tree", saved)), _arrays(like)
     differing = [path for path in {**expected, **found} if found.get(path) != expected.get(path)]
