@@ -43,6 +43,12 @@ def total(tree, shardings=None):
     return sum(math.prod(x) * leaf.dtype.itemsize for x, leaf in zip(shapes, leaves, strict=True))
 
 
+def along_rows(shape):
+    """The axis before the last, whose shards cut no block, if it divides."""
+    axis = next(axis for axis in (-2, -1) if len(shape) >= -axis and shape[axis] % DEVICES == 0)
+    return jax.P(*[None] * (len(shape) + axis), "data")
+
+
 def row(moments):
     """What the guide's table says of a format: from shapes, without an array."""
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x, jnp.bfloat16), SHAPES, is_leaf=is_shape)
@@ -52,11 +58,7 @@ def row(moments):
     n = sum(leaf.size for leaf in jax.tree.leaves(params))
     whole = total(state)
     part = total(state, state_shardings(tx, params, everywhere, zero_axis="data"))
-    along = [
-        NamedSharding(everywhere.mesh, jax.P(*([None] * (x.ndim - 1)), "data"))
-        for x in jax.tree.leaves(params)
-    ]
-    split = jax.tree.structure(params).unflatten(along)
+    split = jax.tree.map(lambda x: NamedSharding(everywhere.mesh, along_rows(x.shape)), params)
     fully = total(state, state_shardings(tx, params, split))
     kept = (P + G) * n + whole, (P + G) * n + part, (P + G) * n / DEVICES + fully
     moved = (3 * G + 2 * P) * n + 2 * whole, (2 * G * n / DEVICES + 2 * part) + (G + 2 * P) * n

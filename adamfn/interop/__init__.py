@@ -1,5 +1,4 @@
-"""Optimizer states in and out: `adamfn.interop.torch` and `adamfn.interop.optax`; and
-checkpoints: `adamfn.interop.orbax`.
+"""States in and out: `adamfn.interop.torch`, `adamfn.interop.optax` and `adamfn.interop.orbax`.
 
 No module imports the library that it is named after.
 """
