@@ -70,8 +70,8 @@ BOTH, ROWS = P("data", "model"), P("data")
         # One block of 256 and three of 256: two devices would share one.
         ("8bit", (64, 256), {".codes": BOTH, ".scale": ROWS}, {".codes": BOTH, ".top": ROWS}),
         ("8bit", (64, 768), {".codes": BOTH, ".scale": ROWS}, {".codes": BOTH, ".top": ROWS}),
-        # The last of six blocks of 176 is not full, and three of them are not half of 1000.
-        ("8bit", (64, 1000), {".codes": BOTH, ".scale": ROWS}, {".codes": BOTH, ".top": ROWS}),
+        # The last of six blocks of 176 is not full, and three of them are not half of 1048.
+        ("8bit", (64, 1048), {".codes": BOTH, ".scale": ROWS}, {".codes": BOTH, ".top": ROWS}),
         ("4bit", (64, 512), {"": BOTH}, {".codes": BOTH, ".top": BOTH}),
         ("bfloat16", (64, 128), {"": BOTH}, {"": BOTH}),
         ("factored", (128, 512), {".codes": BOTH}, {".rows": ROWS, ".columns": P(None, "model")}),
