@@ -117,3 +117,27 @@ def test_char_lm_trains_with_lean_moments_and_writes(capsys):
     printed = capsys.readouterr().out
     for word in ("2.08 bytes for each", "Validation loss", "def read_lines"):
         assert word in printed
+
+
+def test_sharded_training_shows_where_a_moment_lies():
+    command = [sys.executable, str(EXAMPLES / "sharded_training.py"), "--steps", "4"]
+    run = subprocess.run(
+        [*command, "--moments", "8bit"], check=False, capture_output=True, text=True, timeout=200
+    )
+    assert run.returncode == 0, run.stderr
+    for word in ("4/4", "CPU 0", "CPU 7", "int8[128, 512]", "1,262,612 bytes", "163,028 bytes"):
+        assert word in run.stdout, run.stdout
+
+
+@pytest.mark.parametrize("name", ["resume", "sharded_training"])
+def test_they_can_be_interrupted(name, tmp_path):
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--steps", "100000"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path
+    )
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert b"Traceback" not in printed, printed.decode()
+    assert b"Interrupted." in printed
+    assert process.returncode == 130

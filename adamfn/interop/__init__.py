@@ -1,4 +1,4 @@
-"""Optimizer states in and out: `adamfn.interop.torch` and `adamfn.interop.optax`.
+"""States in and out: `adamfn.interop.torch`, `adamfn.interop.optax` and `adamfn.interop.orbax`.
 
-Neither module imports the library that it is named after.
+No module imports the library that it is named after.
 """

@@ -1,0 +1,186 @@
+"""Where an optimizer's state lives on a mesh of devices."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from adamfn.placement import Axes, Path, Placed, place, size
+from adamfn.transform import GradientTransformation
+from adamfn.trees import PyTree
+
+
+def state_shardings(
+    tx: GradientTransformation,
+    params: PyTree,
+    shardings: PyTree,
+    zero_axis: str | None = None,
+    *,
+    memory_kind: str | None = None,
+) -> PyTree:
+    """The shardings of a transformation's state, for those of its parameters.
+
+    An array of the state belongs to the parameter at the end of whose path it stands, as
+    `[0].mu['w'].codes` does to `['w']`, and is split as that parameter is. Where its dimension is
+    shorter, as those of the scales of blocks are, it is split likewise if that cuts no block, and
+    else not. Scalars, and what belongs to no parameter, are on every device.
+
+    With `zero_axis` whatever belongs to a parameter is split further, along that mesh axis, over
+    the dimension that leaves least of it on a device; where none divides, it stays. With
+    parameters that are the same along the axis this is ZeRO's stage 1.
+
+    Args:
+      tx: any transformation, ours or optax's, a chain or a wrapper.
+      params: the parameters, or their shapes and dtypes (`jax.eval_shape`): nothing is computed.
+      shardings: a `NamedSharding` for each parameter, or for each subtree of them; one serves all.
+      zero_axis: the name of a mesh axis, usually the one that the batch is split along.
+      memory_kind: where what belongs to parameters is kept, such as `"pinned_host"`; None for the
+        device's own memory. A step has to bring it to the device and back.
+
+    Returns:
+      A tree of `NamedSharding`s with the structure of `tx.init(params)`, for `in_shardings` and
+      `out_shardings` of `jax.jit`, for `jax.device_put`, and for restoring checkpoints.
+
+    Raises:
+      ValueError: `shardings` does not match `params`, or cannot split them, or spans several
+        meshes; the mesh has no such axis, or its devices no such memory.
+      TypeError: something in `shardings` is not a `NamedSharding`.
+
+    References:
+      Rajbhandari, Rasley, Ruwase and He, ZeRO: Memory Optimizations Toward Training Trillion
+      Parameter Models, 2020 (arXiv 1910.02054), section 5.1.
+
+    >>> import adamfn
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from adamfn.sharding import state_shardings
+    >>> mesh = jax.make_mesh((1, 1), ("data", "model"))
+    >>> params = {"w": jax.ShapeDtypeStruct((512, 1024), jnp.float32)}
+    >>> specs = {"w": jax.NamedSharding(mesh, jax.P(None, "model"))}
+    >>> tx = adamfn.adamw(1e-3, moments="8bit")
+    >>> shardings = state_shardings(tx, params, specs, zero_axis="data")
+    >>> print(tuple(shardings[0].mu["w"].codes.spec), tuple(shardings[0].count.spec))
+    ('data', 'model') ()
+    >>> state = jax.jit(tx.init, out_shardings=shardings)({"w": jnp.zeros((512, 1024))})
+    """
+    placed, mesh = place(params, shardings)
+    if zero_axis is not None and zero_axis not in mesh.axis_names:
+        raise ValueError(
+            f"state_shardings: zero_axis is {zero_axis!r}; expected an axis of the mesh, which has"
+            f" {', '.join(map(repr, mesh.axis_names))}."
+        )
+    if memory_kind is not None:
+        _check_memory(mesh, memory_kind)
+
+    state, treedef = jax.tree.flatten_with_path(jax.eval_shape(tx.init, params))
+    owners = _owners(state, placed)
+    kept: defaultdict[Path, list[Any]] = defaultdict(list)
+    for owner, (_, array) in zip(owners, state, strict=True):
+        if owner is not None:
+            kept[owner].append(array)
+    if zero_axis is not None:
+        for owner, arrays in kept.items():
+            axes = _split_further(placed[owner], zero_axis, arrays, mesh)
+            placed[owner] = placed[owner]._replace(axes=axes)
+
+    def sharding_of(owner: Path | None, array: Any) -> NamedSharding:
+        if owner is None:
+            return NamedSharding(mesh, PartitionSpec())
+        whole = placed[owner]
+        axes = _axes_of(array.shape, whole.shape, whole.axes, mesh)
+        return NamedSharding(mesh, _spec(axes), memory_kind=memory_kind or whole.memory_kind)
+
+    return treedef.unflatten(
+        [sharding_of(owner, array) for owner, (_, array) in zip(owners, state, strict=True)]
+    )
+
+
+def _owners(state: Sequence[tuple[Path, Any]], placed: Mapping[Path, Placed]) -> list[Path | None]:
+    """The parameter that each array of a state belongs to, by its path; None for the others.
+
+    That parameter's path is a part of the array's. Of several, its own shape counts most; then how
+    many of the parameters the state has in the same place, so that an entry of a chain or of a
+    format is not taken for one of a list of parameters; then the longest path, then the last.
+    """
+    found: list[list[tuple[Path, Path]]] = []
+    beside: defaultdict[Path, set[Path]] = defaultdict(set)
+    for path, array in state:
+        parts = [
+            (path[:begin], path[begin:end])
+            for begin in range(len(path) + 1)
+            for end in range(begin, len(path) + 1)
+            if path[begin:end] in placed and _fits(array.shape, placed[path[begin:end]].shape)
+        ]
+        found.append(parts)
+        for where, parameter in parts:
+            beside[where].add(parameter)
+
+    def rank(shape: tuple[int, ...], where: Path, parameter: Path) -> tuple[int, ...]:
+        same_shape = shape == placed[parameter].shape
+        return same_shape, len(beside[where]), len(parameter), len(where)
+
+    return [
+        max(parts, key=lambda part, shape=array.shape: rank(shape, *part))[1] if parts else None
+        for (_, array), parts in zip(state, found, strict=True)
+    ]
+
+
+def _fits(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    return len(shape) == len(whole) > 0 and all(n <= m for n, m in zip(shape, whole, strict=True))
+
+
+def _axes_of(
+    shape: tuple[int, ...], whole: tuple[int, ...], axes: Axes, mesh: Mesh | AbstractMesh
+) -> Axes:
+    """The axes that split an array of the state, for those that split its parameter."""
+
+    def divides(n: int, m: int, names: tuple[str, ...]) -> bool:
+        # Fewer than the parameter's: one for each block of its elements, and no shard has a part.
+        return n == m or (n > 0 and m % n == 0 and n % size(names, mesh) == 0)
+
+    dimensions = zip(shape, whole, axes, strict=True)
+    return tuple(names if divides(n, m, names) else () for n, m, names in dimensions)
+
+
+def _split_further(
+    placed: Placed, axis: str, arrays: Sequence[Any], mesh: Mesh | AbstractMesh
+) -> Axes:
+    """The parameter's axes with one more, where it leaves least of these arrays on a device."""
+    if any(axis in names for names in placed.axes):
+        return placed.axes
+    candidates = [
+        (*placed.axes[:d], (*placed.axes[d], axis), *placed.axes[d + 1 :])
+        for d, n in enumerate(placed.shape)
+        if n % size((*placed.axes[d], axis), mesh) == 0
+    ]
+
+    def bytes_on_a_device(axes: Axes) -> int:
+        return sum(
+            array.dtype.itemsize
+            * math.prod(array.shape)
+            // math.prod(size(n, mesh) for n in _axes_of(array.shape, placed.shape, axes, mesh))
+            for array in arrays
+        )
+
+    return min(candidates, key=bytes_on_a_device, default=placed.axes)
+
+
+def _spec(axes: Axes) -> PartitionSpec:
+    while axes and not axes[-1]:
+        axes = axes[:-1]
+    return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in axes))
+
+
+def _check_memory(mesh: Mesh | AbstractMesh, kind: str) -> None:
+    if isinstance(mesh, AbstractMesh):
+        return
+    device = mesh.local_devices[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if kind not in kinds:
+        raise ValueError(
+            f"state_shardings: memory_kind is {kind!r}, which the {device.platform} backend does"
+            f" not have; expected one of {', '.join(map(repr, kinds))}, or None."
+        )

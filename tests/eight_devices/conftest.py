@@ -1,0 +1,16 @@
+"""Eight devices on the CPU, for the tests of this folder: `pytest tests/eight_devices`.
+
+They run in a process of their own, which `tests/test_sharding.py` starts: the number of devices is
+fixed when JAX begins, and the other tests are to have one.
+"""
+
+import os
+
+FLAG = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax  # noqa: E402
+
+if len(jax.devices()) != 8:
+    raise RuntimeError("JAX has begun without eight devices: run tests/eight_devices alone.")

@@ -1,0 +1,180 @@
+"""Runs that are killed go on from their last checkpoint, bit for bit.
+
+Children are forked from a server that has imported everything and has not started JAX: a kill
+costs a fork and not an import.
+"""
+
+import contextlib
+import multiprocessing
+import random
+import runpy
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import adamfn
+from adamfn.interop.orbax import check_saved
+
+RESUME = Path(__file__).parent.parent / "examples" / "resume.py"
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["optax", "adamfn", "orbax.checkpoint", "rich.progress", "sklearn.datasets"]
+)
+STEPS, EVERY = 16, 4
+TX = adamfn.adamw(1e-3, moments="8bit")
+SHAPES = {"kernel": (64, 128), "bias": (128,)}
+
+
+@contextlib.contextmanager
+def child(target, *arguments):
+    """A forked process, killed at the end if it still runs."""
+    process = FORKS.Process(target=target, args=arguments, daemon=True)
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def resume(folder, moments):
+    main = runpy.run_path(str(RESUME))["main"]
+    main(["--moments", moments, "--steps", str(STEPS), "--every", str(EVERY), "--out", folder])
+
+
+def saved_steps(folder):
+    """The steps of whole checkpoints, as the names of folders tell."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+@pytest.mark.parametrize(("moments", "kills"), [("float32", 2), ("bfloat16", 1), ("8bit", 2)])
+def test_killed_at_random_moments_it_ends_with_the_same_bits(moments, kills, tmp_path):
+    uninterrupted = runpy.run_path(str(RESUME))["main"](
+        ["--moments", moments, "--steps", str(STEPS), "--out", str(tmp_path / "whole")]
+    )
+    folder, chance = tmp_path / "killed", random.Random(moments)
+    for _ in range(kills):
+        begun = (saved_steps(folder) or [0])[-1]
+        with child(resume, str(folder), moments) as process:
+            wait_until(lambda begun=begun: (saved_steps(folder) or [0])[-1] > begun, process)
+            time.sleep(chance.uniform(0, 0.1))
+            process.kill()
+    assert saved_steps(folder), "it was killed before its first checkpoint"
+    with child(resume, str(folder), moments) as process:
+        process.join(120)
+        assert process.exitcode == 0
+    assert saved_steps(folder)[-1] == STEPS
+    with ocp.CheckpointManager(folder) as manager:
+        like = jax.eval_shape(lambda: uninterrupted)
+        found = manager.restore(STEPS, args=ocp.args.StandardRestore(like))
+    for a, b in zip(*map(jax.tree.leaves, (found, uninterrupted)), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def wait_until(condition, process, limit=120):
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        if not process.is_alive():
+            return
+        time.sleep(0.005)
+
+
+def content(step):
+    """A state in which every number tells the step."""
+    shapes = jax.eval_shape(TX.init, {n: jnp.zeros(s) for n, s in SHAPES.items()})
+    return jax.tree.map(lambda x: np.full(x.shape, step % 100, x.dtype), shapes)
+
+
+def save_forever(folder, started):
+    """Checks the last checkpoint, then saves one after another."""
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2)) as m:
+        step = m.latest_step() or 0
+        if step:
+            check_content(m, step)
+        while True:
+            step += 1
+            m.save(step, args=ocp.args.StandardSave(jax.device_put(content(step))))
+            started.set()
+
+
+def check_content(manager, step):
+    found = manager.restore(step, args=ocp.args.StandardRestore(content(0)))
+    for a, b in zip(*map(jax.tree.leaves, (found, content(step))), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_twenty_kills_during_a_save_leave_a_whole_checkpoint(tmp_path):
+    chance, unfinished, last = random.Random(0), 0, 1
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(1, args=ocp.args.StandardSave(content(1)))
+    for _ in range(20):
+        started = FORKS.Event()
+        with child(save_forever, str(tmp_path), started) as process:
+            assert started.wait(120), "it found no whole checkpoint, or could not save"
+            time.sleep(chance.uniform(0, 0.2))
+            process.kill()
+        unfinished += any("tmp" in path.name for path in tmp_path.iterdir())
+        step = saved_steps(tmp_path)[-1]
+        assert step >= last
+        last = step
+    with ocp.CheckpointManager(tmp_path) as manager:
+        check_content(manager, last)  # the children have checked those before
+    assert last > 1
+    assert unfinished >= 5, "most kills were to hit a save"
+
+
+WITH_CLIP = adamfn.chain(adamfn.scale_by_lr(1.0), adamfn.adamw(1e-3, moments="8bit"))
+
+
+@pytest.mark.parametrize(
+    ("saved", "asked", "words"),
+    [
+        ("8bit", "float32", ["0/mu/kernel", "codes int8[64,256]", "expected float32[64,256]"]),
+        ("float32", "8bit", ["0/mu/kernel", "holds float32[64,256]", "codes int8[64,256]"]),
+        ("float32", "bfloat16", ["0/mu/kernel", "holds float32", "expected bfloat16[64,256]"]),
+        ("8bit", adamfn.formats.EightBit(128), ["0/mu/kernel", "[64,1]", "[64,2]"]),
+        ("8bit", WITH_CLIP, ["0/learning_rate", "nothing"]),
+        ("8bit", adamfn.adam(moments="8bit"), ["2/learning_rate", "nothing"]),
+        ("8bit", adamfn.amsgrad(moments="8bit"), ["0/nu_max"]),
+    ],
+)
+def test_another_chain_or_format_says_what_differs(saved, asked, words, tmp_path):
+    params = {"kernel": jnp.zeros((64, 256)), "bias": jnp.zeros(256)}
+    if not hasattr(asked, "init"):
+        asked = adamfn.adamw(moments=asked)
+    state, like = (
+        {"params": params, "state": tx.init(params)} for tx in (adamfn.adamw(moments=saved), asked)
+    )
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(1, args=ocp.args.StandardSave(state))
+        manager.wait_until_finished()
+        check_saved(manager.item_metadata(1), state)
+        with pytest.raises(ValueError, match="check_saved") as raised:
+            check_saved(manager.item_metadata(1), like)
+    for word in words:
+        assert word in str(raised.value), str(raised.value)
+
+
+def test_a_manager_that_cannot_read_metadata_is_an_error(tmp_path):
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(1, args=ocp.args.StandardSave({"w": jnp.zeros(3)}))
+    with (
+        ocp.CheckpointManager(tmp_path) as manager,
+        pytest.raises(ValueError, match="item_handlers"),
+    ):
+        check_saved(manager.item_metadata(1), {"w": jnp.zeros(3)})
+
+
+def test_the_example_refuses_a_checkpoint_of_another_format(tmp_path):
+    main = runpy.run_path(str(RESUME))["main"]
+    main(["--steps", "2", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"state/0/mu/hidden.*\nOr give another --out"):
+        main(["--steps", "4", "--moments", "8bit", "--out", str(tmp_path)])

@@ -1,0 +1,264 @@
+"""adamfn.sharding: where each part of a state belongs. `eight_devices` holds what needs devices."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import AbstractMesh
+
+import adamfn
+from adamfn import formats
+from adamfn.sharding import state_shardings
+
+P = jax.P
+MESH = AbstractMesh((4, 2), ("data", "model"))
+
+
+@pytest.mark.parametrize("file", ["test_mesh_training", "test_mesh_checkpoints"])
+def test_on_eight_devices(file):
+    folder = Path(__file__).parent / "eight_devices"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", str(folder / f"{file}.py")]
+    run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "passed" in run.stdout
+
+
+def abstract(shapes):
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        shapes,
+        is_leaf=lambda x: type(x) is tuple,
+    )
+
+
+def on(spec, mesh=MESH):
+    return jax.NamedSharding(mesh, spec)
+
+
+def specs_of(tx, shapes, specs, zero_axis=None):
+    """The spec of every array in the state, by its path."""
+    params = abstract(shapes)
+    shardings = jax.tree.map(on, specs, is_leaf=lambda x: isinstance(x, P))
+    found = state_shardings(tx, params, shardings, zero_axis)
+    assert jax.tree.structure(found) == jax.tree.structure(jax.eval_shape(tx.init, params))
+    return {jax.tree_util.keystr(p): s.spec for p, s in jax.tree.leaves_with_path(found)}
+
+
+def test_moments_follow_their_parameters_and_scalars_go_everywhere():
+    shapes = {"a": (8, 16), "b": [{"a": (16, 8)}, (8,)]}
+    specs = {"a": P("data"), "b": [{"a": P(None, "model")}, P("model")]}
+    found = specs_of(adamfn.adamw(1e-3), shapes, specs)
+    for field in ("mu", "nu"):
+        assert found[f"[0].{field}['a']"] == P("data")
+        assert found[f"[0].{field}['b'][0]['a']"] == P(None, "model")
+        assert found[f"[0].{field}['b'][1]"] == P("model")
+    assert {found["[0].count"], found["[3].learning_rate"]} == {P()}
+
+
+BOTH, ROWS = P("data", "model"), P("data")
+
+
+@pytest.mark.parametrize(
+    ("moments", "shape", "mu", "nu"),
+    [
+        ("8bit", (64, 1024), {".codes": BOTH, ".scale": BOTH}, {".codes": BOTH, ".step": BOTH}),
+        # One block of 256 and three of 256: two devices would share one.
+        ("8bit", (64, 256), {".codes": BOTH, ".scale": ROWS}, {".codes": BOTH, ".top": ROWS}),
+        ("8bit", (64, 768), {".codes": BOTH, ".scale": ROWS}, {".codes": BOTH, ".top": ROWS}),
+        # The last of six blocks of 176 is not full, and three of them are not half of 1048.
+        ("8bit", (64, 1048), {".codes": BOTH, ".scale": ROWS}, {".codes": BOTH, ".top": ROWS}),
+        ("4bit", (64, 512), {"": BOTH}, {".codes": BOTH, ".top": BOTH}),
+        ("bfloat16", (64, 128), {"": BOTH}, {"": BOTH}),
+        ("factored", (128, 512), {".codes": BOTH}, {".rows": ROWS, ".columns": P(None, "model")}),
+        ("blockmean", (64, 512), {".codes": BOTH, ".scale": BOTH}, {"": ROWS}),
+    ],
+)
+def test_codes_and_scales(moments, shape, mu, nu):
+    expected = {f"[0].mu['w']{part}": spec for part, spec in mu.items()}
+    expected |= {f"[0].nu['w']{part}": spec for part, spec in nu.items()}
+    tx = adamfn.adamw(1e-3, moments=moments)
+    for specs, zero_axis in ((P("data", "model"), None), (P(None, "model"), "data")):
+        found = specs_of(tx, {"w": shape}, {"w": specs}, zero_axis)
+        assert {path: found[path] for path in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("moments", "shape", "codes"),
+    [
+        ("float32", (6, 8), P(None, "data")),  # the first that divides
+        ("float32", (6, 10), P()),  # none does
+        ("8bit", (32, 256), P("data")),
+        ("8bit", (3, 4096), P(None, "data")),
+        ("8bit", (2, 64, 256), P(None, "data")),
+        ("8bit", (50257, 768), P(None, "data")),  # within a block, rather than whole
+    ],
+)
+def test_zero_takes_the_dimension_that_leaves_least(moments, shape, codes):
+    found = specs_of(adamfn.adam(moments=moments), {"w": shape}, {"w": P()}, "data")
+    assert found["[0].mu['w']" + ".codes" * (moments == "8bit")] == codes
+
+
+def test_zero_beside_other_axes():
+    tx = adamfn.adam()
+    assert specs_of(tx, {"w": (8, 6)}, {"w": P("model")}, "data")["[0].mu['w']"] == P(
+        ("model", "data")
+    )
+    assert specs_of(tx, {"w": (2, 8)}, {"w": P("model")}, "data")["[0].mu['w']"] == P(
+        "model", "data"
+    )
+    for used in (P("data"), P(None, ("model", "data"))):  # already along it: fully sharded
+        assert specs_of(tx, {"w": (8, 16)}, {"w": used}, "data")["[0].mu['w']"] == used
+
+
+class Pair(NamedTuple):
+    mu: object
+    nu: object
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        (8, 16),
+        [(8, 16), (16, 8), (8, 4)],
+        [(8, 16), (8, 16)],
+        {"w": (8, 16), "in": {"w": (8, 16)}},
+        Pair(mu=(8, 16), nu=(8, 16)),
+        {"count": (8, 16), "mu": (16, 8), "0": {"nu": (4, 8)}},
+    ],
+)
+def test_a_parameter_is_not_taken_for_another(shapes):
+    params = abstract(shapes)
+    choices = iter([P("data"), P("model"), P(None, "data"), P(None, "model")])
+    specs = jax.tree.map(lambda _: next(choices), params)
+    expected = jax.tree.map(on, specs, is_leaf=lambda x: isinstance(x, P))
+    for tx in (adamfn.adam(), adamfn.adamw(), optax.adam(1e-3), adamfn.amsgrad(), adamfn.nadam()):
+        state = state_shardings(tx, params, expected)
+        assert state[0].mu == state[0].nu == expected
+        assert state[0].count == on(P())
+
+
+def test_entries_of_a_format_are_not_taken_for_parameters():
+    class Twice:
+        def encode(self, mu, nu, noise):
+            return (mu, mu), (nu, nu)
+
+        def decode(self, mu, nu):
+            return mu[0], nu[0]
+
+        def holds(self, shape, dtype):
+            return True
+
+    params = abstract([(8, 16)] * 3)
+    expected = [on(P("data")), on(P("model")), on(P(None, "data"))]
+    state = state_shardings(adamfn.adam(moments=Twice()), params, expected)
+    assert state[0].mu == [(s, s) for s in expected]
+
+
+WRAPPERS = {
+    "optax": optax.adamw(1e-3),
+    "mixed": optax.chain(optax.clip_by_global_norm(1.0), adamfn.adamw(1e-3), optax.trace(0.9)),
+    "ours around": adamfn.chain(optax.trace(0.9), adamfn.adam()),
+    "injected": optax.inject_hyperparams(adamfn.adam)(1e-3),
+    "finite": optax.apply_if_finite(adamfn.adam(), 5),
+    "accumulated": optax.MultiSteps(adamfn.adam(), 4),
+    "masked": optax.masked(adamfn.adam(), {"a": True, "b": {"a": False, "c": True}}),
+    "masked above": optax.masked(adamfn.adam(), {"a": True, "b": False}),
+    "partition": optax.partition(
+        {"x": adamfn.adam(), "y": optax.sgd(1.0, 0.9)}, {"a": "x", "b": {"a": "y", "c": "x"}}
+    ),
+    "lookahead-like": optax.ema(0.9),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_chains_and_wrappers(name):
+    shapes = {"a": (8, 16), "b": {"a": (16, 8), "c": (4,)}}
+    specs = {"a": P("data"), "b": {"a": P("model"), "c": P("data")}}
+    found = specs_of(WRAPPERS[name], shapes, specs)
+    assert found
+    known = {"['a']": P("data"), "['b']['a']": P("model"), "['b']['c']": P("data")}
+    matched = 0
+    for path, spec in found.items():
+        owner = next((p for p in sorted(known, key=len, reverse=True) if path.endswith(p)), None)
+        assert spec == known.get(owner, P()), path
+        matched += owner is not None
+    assert matched >= 2
+
+
+def test_arrays_that_match_no_parameter_are_everywhere():
+    class Buffers(NamedTuple):
+        leaves: object
+        buffers: object
+
+    class State(NamedTuple):
+        count: jax.Array
+        mu: Buffers
+
+    def init(params):
+        return State(
+            jnp.zeros((), jnp.int32),
+            Buffers(jax.tree.map(jnp.zeros_like, params), (jnp.zeros(1000), jnp.zeros((9, 9)))),
+        )
+
+    tx = optax.GradientTransformation(init, lambda u, s, p=None: (u, s))
+    found = specs_of(tx, {"w": (8, 8), "b": (8,)}, {"w": P("data"), "b": P("model")}, "data")
+    assert found[".mu.leaves['w']"] == P("data")
+    assert found[".mu.leaves['b']"] == P(("model", "data"))
+    assert found[".mu.buffers[0]"] == found[".mu.buffers[1]"] == found[".count"] == P()
+
+
+def test_shardings_may_stand_for_all_below():
+    params = {"a": jnp.ones((8, 8)), "b": {"c": jnp.ones((8, 8)), "frozen": None}}
+    for given in (on(P("data")), {"a": on(P("data")), "b": on(P("data"))}):
+        state = state_shardings(adamfn.adam(), params, given)
+        assert state[0].mu["a"] == state[0].mu["b"]["c"] == on(P("data"))
+        assert state[0].mu["b"]["frozen"] is None
+
+
+PARAMS = abstract({"a": (8, 16), "b": {"c": (8,)}})
+FULL = {"a": on(P()), "b": {"c": on(P())}}
+ELSEWHERE = on(P(), AbstractMesh((8,), ("x",)))
+
+
+@pytest.mark.parametrize(
+    ("shardings", "options", "error", "words"),
+    [
+        ({"a": on(P())}, {}, ValueError, ["no sharding", "['b']['c']", "float32[8]"]),
+        ({**FULL, "d": on(P())}, {}, ValueError, ["['d']", "no leaf"]),
+        ({"a": on(P()), "b": {"c": {"e": on(P())}}}, {}, ValueError, ["no sharding", "['b']['c']"]),
+        ({**FULL, "a": P("data")}, {}, TypeError, ["['a']", "spec", "NamedSharding"]),
+        ({**FULL, "a": 3}, {}, TypeError, ["['a']", "NamedSharding"]),
+        ({}, {}, ValueError, ["no leaves"]),
+        ({**FULL, "b": {"c": on(BOTH)}}, {}, ValueError, ["['b']['c']", "float32[8]"]),
+        ({"a": on(P()), "b": ELSEWHERE}, {}, ValueError, ["['b']", "one mesh"]),
+        (FULL, {"zero_axis": "batch"}, ValueError, ["'batch'", "'data', 'model'"]),
+    ],
+)
+def test_errors_name_the_leaf_and_the_way_out(shardings, options, error, words):
+    with pytest.raises(error) as raised:
+        state_shardings(adamfn.adam(), PARAMS, shardings, **options)
+    for word in ("state_shardings", "expected", *words):
+        assert word in str(raised.value)
+
+
+def test_a_dimension_that_does_not_divide_is_an_error():
+    with pytest.raises(ValueError, match=r"\['w'\] is float32\[6\].*data=4, model=2"):
+        state_shardings(adamfn.adam(), abstract({"w": (6,)}), on(P("data")))
+
+
+def test_a_memory_that_the_backend_lacks_is_an_error():
+    real = jax.NamedSharding(jax.make_mesh((1,), ("data",)), P())
+    with pytest.raises(ValueError, match=r"'hbm', which the cpu backend.*'device'"):
+        state_shardings(adamfn.adam(), PARAMS, real, memory_kind="hbm")
+
+
+def test_nothing_is_computed():
+    params = abstract({"w": (2**16, 2**20)})  # 256 GiB
+    for moments in formats.FORMATS:
+        tx = adamfn.adamw(moments=moments)
+        state_shardings(tx, params, on(P()), "data")
