@@ -1,6 +1,6 @@
 """Adam for JAX: pure functions over pytrees, exact from the first step on."""
 
-from adamfn import formats, fused
+from adamfn import formats, fused, sharding
 from adamfn.adam import adam, adamw
 from adamfn.adamax import adamax, scale_by_infinity_moments
 from adamfn.amsgrad import amsgrad, scale_by_max_moments
@@ -42,5 +42,6 @@ __all__ = [
     "scale_by_moments",
     "scale_by_nesterov_moments",
     "scale_by_rectified_moments",
+    "sharding",
     "step",
 ]
