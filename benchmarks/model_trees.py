@@ -1,5 +1,7 @@
 """The parameter trees that the benchmarks run over, as shapes."""
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 
@@ -67,7 +69,7 @@ def mlp() -> Shapes:
     widths = [256] * 8 + [10]
     return {
         f"dense_{i}": {"kernel": (inputs, outputs), "bias": (outputs,)}
-        for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False))
+        for i, (inputs, outputs) in enumerate(pairwise(widths))
     }
 
 

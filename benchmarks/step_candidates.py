@@ -1,4 +1,4 @@
-"""Who takes part in the benchmark of a step's speed: Adam by optax, torch and adamfn, and limits."""
+"""What the benchmark of a step's speed runs: Adam by optax, torch and adamfn, and the limits."""
 
 import ctypes
 import functools
@@ -93,9 +93,9 @@ def training(candidate: Candidate, shapes: dict, batch: int = 32) -> Run:
     """Whole training steps of a multilayer perceptron: forward, backward, update."""
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: 30 * leaf, gradients(shapes))
-    inputs, outputs = (shapes[name]["kernel"] for name in (min(shapes), max(shapes)))
-    x = jnp.asarray(random.standard_normal((batch, inputs[0]), np.float32))
-    labels = jnp.asarray(random.integers(outputs[1], size=batch))
+    first, *_, last = shapes.values()
+    x = jnp.asarray(random.standard_normal((batch, first["kernel"][0]), np.float32))
+    labels = jnp.asarray(random.integers(last["kernel"][1], size=batch))
 
     def loss(params):
         *hidden, last = params.values()
@@ -127,7 +127,7 @@ def has_torch() -> bool:
 
 
 def by_torch(grads: dict) -> Run:
-    """torch's fused kernel, with as many threads as XLA has."""
+    """The fused kernel of torch, with as many threads as XLA has."""
     import torch
 
     torch.set_num_threads(os.cpu_count())

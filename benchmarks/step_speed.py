@@ -2,8 +2,8 @@
 
 One float32 Adam update with the parameters applied, all of them taking turns in one process, over
 five trees of parameters and over one leaf of growing size; the same within the training step of a
-small network; and what it costs before the first step. Beside them, the limits: the seven streams of memory that a
-step reads and writes, in C++, and a compiled call that does nothing. Takes about 16 GB.
+small network; and what it costs before the first step. Beside them, the limits: the seven streams
+of memory that a step reads and writes, in C++, and a compiled call that does nothing. Takes 16 GB.
 
     python benchmarks/step_speed.py              # writes benchmarks/results/step_speed.json
     python benchmarks/step_speed.py --trees MLP --exponents 10 20 --rounds 3 --out /dev/null
@@ -41,7 +41,7 @@ TREES = {
 MANY_SMALL = ("1000 leaves of 1000", "MLP")
 """The trees over which passing arrays in and out may cost more than the step."""
 
-TRAINING = "MLP, whole training step"
+TRAINING = "MLP, training step"
 BASES = (OPTAX, TORCH, FUSED, STREAMS)
 LEAST = 0.05
 """Seconds of a sample, at least: a small update is taken so often."""
@@ -107,14 +107,17 @@ def size(shapes: dict) -> dict[str, int]:
 
 def table(results: dict[str, dict]) -> Table:
     """How many times as fast as optax."""
-    shown = Table(title="Times as fast as optax (median, least to most)", box=box.SIMPLE)
+    title = "Times as fast as optax (median, least to most)"
+    shown = Table(title=title, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for column in ("tree", "Adam by", "ms (median)", "times as fast"):
-        shown.add_column(column, justify="left" if column in ("tree", "Adam by") else "right")
+        justify = "left" if column in ("tree", "Adam by") else "right"
+        shown.add_column(column, justify=justify, no_wrap=True)
     for tree, rows in results.items():
+        shown.add_section()
         for name, row in rows.items():
             ratio = row["times_as_fast_as"][OPTAX]
             shown.add_row(
-                tree,
+                tree if name == OPTAX else "",
                 name,
                 f"{1e3 * row['seconds']:.3f}",
                 f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
