@@ -1,4 +1,4 @@
-"""What the benchmarks of moments in fewer bytes share."""
+"""What the benchmarks of moments in fewer bytes, and of a step's speed, share."""
 
 import json
 import logging
@@ -29,9 +29,18 @@ def machine() -> dict[str, Any]:
     return {
         "cores": os.cpu_count(),
         "machine": platform.machine(),
+        "processor": processor(),
         "python": platform.python_version(),
         "backend": jax.default_backend(),
     }
+
+
+def processor() -> str | None:
+    """What the processor calls itself, where the system says it as Linux does."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, None)
 
 
 def versions() -> dict[str, str]:

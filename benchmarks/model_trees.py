@@ -1,5 +1,7 @@
 """The parameter trees that the benchmarks run over, as shapes."""
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 
@@ -35,6 +37,45 @@ def gpt2_small() -> Shapes:
         **{f"block_{i}": block() for i in range(layers)},
         "final_norm": norm(),
     }
+
+
+def resnet50() -> Shapes:
+    """ResNet-50: 161 leaves, 26M parameters (He et al., 2016)."""
+
+    def norm(width: int) -> Shapes:
+        return {"scale": (width,), "bias": (width,)}
+
+    def convolution(size: int, inputs: int, outputs: int) -> Shapes:
+        return {"kernel": (size, size, inputs, outputs), "norm": norm(outputs)}
+
+    def block(inputs: int, width: int) -> Shapes:
+        return {
+            "reduce": convolution(1, inputs, width),
+            "middle": convolution(3, width, width),
+            "expand": convolution(1, width, 4 * width),
+        }
+
+    tree, inputs = {"stem": convolution(7, 3, 64)}, 64
+    for stage, (width, blocks) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
+        tree[f"shortcut_{stage}"] = convolution(1, inputs, 4 * width)
+        for i in range(blocks):
+            tree[f"stage_{stage}_block_{i}"] = block(inputs, width)
+            inputs = 4 * width
+    return {**tree, "classifier": {"kernel": (inputs, 1000), "bias": (1000,)}}
+
+
+def mlp() -> Shapes:
+    """A small classifier: eight dense layers, 16 leaves, 0.5M parameters."""
+    widths = [256] * 8 + [10]
+    return {
+        f"dense_{i}": {"kernel": (inputs, outputs), "bias": (outputs,)}
+        for i, (inputs, outputs) in enumerate(pairwise(widths))
+    }
+
+
+def one_leaf(elements: int = 2**25) -> Shapes:
+    """One vector."""
+    return {"leaf": (elements,)}
 
 
 def abstract(shapes: Shapes) -> dict:
