@@ -240,14 +240,15 @@ def test_results_that_are_not_in_place():
     n = 5000
     rng = np.random.default_rng(0)
     g, p, mu = (jnp.asarray(rng.standard_normal(n), jnp.float32) for _ in range(3))
-    group = Group(None, False, (True,), jax.tree.structure((0, 0)), packed=False)
+    group = Group(None, False, (True,), jax.tree.structure([(0, 0)]), packed=False)
     vector = jnp.asarray([0.1, 0.001, 1, 1, 1e-8, 0, 1, 1, 0.1, 1e-3], jnp.float32)
     operands = [vector, jnp.int32(3), jnp.zeros(1, jnp.uint32), mu, mu**2, g, p]
     found = jax.ffi.ffi_call("adamfn_step", [mu, mu, p], vmap_method="sequential")(
         *operands,
         format=np.int32(0),
-        block=np.int32(0),
+        packed=False,
         nesterov=False,
+        blocks=np.array([0], np.int64),
         decays=np.array([1], np.int64),
     )
     expected = step_group(group, *operands)
@@ -282,13 +283,20 @@ def wrong_calls():
     yield "too few", {**good, "operands": good["operands"][:-1]}, "another number of operands"
     yield "two leaves", {**good, "decays": [0, 0]}, "another number of operands"
     yield "no leaf", {**good, "decays": []}, "another number of leaves"
+    yield "packed", {**operand(3, ones(5)), "packed": True}, "moments of another dtype or size"
+    yield "packed too long", {**good, "operands": [*good["operands"][:5], ones(5), ones(5)],
+           "packed": True}, "moments of another dtype or size"  # fmt: skip
     yield "format", {**good, "format": 9}, "an unknown format"
     yield "negative format", {**good, "format": -1}, "an unknown format"
     lean = EightBit().encode(ones((2, 300)), ones((2, 300)), None)
     eight = [*good["operands"][:3], *jax.tree.leaves(lean), ones((2, 300)), ones((2, 300))]
     yield "block", {**good, "operands": eight, "format": 3, "block": 0}, "block of another size"
     yield "wide", {**good, "operands": eight, "format": 3, "block": 4096}, "block of another size"
-    yield "scales", {**good, "operands": eight, "format": 3, "block": 32}, "scales of another"
+    yield (
+        "scales",
+        {**good, "operands": eight, "format": 3, "block": 32},
+        "moments of another dtype or size",
+    )
 
 
 @pytest.mark.parametrize(
@@ -303,8 +311,9 @@ def test_a_wrong_call_is_an_error_and_no_crash(call, message):
             jax.ffi.ffi_call("adamfn_step", results, vmap_method="sequential")(
                 *operands,
                 format=np.int32(call["format"]),
-                block=np.int32(call["block"]),
+                packed=call.get("packed", False),
                 nesterov=False,
+                blocks=np.array([call["block"]] * len(call["decays"]), np.int64),
                 decays=np.array(call["decays"], np.int64),
             )
         )

@@ -105,7 +105,7 @@ def test_tiles_for_gpu(moments):
     shape = 50, 3, 128  # 19200 elements: 75 rows of 256
     assert pallas.tiling(shape, format, "cuda") == ((75, 256), (1, 256))
     kept = jnp.float32 if format is None else jnp.bfloat16
-    moments = jax.tree.structure((0, 0))
+    moments = jax.tree.structure([(0, 0)])
     group = Group(format, False, (True,), moments, False)
     keys = jax.random.split(jax.random.key(0), 4)
     mu, nu, g, p = (jax.random.normal(key, shape) for key in keys)

@@ -31,6 +31,7 @@ _STEP_GROUP: dict[Backend, Callable[..., list[jax.Array]]] = {
     "xla": step_group,
     "pallas": pallas_group_step,
 }
+_LEAVES_OF_A_CALL = 16
 
 
 def fused_adam(
@@ -241,7 +242,8 @@ def _fused(
         count = increment(state.count)
         at_step = scalars(count, decay, rate)
 
-        plan = Plan(formats, rates.decays(params), nesterov, _STEP_GROUP[backend])
+        together = _LEAVES_OF_A_CALL if backend == "auto" else 1
+        plan = Plan(formats, rates.decays(params), nesterov, _STEP_GROUP[backend], together)
         mu, nu, params = step_leaves(plan, grads, params, state.mu, state.nu, count, at_step)
         return params, FusedAdamState(count, mu, nu, jnp.asarray(rate, float))
 

@@ -37,19 +37,19 @@ def can_run(group: Group, avals: Any) -> bool:
 
 def lower(ctx: Any, *operands: Any, group: Group) -> Any:
     """The lowering rule: one call, whose results lie where its operands do."""
-    aliased = (
-        range(3, 3 + group.moments),
-        range(3 + group.moments + len(group.decays), len(operands)),
-    )
-    aliases = {operand: result for result, operand in enumerate([*aliased[0], *aliased[1]])}
-    row = ctx.avals_in[-1].shape[-1:]
-    size = size_for(row[0], group.format.block) if isinstance(group.format, EightBit) else 0
+    first, number = 3 + group.moments, len(group.decays)
+    in_place = [*range(3, first), *range(first + number, len(operands))]
+    aliases = {operand: result for result, operand in enumerate(in_place)}
+    sizes = [0] * number
+    if isinstance(group.format, EightBit):
+        sizes = [size_for(p.shape[-1], group.format.block) for p in ctx.avals_in[first + number :]]
     rule = jax.ffi.ffi_lowering(_TARGET, operand_output_aliases=aliases)
     return rule(
         ctx,
         *operands,
         format=np.int32(_FORMATS.get(group.format, _EIGHT_BIT)),
-        block=np.int32(size),
+        packed=group.packed,
         nesterov=group.nesterov,
+        blocks=np.array(sizes, np.int64),
         decays=np.array(group.decays, np.int64),
     )

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from adamfn.formats import Format
@@ -15,6 +14,9 @@ from adamfn.fused.packing import Packed, packed_leaves, runs
 from adamfn.fused.reference import Group, LeafStep
 from adamfn.fused.scalars import Scalars
 from adamfn.trees import PyTree, map_rows
+
+LARGE = 2**18
+"""Leaves from here on take their step alone: they outweigh the microseconds of a call."""
 
 
 class Plan(NamedTuple):
@@ -25,6 +27,8 @@ class Plan(NamedTuple):
     nesterov: bool
     step_group: Callable[..., list[jax.Array]]
     """What takes the step of a group: `reference.step_group`, or another with its results."""
+    leaves_of_a_call: int = 1
+    """How many leaves that are not packed may take it together."""
 
 
 def step_leaves(
@@ -44,54 +48,58 @@ def step_leaves(
     gs, (ps, treedef) = jax.tree.leaves(grads), jax.tree.flatten(params)
     mus, nus = treedef.flatten_up_to(mu.leaves), treedef.flatten_up_to(nu.leaves)
     packed = runs(packed_leaves(mu, treedef))
-    calls: dict[Callable[..., Any], list[tuple[int, tuple[PyTree, ...]]]] = {}
+    buffers = list(zip(mu.buffers, nu.buffers, strict=True))
+    calls: dict[Callable[..., Any], list[tuple[list[int], tuple[PyTree, ...]]]] = {}
 
-    def group_of(leaves: Sequence[int], moments: tuple[PyTree, PyTree], *, flat: bool) -> None:
-        of_group = Group(
-            plan.formats[leaves[0]],
-            plan.nesterov,
-            tuple(plan.decays[k] for k in leaves),
-            jax.tree.structure(moments),
-            flat,
-        )
-        row = (
-            np.array(leaves, np.uint32),
-            *moments,
-            [gs[k] for k in leaves],
-            [ps[k] for k in leaves],
-        )
-        place = -1 - packed.index(list(leaves)) if flat else leaves[0]
-        calls.setdefault(_GroupStep(of_group, plan.step_group), []).append((place, row))
+    def call(leaves: list[int], pairs: list[tuple[PyTree, PyTree]], *, flat: bool) -> None:
+        decays = tuple(plan.decays[k] for k in leaves)
+        stored = jax.tree.structure(pairs)
+        group = Group(plan.formats[leaves[0]], plan.nesterov, decays, stored, flat)
+        row = np.array(leaves, np.uint32), pairs, [gs[k] for k in leaves], [ps[k] for k in leaves]
+        calls.setdefault(_GroupStep(group, plan.step_group), []).append((leaves, row))
 
-    for run, mu_buffer, nu_buffer in zip(packed, mu.buffers, nu.buffers, strict=True):
-        group_of(run, (mu_buffer, nu_buffer), flat=True)
-    for k, (g, p, format) in enumerate(zip(gs, ps, plan.formats, strict=True)):
-        if mus[k] is None:
-            continue
-        if cpu.knows(format, g.dtype, p.dtype):
-            group_of([k], (mus[k], nus[k]), flat=False)
-        else:
-            step = LeafStep(format, plan.nesterov, plan.decays[k])
-            calls.setdefault(step, []).append((k, (np.uint32(k), g, p, mus[k], nus[k])))
+    for run, pair in zip(packed, buffers, strict=True):
+        call(run, [pair], flat=True)
+    alone = [k for k, part in enumerate(mus) if part is not None]
+    known = [k for k in alone if cpu.knows(plan.formats[k], gs[k].dtype, ps[k].dtype)]
+    for leaves in _together(known, plan, ps):
+        call(leaves, [(mus[k], nus[k]) for k in leaves], flat=False)
+    for k in sorted({*alone} - {*known}):
+        step = LeafStep(plan.formats[k], plan.nesterov, plan.decays[k])
+        row = np.uint32(k), gs[k], ps[k], mus[k], nus[k]
+        calls.setdefault(step, []).append(([k], row))
 
-    buffers: list[tuple[jax.Array, jax.Array]] = [(jnp.zeros(0), jnp.zeros(0))] * len(packed)
     vector = scalars.as_vector()
     for function, rows in calls.items():
-        shared = (count, vector if isinstance(function, _GroupStep) else scalars)
-        results = map_rows(function, [row for _, row in rows], shared)
-        for (place, _), (next_mu, next_nu, moved) in zip(rows, results, strict=True):
-            if place < 0:
-                buffers[-1 - place] = next_mu, next_nu
-                for k, p in zip(packed[-1 - place], moved, strict=True):
-                    ps[k] = p
+        of_group = isinstance(function, _GroupStep)
+        results = map_rows(
+            function, [row for _, row in rows], (count, vector if of_group else scalars)
+        )
+        for (leaves, _), result in zip(rows, results, strict=True):
+            pairs, moved = result if of_group else ([result[:2]], result[2:])
+            if leaves in packed:
+                buffers[packed.index(leaves)] = pairs[0]
             else:
-                mus[place], nus[place] = next_mu, next_nu
-                (ps[place],) = moved if isinstance(function, _GroupStep) else (moved,)
+                for k, (next_mu, next_nu) in zip(leaves, pairs, strict=True):
+                    mus[k], nus[k] = next_mu, next_nu
+            for k, p in zip(leaves, moved, strict=True):
+                ps[k] = p
     return (
-        Packed(treedef.unflatten(mus), tuple(next_mu for next_mu, _ in buffers)),
-        Packed(treedef.unflatten(nus), tuple(next_nu for _, next_nu in buffers)),
+        Packed(treedef.unflatten(mus), tuple(buffer for buffer, _ in buffers)),
+        Packed(treedef.unflatten(nus), tuple(buffer for _, buffer in buffers)),
         treedef.unflatten(ps),
     )
+
+
+def _together(known: Sequence[int], plan: Plan, params: Sequence[jax.Array]) -> list[list[int]]:
+    """Leaves that take a step in one call: large ones alone, others with those of their format."""
+    rest: dict[Format | None, list[int]] = {}
+    for k in known:
+        if params[k].size < LARGE:
+            rest.setdefault(plan.formats[k], []).append(k)
+    size = plan.leaves_of_a_call
+    batches = [own[i : i + size] for own in rest.values() for i in range(0, len(own), size)]
+    return [[k] for k in known if params[k].size >= LARGE] + batches
 
 
 @dataclass(frozen=True)
@@ -102,14 +110,13 @@ class _GroupStep:
     def __call__(
         self,
         numbers: jax.Array,
-        mu: PyTree,
-        nu: PyTree,
+        pairs: list[tuple[PyTree, PyTree]],
         grads: list[jax.Array],
         params: list[jax.Array],
         count: jax.Array,
         vector: jax.Array,
-    ) -> tuple[PyTree, PyTree, list[jax.Array]]:
-        operands = [vector, count, numbers, *jax.tree.leaves((mu, nu)), *grads, *params]
+    ) -> tuple[list[tuple[PyTree, PyTree]], list[jax.Array]]:
+        operands = [vector, count, numbers, *jax.tree.leaves(pairs), *grads, *params]
         results = self.step_group(self.group, *operands)
         kept = jax.tree.unflatten(self.group.stored, results[: self.group.moments])
-        return *kept, results[self.group.moments :]
+        return kept, results[self.group.moments :]

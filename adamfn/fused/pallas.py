@@ -84,7 +84,8 @@ def _for_mosaic(shape: tuple[int, ...], format: Format | None) -> Tiling | None:
 def can_run(group: Group, avals: Any, platform: str) -> bool:
     """Whether there is a kernel for a group."""
     *_, g, p = avals
-    known = not group.packed and cpu.knows(group.format, g.dtype, p.dtype)
+    alone = not group.packed and len(group.decays) == 1
+    known = alone and cpu.knows(group.format, g.dtype, p.dtype)
     return known and tiling(p.shape, group.format, platform) is not None
 
 
@@ -99,7 +100,7 @@ def step_leaf(
 
     def kernel(vector: Any, words: Any, *refs: Any) -> None:
         *moments, g, p = (ref[...] for ref in refs[: len(arrays)])
-        mu, nu = jax.tree.unflatten(group.stored, moments)
+        ((mu, nu),) = jax.tree.unflatten(group.stored, moments)
         row = pl.program_id(0) * height + jax.lax.broadcasted_iota(jnp.int32, cut.tile, 0)
         column = pl.program_id(1) * width + jax.lax.broadcasted_iota(jnp.int32, cut.tile, 1)
         elements = (row * columns + column).astype(jnp.uint32)

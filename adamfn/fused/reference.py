@@ -80,16 +80,16 @@ class LeafStep:
 
 @dataclass(frozen=True)
 class Group:
-    """What is static of a group: one leaf, or several whose float32 moments share two buffers."""
+    """What is static of a group: leaves stored alike, that take a step in one call."""
 
     format: Format | None
     nesterov: bool
     decays: tuple[bool, ...]
     """Of each leaf: whether weight decay moves it."""
     stored: Any
-    """The structure of (mu, nu)."""
+    """The structure of the moments: a list with a pair (mu, nu) for each leaf, or one for all."""
     packed: bool
-    """Whether the moments lie end to end in flat buffers."""
+    """Whether there is one pair, of flat buffers in which float32 moments lie end to end."""
 
     @property
     def moments(self) -> int:
@@ -103,20 +103,25 @@ def step_group(group: Group, *operands: jax.Array) -> list[jax.Array]:
     Args:
       group: what is static of it.
       *operands: the scalars, float32[10]; the count, int32; the leaves' numbers, uint32[n]; the
-        arrays of mu and nu; n gradients; n parameters.
+        arrays of the moments; n gradients; n parameters.
 
     Returns:
-      The next arrays of mu and nu, then the next parameters.
+      The next arrays of the moments, then the next parameters.
     """
     vector, count, numbers, *arrays = operands
     kept, leaves = arrays[: group.moments], arrays[group.moments :]
     grads, params = leaves[: len(group.decays)], leaves[len(group.decays) :]
-    mu, nu = jax.tree.unflatten(group.stored, kept)
+    pairs = jax.tree.unflatten(group.stored, kept)
     scalars = Scalars(*vector)
     if not group.packed:
-        step = LeafStep(group.format, group.nesterov, group.decays[0])
-        mu, nu, p = step(numbers[0], grads[0], params[0], mu, nu, count, scalars)
-        return [*jax.tree.leaves((mu, nu)), p]
+        moved = [
+            LeafStep(group.format, group.nesterov, decays)(number, g, p, mu, nu, count, scalars)
+            for decays, number, g, p, (mu, nu) in zip(
+                group.decays, numbers, grads, params, pairs, strict=True
+            )
+        ]
+        return [*jax.tree.leaves([pair for *pair, _ in moved]), *(p for *_, p in moved)]
+    ((mu, nu),) = pairs
     sizes = [math.prod(p.shape) for p in params]
     if len(set(group.decays)) > 1:
         decays = jnp.asarray(np.repeat(np.array(group.decays, np.float32), sizes))

@@ -24,11 +24,13 @@ struct Leaf {
   void* p;
   bool g_is_narrow, p_is_narrow;  // bfloat16, not float32
   bool decays;
-  uint32_t number;      // in the tree of parameters: its noise is made from it
-  int64_t offset;       // of its moments in the group's buffers
-  int64_t size, row;    // elements, and those of the last axis
-  int64_t tile;         // elements of a tile: a block of an 8-bit leaf
-  int64_t first_tile;   // of the group's
+  uint32_t number;     // in the tree of parameters: its noise is made from it
+  void* mu;
+  void* nu;
+  BlockScales blocks;  // the first, of an 8-bit leaf
+  int64_t size, row;   // elements, and those of the last axis
+  int64_t tile;        // elements of a tile: a block of an 8-bit leaf
+  int64_t first_tile;  // of the group's
 };
 
 struct Group {
@@ -36,11 +38,6 @@ struct Group {
   int32_t count;
   int32_t format;
   bool nesterov;
-  void* mu;
-  void* nu;
-  float* scale;   // these three of 8-bit moments only
-  float* top;
-  int32_t* step;
   std::vector<Leaf> leaves;
   int64_t tiles;
 };
@@ -53,7 +50,6 @@ inline void StepTile(const Group& group, const Leaf& leaf, int64_t tile) {
   const int64_t within = (tile % tiles_per_row) * leaf.tile;
   const int64_t start = (tile / tiles_per_row) * leaf.row + within;
   const int64_t size = std::min(leaf.tile, leaf.row - within);
-  const int64_t at = leaf.offset + start;
 
   const float* g = static_cast<const float*>(leaf.g) + start;
   if (leaf.g_is_narrow) {
@@ -68,17 +64,19 @@ inline void StepTile(const Group& group, const Leaf& leaf, int64_t tile) {
     p = p_tile;
   }
 
-  const Noise leaf_noise(group.count, leaf.number);
-  const auto noise = [&](int64_t i) { return leaf_noise(static_cast<uint32_t>(start + i)); };
+  uint32_t noise[kTile];
+  if (group.format == kBfloat16 || group.format == kEightBit) {
+    Noise(group.count, leaf.number).Fill(static_cast<uint32_t>(start), size, noise);
+  }
   switch (group.format) {
     case kFloat32:
       StepRun(group.scalars, group.nesterov, leaf.decays, size, g,
-              static_cast<float*>(group.mu) + at, static_cast<float*>(group.nu) + at, p);
+              static_cast<float*>(leaf.mu) + start, static_cast<float*>(leaf.nu) + start, p);
       break;
     case kBfloat16:
     case kBfloat16Nearest: {
-      uint16_t* mu = static_cast<uint16_t*>(group.mu) + at;
-      uint16_t* nu = static_cast<uint16_t*>(group.nu) + at;
+      uint16_t* mu = static_cast<uint16_t*>(leaf.mu) + start;
+      uint16_t* nu = static_cast<uint16_t*>(leaf.nu) + start;
       for (int64_t i = 0; i < size; ++i) {
         mu_tile[i] = FromBfloat16(mu[i]);
         nu_tile[i] = FromBfloat16(nu[i]);
@@ -86,9 +84,8 @@ inline void StepTile(const Group& group, const Leaf& leaf, int64_t tile) {
       StepRun(group.scalars, group.nesterov, leaf.decays, size, g, mu_tile, nu_tile, p);
       if (group.format == kBfloat16) {
         for (int64_t i = 0; i < size; ++i) {
-          const uint32_t random = noise(i);
-          mu[i] = ToBfloat16(mu_tile[i], random);
-          nu[i] = ToBfloat16(nu_tile[i], random >> 16);
+          mu[i] = ToBfloat16(mu_tile[i], noise[i]);
+          nu[i] = ToBfloat16(nu_tile[i], noise[i] >> 16);
         }
       } else {
         for (int64_t i = 0; i < size; ++i) {
@@ -99,9 +96,10 @@ inline void StepTile(const Group& group, const Leaf& leaf, int64_t tile) {
       break;
     }
     case kEightBit: {
-      int8_t* mu = static_cast<int8_t*>(group.mu) + at;
-      uint8_t* nu = static_cast<uint8_t*>(group.nu) + at;
-      const BlockScales block{group.scale + tile, group.top + tile, group.step + tile};
+      int8_t* mu = static_cast<int8_t*>(leaf.mu) + start;
+      uint8_t* nu = static_cast<uint8_t*>(leaf.nu) + start;
+      const BlockScales& first = leaf.blocks;
+      const BlockScales block{first.scale + tile, first.top + tile, first.step + tile};
       DecodeBlock(mu, nu, block, static_cast<int>(size), mu_tile, nu_tile);
       StepRun(group.scalars, group.nesterov, leaf.decays, size, g, mu_tile, nu_tile, p);
       EncodeBlock(mu_tile, nu_tile, noise, static_cast<int>(size), mu, nu, block);

@@ -3,8 +3,8 @@
 // Operands: the scalars, float32[10]; the count, int32; the leaves' numbers, uint32; the moments of
 // the group; the gradient of each leaf; each leaf. Results: the moments and the leaves, in the buffers of their operands.
 //
-// A group is one leaf with moments in its shape, or several whose moments lie end to end in one
-// buffer. What XLA hands over is checked: a mistake is an error of the step and not a crash.
+// Each leaf has moments of its own, in its shape; or all share two buffers, in which they lie end to
+// end. What XLA hands over is checked: a mistake is an error of the step and not a crash.
 
 #include <algorithm>
 #include <atomic>
@@ -70,17 +70,24 @@ ffi::Error Wrong(const std::string& what) {
   return ffi::Error::InvalidArgument("adamfn: the step of a group of leaves got " + what + ".");
 }
 
+// The types of what is kept of a leaf, mu's first.
+std::vector<ffi::DataType> MomentTypes(int32_t format) {
+  constexpr auto kF32 = ffi::DataType::F32, kBF16 = ffi::DataType::BF16;
+  if (format == kEightBit) return {ffi::DataType::S8, kF32, ffi::DataType::U8, kF32, ffi::DataType::S32};
+  if (format == kFloat32) return {kF32, kF32};
+  return {kBF16, kBF16};
+}
+
 ffi::Error Run(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results,
-               int32_t format, int32_t block, bool nesterov, ffi::Span<const int64_t> decays) {
-  constexpr ffi::DataType kTypes[][2] = {{ffi::DataType::F32, ffi::DataType::F32},
-                                         {ffi::DataType::BF16, ffi::DataType::BF16},
-                                         {ffi::DataType::BF16, ffi::DataType::BF16},
-                                         {ffi::DataType::S8, ffi::DataType::U8}};
+               int32_t format, bool packed, bool nesterov, ffi::Span<const int64_t> blocks,
+               ffi::Span<const int64_t> decays) {
   if (format < kFloat32 || format > kEightBit) return Wrong("an unknown format");
-  const bool blocks = format == kEightBit;
-  const size_t leaves = decays.size(), moments = blocks ? 5 : 2, first = 3 + moments;
-  if (leaves == 0 || (blocks && leaves != 1)) return Wrong("another number of leaves");
-  if (blocks && (block < 1 || block > kLargestBlock)) return Wrong("a block of another size");
+  const std::vector<ffi::DataType> types = MomentTypes(format);
+  const size_t leaves = decays.size(), kinds = types.size();
+  const size_t moments = packed ? kinds : kinds * leaves, first = 3 + moments;
+  if (leaves == 0 || blocks.size() != leaves || (packed && format != kFloat32)) {
+    return Wrong("another number of leaves");
+  }
   if (arguments.size() != first + 2 * leaves || results.size() != moments + leaves) {
     return Wrong("another number of operands or results");
   }
@@ -122,48 +129,56 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remainin
   const auto* numbers = static_cast<const uint32_t*>(operands[2].untyped_data());
   group.format = format;
   group.nesterov = nesterov;
-  int64_t offset = 0;
-  for (size_t i = 0; i < leaves; ++i) {
-    const ffi::AnyBuffer& g = operands[first + i];
-    const ffi::AnyBuffer& p = operands[first + leaves + i];
-    if (!IsParameter(g) || !IsParameter(p) || g.element_count() != p.element_count()) {
+  size_t together = 0;  // elements of packed leaves so far
+  for (size_t k = 0; k < leaves; ++k) {
+    const ffi::AnyBuffer& g = operands[first + k];
+    const ffi::AnyBuffer& p = operands[first + leaves + k];
+    const size_t size = p.element_count();
+    if (!IsParameter(g) || !IsParameter(p) || g.element_count() != size) {
       return Wrong("a gradient and a parameter of other dtypes or sizes");
     }
+    if (format == kEightBit && (blocks[k] < 1 || blocks[k] > kLargestBlock)) {
+      return Wrong("a block of another size");
+    }
+    const auto shape = p.dimensions();
     Leaf leaf{};
     leaf.g = g.untyped_data();
-    leaf.p = kept[moments + i];
+    leaf.p = kept[moments + k];
     leaf.g_is_narrow = IsNarrow(g);
     leaf.p_is_narrow = IsNarrow(p);
-    leaf.decays = decays[i] != 0;
-    leaf.number = numbers[i];
-    leaf.offset = offset;
-    leaf.size = static_cast<int64_t>(p.element_count());
-    const auto shape = p.dimensions();
-    leaf.row = blocks && shape.size() ? shape[shape.size() - 1] : leaf.size;
-    leaf.tile = blocks ? block : kTile;
+    leaf.decays = decays[k] != 0;
+    leaf.number = numbers[k];
+    leaf.size = static_cast<int64_t>(size);
+    leaf.row = format == kEightBit && shape.size() ? shape[shape.size() - 1] : leaf.size;
+    leaf.tile = format == kEightBit ? blocks[k] : kTile;
     leaf.first_tile = group.tiles;
-    offset += leaf.size;
-    if (leaf.size == 0) continue;
-    group.tiles += leaf.size / leaf.row * ((leaf.row + leaf.tile - 1) / leaf.tile);
-    group.leaves.push_back(leaf);
-  }
-  const size_t whole = static_cast<size_t>(offset);
-  // Of mu: codes and scale; of nu: codes, top and step.
-  const size_t nu = blocks ? 5 : 4;
-  if (!is(3, kTypes[format][0], whole) || !is(nu, kTypes[format][1], whole)) {
-    return Wrong("moments of another dtype or size than its leaves");
-  }
-  group.mu = kept[0];
-  group.nu = kept[nu - 3];
-  if (blocks) {
-    const size_t tiles = static_cast<size_t>(group.tiles);
-    if (!is(4, ffi::DataType::F32, tiles) || !is(6, ffi::DataType::F32, tiles) ||
-        !is(7, ffi::DataType::S32, tiles)) {
-      return Wrong("scales of another dtype or number than its blocks");
+    const int64_t tiles =
+        size ? leaf.size / leaf.row * ((leaf.row + leaf.tile - 1) / leaf.tile) : 0;
+    if (packed) {
+      if (operands[3].element_count() < together + size) break;  // said below
+      leaf.mu = static_cast<float*>(kept[0]) + together;
+      leaf.nu = static_cast<float*>(kept[1]) + together;
+      together += size;
+    } else {
+      const size_t own = k * kinds;
+      for (size_t i = 0; i < kinds; ++i) {
+        const bool codes = format != kEightBit || i == 0 || i == 2;
+        if (!is(3 + own + i, types[i], codes ? size : static_cast<size_t>(tiles))) {
+          return Wrong("moments of another dtype or size than their leaf");
+        }
+      }
+      leaf.mu = kept[own];
+      leaf.nu = kept[own + kinds / 2];
+      if (format == kEightBit) {
+        leaf.blocks = {static_cast<float*>(kept[own + 1]), static_cast<float*>(kept[own + 3]),
+                       static_cast<int32_t*>(kept[own + 4])};
+      }
     }
-    group.scale = static_cast<float*>(kept[1]);
-    group.top = static_cast<float*>(kept[3]);
-    group.step = static_cast<int32_t*>(kept[4]);
+    if (size) group.leaves.push_back(leaf);
+    group.tiles += tiles;
+  }
+  if (packed && (!is(3, types[0], together) || !is(4, types[1], together))) {
+    return Wrong("moments of another dtype or size than their leaves");
   }
   if (group.tiles == 0) return ffi::Error::Success();
 
@@ -184,6 +199,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(adamfn_step, adamfn::Run,
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<int32_t>("format")
-                                  .Attr<int32_t>("block")
+                                  .Attr<bool>("packed")
                                   .Attr<bool>("nesterov")
+                                  .Attr<xla::ffi::Span<const int64_t>>("blocks")
                                   .Attr<xla::ffi::Span<const int64_t>>("decays"));
