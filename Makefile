@@ -10,7 +10,9 @@ help:
 	@echo "make test-peers  the installed torch and optax beside adamfn, live (installs torch)"
 	@echo "make lint    ruff and pyright"
 	@echo "make format  let ruff rewrite what it can"
-	@echo "make bench   measure exactness and tracing, and draw the README's tables from the results"
+	@echo "make bench   measure exactness, tracing and a step's speed, beside optax and torch, and draw"
+	@echo "             the README's tables from the results (installs torch in an environment of its"
+	@echo "             own; about 15 minutes, 16 GB)"
 	@echo "make bench-lean  measure moments in fewer bytes, beside torchao and bitsandbytes (installs"
 	@echo "             them in an environment of their own; about 40 minutes)"
 	@echo "make clean   remove the virtual environment and what was built"
@@ -33,10 +35,11 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.test
-	$(BIN)/python benchmarks/exactness.py
-	$(BIN)/python benchmarks/trace_cost.py
-	$(BIN)/python benchmarks/readme_tables.py
+bench: $(VENV)-bench/.bench
+	$(VENV)-bench/bin/python benchmarks/exactness.py
+	$(VENV)-bench/bin/python benchmarks/trace_cost.py
+	$(VENV)-bench/bin/python benchmarks/step_speed.py $(ARGS)
+	$(VENV)-bench/bin/python benchmarks/readme_tables.py
 
 bench-lean: $(VENV)-lean/.lean
 	$(VENV)-lean/bin/python benchmarks/lean_fidelity.py $(ARGS)
@@ -45,10 +48,10 @@ bench-lean: $(VENV)-lean/.lean
 	$(VENV)-lean/bin/python benchmarks/readme_tables.py
 
 # One stamp for each extra, so that an extra is installed once and again when it changes.
-$(VENV)/.% $(VENV)-lean/.%: pyproject.toml
+$(VENV)/.% $(VENV)-bench/.% $(VENV)-lean/.%: pyproject.toml
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-lean build dist out .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-bench $(VENV)-lean build dist out .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """Draws the tables of README.md and docs/ from `benchmarks/results/`, between their markers.
 
-python benchmarks/readme_tables.py           # rewrites the pages
+python benchmarks/readme_tables.py           # rewrites the pages, and docs/step_speed.png
 python benchmarks/readme_tables.py --check   # exits 1 if it would change
 """
 
@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
+
+from step_tables import step_cost, step_goals, step_limits, step_speed, step_variants
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -86,8 +88,9 @@ def lean_speed() -> str:
 
 
 TABLES = {
-    "README.md": (exactness, trace_cost, lean_quality),
+    "README.md": (exactness, step_speed, trace_cost, lean_quality),
     "docs/lean_moments.md": (lean_fidelity, lean_speed),
+    "docs/speed.md": (step_goals, step_speed, step_variants, step_limits, step_cost),
 }
 """The tables of each page."""
 
@@ -114,6 +117,10 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(f"{name} is not up to date: run benchmarks/readme_tables.py")
         if not args.check:
             page.write_text(drawn)
+    if not args.check:
+        from step_picture import draw  # matplotlib is for this alone
+
+        draw(json.loads((RESULTS / "step_speed.json").read_text()), ROOT / "docs/step_speed.png")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,131 @@
+"""The tables of a step's speed, from `benchmarks/results/step_speed.json`."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RESULTS = Path(__file__).parent / "results"
+OPTAX, TORCH, CHAIN, FUSED = "optax", "torch fused", "adamfn chain", "adamfn fused"
+FUSED_8BIT, STREAMS, EMPTY = "adamfn fused, 8bit", "seven streams", "empty call"
+
+
+class Goal(NamedTuple):
+    """How many times as fast, or as cheap, one is to be as another."""
+
+    ratio: float
+    base: str
+    name: str = FUSED
+    cost: str = ""
+    """The stages to compare before the first step; none for the step itself."""
+    trees: tuple[str, ...] = ()
+    """All but whole training steps, if none is named."""
+
+
+GOALS = (
+    Goal(1.5, OPTAX, trees=("GPT-2 small", "MLP")),
+    Goal(1.8, OPTAX, trees=("one leaf of 2^25", "1000 leaves of 1000")),
+    Goal(1.1, TORCH),
+    Goal(0.9, STREAMS, trees=("one leaf of 2^25",)),
+    Goal(1.0, OPTAX, trees=("MLP, training step",)),
+    Goal(0.5, FUSED, name=FUSED_8BIT),
+    Goal(6.0, OPTAX, cost="trace_and_lower", trees=("1000 leaves of 1000",)),
+    Goal(1.0, OPTAX, cost="compile", trees=("1000 leaves of 1000",)),
+)
+
+
+def step_speed() -> str:
+    """How many times as fast as optax's an update is."""
+    recorded = _recorded()
+    names = (TORCH, CHAIN, FUSED, FUSED_8BIT)
+    lines = []
+    for tree, rows in recorded["updates"].items():
+        cells = " | ".join(_ratio(rows, name, OPTAX) for name in names)
+        lines.append(f"| {tree} | {1e3 * rows[OPTAX]['seconds']:.2f} ms | {cells} |")
+    head = "| one update of | optax takes | " + " | ".join(names) + " |"
+    return "\n".join([head, "|---" * (2 + len(names)) + "|", *lines])
+
+
+def step_variants() -> str:
+    """The fused step with other moments and through XLA, in times of optax's speed."""
+    recorded = _recorded()
+    names = ("adamfn fused, bfloat16", FUSED_8BIT, "adamfn fused, XLA")
+    lines = [
+        f"| {tree} | {' | '.join(_ratio(rows, name, OPTAX) for name in names)} |"
+        for tree, rows in recorded["updates"].items()
+    ]
+    head = "| one update of | " + " | ".join(names) + " |"
+    return "\n".join([head, "|---" * (1 + len(names)) + "|", *lines])
+
+
+def step_limits() -> str:
+    """The fused step beside what limits it."""
+    lines = []
+    for tree, rows in _recorded()["updates"].items():
+        if STREAMS in rows or EMPTY in rows:
+            empty = f"{1e3 * rows[EMPTY]['seconds']:.3f} ms" if EMPTY in rows else ""
+            lines.append(
+                f"| {tree} | {1e3 * rows[FUSED]['seconds']:.3f} ms |"
+                f" {_ratio(rows, FUSED, STREAMS)} | {empty} |"
+            )
+    head = "| one update of | adamfn fused | beside seven streams | an empty call |"
+    return "\n".join([head, "|---|---|---|---|", *lines])
+
+
+def step_cost() -> str:
+    """Seconds and memory before the first step has run."""
+    lines = []
+    for tree, rows in _recorded()["cost"].items():
+        for name, row in rows.items():
+            seconds, cheaper = row["seconds"], row["times_cheaper_than_optax"]["trace_and_lower"]
+            memory = row["temporary_bytes"]
+            lines.append(
+                f"| {tree} | {name} | {seconds['trace'] + seconds['lower']:.3f} s |"
+                f" {_spread(cheaper)} | {seconds['compile']:.2f} s |"
+                f" {1e3 * seconds['first_step']:.1f} ms |"
+                f" {'' if memory is None else f'{memory / 2**20:.1f} MiB'} |"
+            )
+    head = (
+        "| over | Adam by | trace + lower | times cheaper than optax | compile | first step |"
+        " temporary memory |"
+    )
+    return "\n".join([head, "|---|---|---|---|---|---|---|", *lines])
+
+
+def step_goals() -> str:
+    """What was aimed at, and what was measured."""
+    recorded, lines = _recorded(), []
+    for goal in GOALS:
+        updates = [tree for tree in recorded["updates"] if not tree.endswith("training step")]
+        for tree in goal.trees or updates:
+            found = _found(recorded, goal, tree)
+            if found is None:
+                continue
+            short = 1 - found["median"] / goal.ratio
+            what = goal.cost.replace("_and_", " and ") + " " * bool(goal.cost)
+            lines.append(
+                f"| {goal.name}, {what}beside {goal.base}: {tree} | {goal.ratio} |"
+                f" {_spread(found)} | {'yes' if short <= 0 else f'no, {short:.0%} short'} |"
+            )
+    head = "| times as fast | at least | measured | reached |"
+    return "\n".join([head, "|---|---|---|---|", *lines])
+
+
+def _recorded() -> dict[str, Any]:
+    return json.loads((RESULTS / "step_speed.json").read_text())
+
+
+def _found(recorded: dict[str, Any], goal: Goal, tree: str) -> dict[str, float] | None:
+    if goal.cost:
+        row = recorded["cost"].get(tree, {}).get(goal.name)
+        return row and row["times_cheaper_than_optax"][goal.cost]
+    row = recorded["updates"].get(tree, {}).get(goal.name)
+    return row and row["times_as_fast_as"].get(goal.base)
+
+
+def _ratio(rows: dict[str, Any], name: str, base: str) -> str:
+    found = rows.get(name, {}).get("times_as_fast_as", {}).get(base)
+    return _spread(found) if found else ""
+
+
+def _spread(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
