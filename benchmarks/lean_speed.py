@@ -92,6 +92,7 @@ def measure(updates: dict[str, Update], rounds: int, console: Console) -> dict[s
     samples = {name: [] for name in updates}
     for i in track(range(rounds), description="measure", console=console):
         for name in updates if i % 2 else reversed(updates):
+            updates[name]()  # its memory may have been reclaimed while the others had their turns
             began = time.perf_counter()
             updates[name]()
             samples[name].append(time.perf_counter() - began)
