@@ -3,7 +3,9 @@
 One float32 Adam update with the parameters applied, all of them taking turns in one process, over
 five trees of parameters and over one leaf of growing size; the same within the training step of a
 small network; and what it costs before the first step. Beside them, the limits: the seven streams
-of memory that a step reads and writes, in C++, and a compiled call that does nothing. Takes 16 GB.
+of memory that a step reads and writes, in C++, and a compiled call that does nothing.
+
+Takes 16 GB, and a machine that does nothing else: torch's threads wait busily for one another.
 
     python benchmarks/step_speed.py              # writes benchmarks/results/step_speed.json
     python benchmarks/step_speed.py --trees MLP --exponents 10 20 --rounds 3 --out /dev/null

@@ -82,7 +82,7 @@ def step_cost() -> str:
                 f"| {tree} | {name} | {seconds['trace'] + seconds['lower']:.3f} s |"
                 f" {_spread(cheaper)} | {seconds['compile']:.2f} s |"
                 f" {1e3 * seconds['first_step']:.1f} ms |"
-                f" {'' if memory is None else f'{memory / 2**20:.1f} MiB'} |"
+                f" {'' if memory is None else f'{memory / 2**10:.1f} KiB'} |"
             )
     head = (
         "| over | Adam by | trace + lower | times cheaper than optax | compile | first step |"
