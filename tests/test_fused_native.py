@@ -46,6 +46,9 @@ def test_native_code_runs_here():
     # Every other test of this page would pass by XLA alone.
     assert native.load() is None
     assert adamfn.fused.backend("cpu").name == "native"
+    assert str(adamfn.fused.backend("cpu")).startswith("native on cpu: built by ")
+    with pytest.raises(ValueError, match="platform is 'abacus'; expected one of cpu, gpu"):
+        adamfn.fused.backend("abacus")
     text = jax.jit(lambda p, s: adamfn.step(TX, p, s, p)).lower(PARAMS, STATE).as_text()
     assert "adamfn_step" in text
 

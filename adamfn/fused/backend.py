@@ -32,20 +32,28 @@ def backend(platform: str | None = None) -> Backend:
     Returns:
       A `Backend`; printed, it is a sentence.
 
+    Raises:
+      ValueError: JAX knows no such platform.
+
     >>> import adamfn
     >>> print(adamfn.fused.backend("tpu"))
     xla on tpu: XLA fuses the step of a leaf into one kernel there.
     """
     platform = jax.default_backend() if platform is None else platform
+    known = ("cpu", "gpu", "cuda", "rocm", "tpu", jax.default_backend())
+    if platform not in known:
+        raise ValueError(f"backend: platform is {platform!r}; expected one of {', '.join(known)}.")
     if platform != "cpu":
         reason = "XLA fuses the step of a leaf into one kernel there."
         return Backend(platform, "xla", reason)
     missing = native.load()
     if missing is None:
+        cache = native.cache_directory()
+        kept = "for this process alone" if cache is None else f"kept in {cache}"
         reason = (
-            f"built by {native.find_compiler()}, loaded from {native.library_path().parent}; leaves"
-            " of float32 and bfloat16 with moments in float32, bfloat16 or 8 bits, whole or inside"
-            " shard_map, go through it, others through XLA."
+            f"built by {native.find_compiler()}, {kept}; leaves of float32 and bfloat16 with"
+            " moments in float32, bfloat16 or 8 bits, whole or inside shard_map, go through it,"
+            " others through XLA."
         )
         return Backend(platform, "native", reason)
     return Backend(platform, "xla", missing)
