@@ -172,6 +172,19 @@ def test_mixed_dtypes_in_one_buffer(backend):
         np.testing.assert_allclose(np.float32(leaf), expected, rtol=1e-6)
 
 
+def test_numbers_and_empty_trees():
+    tx = adamfn.fused_adam(0.5)
+    params = {"number": 1.0, "numpy": np.ones(3, np.float32), "nothing": {}}
+    moved, state = adamfn.step(tx, params, tx.init(params), params)
+    np.testing.assert_allclose(moved["number"], 0.5, rtol=1e-6)
+    np.testing.assert_allclose(moved["numpy"], 0.5, rtol=1e-6)
+    moved, state = jax.jit(lambda s: adamfn.step(tx, {}, s, {}))(tx.init({}))
+    assert moved == {}
+    assert state.count == 1
+    with pytest.raises(ValueError, match="fused_adam: grads and params differ"):
+        adamfn.step(tx, params, tx.init(params), None)
+
+
 def test_other_dtypes_go_through_xla():
     params = {"half": jnp.ones(3, jnp.float16), "complex": jnp.ones(3, jnp.complex64)}
     found, state = run(adamfn.fused_adam(0.1), params=params)

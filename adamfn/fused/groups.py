@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from adamfn.formats import Format
@@ -46,6 +47,7 @@ def step_leaves(
       The next mu and nu, and the next parameters.
     """
     gs, (ps, treedef) = jax.tree.leaves(grads), jax.tree.flatten(params)
+    gs, ps = ([x if hasattr(x, "dtype") else jnp.asarray(x) for x in xs] for xs in (gs, ps))
     mus, nus = treedef.flatten_up_to(mu.leaves), treedef.flatten_up_to(nu.leaves)
     packed = runs(packed_leaves(mu, treedef))
     buffers = list(zip(mu.buffers, nu.buffers, strict=True))
