@@ -287,8 +287,8 @@ def wrong_calls():
     yield "two leaves", {**good, "decays": [0, 0]}, "another number of operands"
     yield "no leaf", {**good, "decays": []}, "another number of leaves"
     yield "packed", {**operand(3, ones(5)), "packed": True}, "moments of another dtype or size"
-    yield "packed too long", {**good, "operands": [*good["operands"][:5], ones(5), ones(5)],
-           "packed": True}, "moments of another dtype or size"  # fmt: skip
+    longer = {**good, "operands": [*good["operands"][:5], ones(5), ones(5)], "packed": True}
+    yield "packed too long", longer, "moments of another dtype or size"
     yield "format", {**good, "format": 9}, "an unknown format"
     yield "negative format", {**good, "format": -1}, "an unknown format"
     lean = EightBit().encode(ones((2, 300)), ones((2, 300)), None)

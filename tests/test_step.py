@@ -16,6 +16,7 @@ import reference
 import adamfn
 from adamfn.fused import from_chain, to_chain
 from adamfn.fused.packing import SMALL
+from adamfn.interop.optax import to_state
 
 FUSED = {"native": "auto", "xla": "xla"}
 MOMENTS = ("float32", "bfloat16", "8bit", "4bit")
@@ -413,6 +414,14 @@ def test_errors_of_the_recipes():
         adamfn.step(lean, params, state, params)
 
 
+def test_other_libraries_states_go_by_way_of_the_chains():
+    state = adamfn.fused_adam().init(PARAMS)
+    with pytest.raises(ValueError, match=r"is a fused step's.*adamfn.fused.to_chain makes it"):
+        to_state(state, optax.adam(0.1).init(PARAMS))
+    in_chain = to_chain(state, adamfn.adam().init(PARAMS), PARAMS)
+    to_state(in_chain, optax.adam(0.1).init(PARAMS))
+
+
 def test_errors_of_moving_states():
     fused, chain = adamfn.fused_adam(), adamfn.adam()
     state, in_chain = fused.init(PARAMS), chain.init(PARAMS)
@@ -424,5 +433,5 @@ def test_errors_of_moving_states():
         from_chain(adamfn.amsgrad().init(PARAMS), state, PARAMS)
     with pytest.raises(ValueError, match="packed buffers"):
         to_chain(state, in_chain, {**PARAMS, "b": jnp.ones(9)})
-    with pytest.raises(ValueError, match="expected float32 of shape"):
+    with pytest.raises(ValueError, match=r"mu at b is float32\[9\]; expected float32 of shape"):
         from_chain(chain.init({**PARAMS, "b": jnp.ones(9)}), state, PARAMS)

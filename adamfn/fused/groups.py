@@ -41,7 +41,7 @@ def step_leaves(
     count: chex.Array,
     scalars: Scalars,
 ) -> tuple[Packed, Packed, PyTree]:
-    """Takes the step of every leaf: of packed ones by runs, of the others one by one.
+    """Takes the step of every leaf: of packed ones by runs, of the others by calls of several.
 
     Returns:
       The next mu and nu, and the next parameters.

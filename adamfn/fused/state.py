@@ -14,7 +14,7 @@ from adamfn.fused.packing import Packed, elements, pack, packed_leaves, runs, un
 from adamfn.learning_rate import ScaleByLrState
 from adamfn.state import check_state
 from adamfn.storage import as_decoded
-from adamfn.trees import PyTree, check_inexact, describe, matching_leaves
+from adamfn.trees import PyTree, check_inexact, describe, matching_leaves, path_name
 from adamfn.weight_decay import AddDecayedWeightsState
 
 WAY_OUT = "Pass gradients of these parameters, and the state that `init` made for them."
@@ -101,16 +101,16 @@ def from_chain(state: PyTree, like: FusedAdamState, params: PyTree) -> FusedAdam
     parts = _parts("from_chain: state", state)
     moments = next(part for part in parts if isinstance(part, ScaleByMomentsState))
     rate = next(part for part in parts if isinstance(part, ScaleByLrState))
-    leaves, treedef = jax.tree.flatten(params)
+    named, treedef = jax.tree.flatten_with_path(params)
     packed = packed_leaves(like.mu, treedef)
     for field, tree in (("mu", moments.mu), ("nu", moments.nu)):
         check_stored(f"from_chain: {field}", params, tree)
         for number in packed:
-            part = treedef.flatten_up_to(tree)[number]
-            if jnp.shape(part) != jnp.shape(leaves[number]):
+            (path, leaf), part = named[number], treedef.flatten_up_to(tree)[number]
+            if jnp.shape(part) != jnp.shape(leaf):
                 raise ValueError(
-                    f"from_chain: {field} of the leaf number {number} is {describe(part)}; expected"
-                    f" float32 of shape {jnp.shape(leaves[number])}. Give both transformations the"
+                    f"from_chain: {field} at {path_name(path) or 'the root'} is {describe(part)};"
+                    f" expected float32 of shape {jnp.shape(leaf)}. Give both transformations the"
                     " same moments=, and pass the parameters that the states were made for."
                 )
     mu, nu = (pack(tree, treedef, packed) for tree in (moments.mu, moments.nu))
@@ -176,8 +176,9 @@ def check_stored(name: str, params: PyTree, tree: PyTree) -> None:
     try:
         jax.tree.structure(params).flatten_up_to(tree)
     except (TypeError, ValueError) as error:
+        found = str(error).rstrip(".")
         raise ValueError(
-            f"{name} has another structure than params: {error}. Pass the parameters that the state"
+            f"{name} has another structure than params: {found}. Pass the parameters that the state"
             " was made for."
         ) from None
 

@@ -68,6 +68,11 @@ def find_moments(owner: str, state: PyTree) -> dict[str, LeafMoments]:
 
 
 def _check_exact(owner: str, node: Any) -> None:
+    if "buffers" in getattr(node.mu, "_fields", ()):
+        raise ValueError(
+            f"{owner} is a fused step's, with moments of several leaves in one buffer; expected the"
+            " chain's. adamfn.fused.to_chain makes it of a fused one, from_chain the reverse."
+        )
     structures = {jax.tree.structure(getattr(node, field)) for field in _trees(node)}
     if len(structures) > 1 or not all(
         jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(node.mu)
