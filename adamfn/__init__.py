@@ -1,40 +1,56 @@
 """Adam for JAX: pure functions over pytrees, exact from the first step on."""
 
-from adamfn import formats, fused, sharding
-from adamfn.adam import adam, adamw
-from adamfn.adamax import adamax, scale_by_infinity_moments
-from adamfn.amsgrad import amsgrad, scale_by_max_moments
-from adamfn.bias import bias_correct
-from adamfn.fused import fused_adam, fused_adamw
-from adamfn.lazy_adam import lazy_adam, scale_by_lazy_moments
-from adamfn.learning_rate import scale_by_lr
-from adamfn.moments import scale_by_moments
-from adamfn.nadam import nadam, scale_by_nesterov_moments
-from adamfn.radam import radam, scale_by_rectified_moments
-from adamfn.step import SteppingTransformation, step
-from adamfn.transform import GradientTransformation, apply_updates, chain
-from adamfn.weight_decay import add_decayed_weights
+from adamfn import formats, sharding
+from adamfn.backends.report import backend
+from adamfn.packing import packed, repack
+from adamfn.recipes.adam import adam, adamw
+from adamfn.recipes.adamax import adamax
+from adamfn.recipes.amsgrad import amsgrad
+from adamfn.recipes.lazy_adam import lazy_adam
+from adamfn.recipes.nadam import nadam
+from adamfn.recipes.radam import radam
+from adamfn.stage import CountedState, EmptyState, Stage
+from adamfn.stages.bias import bias_correct
+from adamfn.stages.infinity import scale_by_infinity_moments
+from adamfn.stages.lazy import scale_by_lazy_moments
+from adamfn.stages.learning_rate import scale_by_lr
+from adamfn.stages.maximum import scale_by_max_moments
+from adamfn.stages.nesterov import scale_by_nesterov_moments
+from adamfn.stages.ratio import scale_by_moments
+from adamfn.stages.rectified import scale_by_rectified_moments
+from adamfn.stages.weight_decay import add_decayed_weights
+from adamfn.transform import (
+    GradientTransformation,
+    apply_updates,
+    chain,
+    from_stage,
+    step,
+    with_backend,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CountedState",
+    "EmptyState",
     "GradientTransformation",
-    "SteppingTransformation",
+    "Stage",
     "adam",
     "adamax",
     "adamw",
     "add_decayed_weights",
     "amsgrad",
     "apply_updates",
+    "backend",
     "bias_correct",
     "chain",
     "formats",
-    "fused",
-    "fused_adam",
-    "fused_adamw",
+    "from_stage",
     "lazy_adam",
     "nadam",
+    "packed",
     "radam",
+    "repack",
     "scale_by_infinity_moments",
     "scale_by_lazy_moments",
     "scale_by_lr",
@@ -44,4 +60,5 @@ __all__ = [
     "scale_by_rectified_moments",
     "sharding",
     "step",
+    "with_backend",
 ]

@@ -16,15 +16,26 @@ from adamfn.hyperparams import scalar
 _LAST_COUNT = jnp.iinfo(jnp.int32).max
 
 
-class Decay(NamedTuple):
-    """The decay b of an average, as what is derived from it while it is still exact."""
+class Shares(NamedTuple):
+    """The decay b of an average, as the formula of a leaf needs it."""
 
     complement: chex.Numeric
     """1 - b"""
-    log: chex.Numeric
-    """log b"""
     rate: chex.Numeric | None
     """b, or None where it is known to be at least 1/2, which saves a select in every leaf."""
+
+
+class Decay(NamedTuple):
+    """The decay b of an average, as what is derived from it while it is still exact."""
+
+    shares: Shares
+    log: chex.Numeric
+    """log b"""
+
+    @property
+    def complement(self) -> chex.Numeric:
+        """1 - b."""
+        return self.shares.complement
 
 
 def decay(name: str, value: Any) -> Decay:
@@ -47,12 +58,12 @@ def decay(name: str, value: Any) -> Decay:
     rate = scalar(name, value, below=1)
     if isinstance(rate, float):
         log = math.log(rate) if rate else -math.inf
-        return Decay(1 - rate, log, rate if rate < 0.5 else None)
+        return Decay(Shares(1 - rate, rate if rate < 0.5 else None), log)
     complement = 1 - rate
-    return Decay(complement, jnp.log1p(-complement), rate)
+    return Decay(Shares(complement, rate), jnp.log1p(-complement))
 
 
-def average(old: jax.Array, new: jax.Array, b: Decay) -> jax.Array:
+def average(old: jax.Array, new: jax.Array, b: Shares) -> jax.Array:
     """One step of the average, `b old + (1 - b) new`.
 
     It is written as a step from the nearer end, which rounds about half as much, and for b = 0
@@ -61,6 +72,13 @@ def average(old: jax.Array, new: jax.Array, b: Decay) -> jax.Array:
     step = new - old
     from_old = old + b.complement * step
     return from_old if b.rate is None else jnp.where(b.rate < 0.5, new - b.rate * step, from_old)
+
+
+def average_moments(
+    g: jax.Array, mu: jax.Array, nu: jax.Array, b1: Shares, b2: Shares
+) -> tuple[jax.Array, jax.Array]:
+    """One step of both averages of a leaf: of g, and of |g|^2."""
+    return average(mu, g, b1), average(nu, jnp.real(g * jnp.conj(g)), b2)
 
 
 def bias(b: Decay, count: chex.Array) -> jax.Array:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
+import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from adamfn.trees import PyTree, describe
@@ -79,10 +81,57 @@ def place(params: PyTree, shardings: PyTree) -> tuple[dict[Path, Placed], Mesh |
     return placed, first[1].mesh
 
 
+def axes_beside(
+    shape: tuple[int, ...], whole: tuple[int, ...], axes: Axes, mesh: Mesh | AbstractMesh
+) -> Axes:
+    """The axes that split an array of the state, for those that split its parameter.
+
+    A dimension that is shorter than the parameter's has one number for each block of its elements,
+    and is split if no shard has a part of a block.
+    """
+
+    def divides(n: int, m: int, names: tuple[str, ...]) -> bool:
+        return n == m or (n > 0 and m % n == 0 and n % size(names, mesh) == 0)
+
+    dimensions = zip(shape, whole, axes, strict=True)
+    return tuple(names if divides(n, m, names) else () for n, m, names in dimensions)
+
+
+def spec_of(axes: Axes) -> PartitionSpec:
+    """The `PartitionSpec` with these axes."""
+    while axes and not axes[-1]:
+        axes = axes[:-1]
+    return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in axes))
+
+
+def axes_of_spec(spec: PartitionSpec, dimensions: int) -> Axes:
+    """The axes that a `PartitionSpec` names for each of so many dimensions."""
+    names = tuple(spec) + (None,) * (dimensions - len(spec))
+    return tuple((n,) if isinstance(n, str) else tuple(n or ()) for n in names)
+
+
+def zeros_beside(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros that lie where a parameter lies, and are split as it is where that cuts no block.
+
+    Args:
+      leaf: the parameter.
+      like: the shape and dtype of the zeros.
+    """
+    if like.shape == jnp.shape(leaf):
+        return jnp.zeros_like(leaf, like.dtype)
+    device = None
+    if not isinstance(leaf, Tracer) and getattr(leaf, "committed", False):
+        device = leaf.sharding
+        if isinstance(device, NamedSharding) and len(like.shape) == leaf.ndim:
+            axes = axes_of_spec(device.spec, leaf.ndim)
+            spec = spec_of(axes_beside(like.shape, leaf.shape, axes, device.mesh))
+            device = NamedSharding(device.mesh, spec, memory_kind=device.memory_kind)
+    return jnp.zeros(like.shape, like.dtype, device=device)
+
+
 def _axes_on(path: Path, leaf: Any, sharding: NamedSharding) -> Axes:
     """The axes that split a parameter, checked."""
-    spec = tuple(sharding.spec) + (None,) * (leaf.ndim - len(sharding.spec))
-    axes = tuple((n,) if isinstance(n, str) else tuple(n or ()) for n in spec)
+    axes = axes_of_spec(sharding.spec, leaf.ndim)
     if len(axes) > leaf.ndim or any(
         n % size(names, sharding.mesh) for n, names in zip(leaf.shape, axes, strict=True)
     ):

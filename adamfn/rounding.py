@@ -1,13 +1,13 @@
 """Adding updates to bfloat16 parameters so that the sum is right on average."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from adamfn.formats import Rounded, noise
-from adamfn.trees import PyTree, Widened, describe, map_rows, matching_leaves, path_name
+from adamfn.trees import PyTree, check_inexact, describe, matching_leaves, path_name
 
 _FIRST_LEAF = 2**31
 """Leaves are numbered from here, so that no noise is that of the moments."""
@@ -26,8 +26,10 @@ def add_stochastically(params: PyTree, updates: PyTree, count: Any, way_out: str
       ValueError: structure or shapes differ, or the count is none.
       TypeError: a leaf is float16, or not an array of floating-point or complex numbers.
     """
-    trees = {"params": params, "updates": updates}
-    rows, treedef = matching_leaves(trees, "apply_updates", (), way_out)
+    check_inexact(params, "apply_updates: params")
+    name = "apply_updates: params"
+    added = matching_leaves(name, params, "updates", updates, way_out)
+    leaves, treedef = jax.tree.flatten(params)
     for path, leaf in jax.tree.leaves_with_path(params):
         if jnp.result_type(leaf) == jnp.float16:
             raise TypeError(
@@ -44,15 +46,17 @@ def add_stochastically(params: PyTree, updates: PyTree, count: Any, way_out: str
             " rounding='stochastic'. A state knows it: state[0].count."
         )
     count = np.uint32(count % 2**32) if isinstance(count, int) else count
-    numbered = [(np.uint32(_FIRST_LEAF + index), *row) for index, row in enumerate(rows)]
-    return treedef.unflatten([total for (total,) in map_rows(_add, numbered, (count,))])
+    numbers = [np.uint32(_FIRST_LEAF + index) for index in range(len(leaves))]
+    rows = zip(numbers, leaves, added, strict=True)
+    return treedef.unflatten([_add(number, p, u, count) for number, p, u in rows])
 
 
-def _add(
-    leaf: jax.Array, param: jax.Array, update: jax.Array, count: jax.Array
-) -> tuple[jax.Array, ...]:
+@jax.jit
+def _add(number: jax.Array, param: jax.Array, update: jax.Array, count: jax.Array) -> jax.Array:
+    param, update = jnp.asarray(param), jnp.asarray(update)
+    wide = jnp.promote_types(jnp.promote_types(param.dtype, update.dtype), jnp.float32)
+    total = param.astype(wide) + update.astype(wide)
     if param.dtype != jnp.bfloat16:
-        return Widened(lambda p, u: (p + u,), leaves=2)(param, update)
-    total = param.astype(jnp.float32) + update.astype(jnp.float32)
-    bits = (noise(count, leaf, total.shape) & 0xFFFF).astype(jnp.int32)
-    return (Rounded().encode(total, bits),)
+        return total.astype(param.dtype)
+    bits = (noise(count, number, total.shape) & 0xFFFF).astype(jnp.int32)
+    return cast("jax.Array", Rounded().encode(total, bits).codes)

@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import GetAttrKey
 
-from adamfn.placement import Axes, Path, Placed, place, size
+from adamfn.arrangement import holds_moments, kept_leaves
+from adamfn.placement import Axes, Path, Placed, axes_beside, place, size, spec_of
 from adamfn.transform import GradientTransformation
 from adamfn.trees import PyTree
 
@@ -24,9 +26,10 @@ def state_shardings(
     """The shardings of a transformation's state, for those of its parameters.
 
     An array of the state belongs to the parameter at the end of whose path it stands, as
-    `[0].mu['w'].codes` does to `['w']`, and is split as that parameter is. Where its dimension is
-    shorter, as those of the scales of blocks are, it is split likewise if that cuts no block, and
-    else not. Scalars, and what belongs to no parameter, are on every device.
+    `[0].mu['w']` does to `['w']`, and the scales of a leaf's moments belong to the same. It is
+    split as that parameter is. Where its dimension is shorter, as those of the scales of blocks
+    are, it is split likewise if that cuts no block, and else not. Scalars, and what belongs to no
+    parameter, such as the buffers of `adamfn.packed`, are on every device.
 
     With `zero_axis` whatever belongs to a parameter is split further, along that mesh axis, over
     the dimension that leaves least of it on a device; where none divides, it stays. With
@@ -62,7 +65,7 @@ def state_shardings(
     >>> specs = {"w": jax.NamedSharding(mesh, jax.P(None, "model"))}
     >>> tx = adamfn.adamw(1e-3, moments="8bit")
     >>> shardings = state_shardings(tx, params, specs, zero_axis="data")
-    >>> print(tuple(shardings[0].mu["w"].codes.spec), tuple(shardings[0].count.spec))
+    >>> print(tuple(shardings[0].mu["w"].spec), tuple(shardings[0].count.spec))
     ('data', 'model') ()
     >>> state = jax.jit(tx.init, out_shardings=shardings)({"w": jnp.zeros((512, 1024))})
     """
@@ -75,11 +78,12 @@ def state_shardings(
     if memory_kind is not None:
         _check_memory(mesh, memory_kind)
 
-    state, treedef = jax.tree.flatten_with_path(jax.eval_shape(tx.init, params))
-    owners = _owners(state, placed)
+    shapes = jax.eval_shape(tx.init, params)
+    state, treedef = jax.tree.flatten_with_path(shapes)
+    owners = _owners(state, placed, _leaf_of_scales(shapes))
     kept: defaultdict[Path, list[Any]] = defaultdict(list)
     for owner, (_, array) in zip(owners, state, strict=True):
-        if owner is not None:
+        if owner is not None and len(array.shape) == len(placed[owner].shape):
             kept[owner].append(array)
     if zero_axis is not None:
         for owner, arrays in kept.items():
@@ -87,32 +91,56 @@ def state_shardings(
             placed[owner] = placed[owner]._replace(axes=axes)
 
     def sharding_of(owner: Path | None, array: Any) -> NamedSharding:
-        if owner is None:
+        if owner is None or len(array.shape) != len(placed[owner].shape):
             return NamedSharding(mesh, PartitionSpec())
         whole = placed[owner]
-        axes = _axes_of(array.shape, whole.shape, whole.axes, mesh)
-        return NamedSharding(mesh, _spec(axes), memory_kind=memory_kind or whole.memory_kind)
+        axes = axes_beside(array.shape, whole.shape, whole.axes, mesh)
+        return NamedSharding(mesh, spec_of(axes), memory_kind=memory_kind or whole.memory_kind)
 
     return treedef.unflatten(
         [sharding_of(owner, array) for owner, (_, array) in zip(owners, state, strict=True)]
     )
 
 
-def _owners(state: Sequence[tuple[Path, Any]], placed: Mapping[Path, Placed]) -> list[Path | None]:
+def _leaf_of_scales(state: PyTree) -> dict[Path, Path]:
+    """For the path of each array of scales, the path of an array that is kept of the same leaf."""
+    found: dict[Path, Path] = {}
+    nodes: list[tuple[Path, Any]] = jax.tree.leaves_with_path(state, is_leaf=holds_moments)
+    for where, node in nodes:
+        if not holds_moments(node) or not hasattr(node, "scales"):
+            continue
+        entries: list[tuple[Path, Any]] = jax.tree.leaves_with_path(node.scales)
+        leaves = list(kept_leaves(node))
+        for inner, _ in entries:
+            leaf = leaves[inner[0].idx]
+            field = next(name for name, part in leaf.parts.items() if part is not None)
+            scales = (*where, GetAttrKey("scales"), *inner)
+            found[scales] = (*where, GetAttrKey(field), *leaf.path)
+    return found
+
+
+def _owners(
+    state: Sequence[tuple[Path, Any]],
+    placed: Mapping[Path, Placed],
+    leaf_of_scales: Mapping[Path, Path],
+) -> list[Path | None]:
     """The parameter that each array of a state belongs to, by its path; None for the others.
 
-    That parameter's path is a part of the array's. Of several, its own shape counts most; then how
-    many of the parameters the state has in the same place, so that an entry of a chain or of a
-    format is not taken for one of a list of parameters; then the longest path, then the last.
+    Scales belong to the parameter of their leaf. Any other array's parameter has a path that is a
+    part of the array's. Of several, its own shape counts most; then how many of the parameters the
+    state has in the same place, so that an entry of a chain is not taken for one of a list of
+    parameters; then the longest path, then the last.
     """
     found: list[list[tuple[Path, Path]]] = []
     beside: defaultdict[Path, set[Path]] = defaultdict(set)
     for path, array in state:
-        parts = [
+        parts: list[tuple[Path, Path]] = [
             (path[:begin], path[begin:end])
             for begin in range(len(path) + 1)
             for end in range(begin, len(path) + 1)
-            if path[begin:end] in placed and _fits(array.shape, placed[path[begin:end]].shape)
+            if path not in leaf_of_scales
+            and path[begin:end] in placed
+            and _fits(array.shape, placed[path[begin:end]].shape)
         ]
         found.append(parts)
         for where, parameter in parts:
@@ -122,27 +150,16 @@ def _owners(state: Sequence[tuple[Path, Any]], placed: Mapping[Path, Placed]) ->
         same_shape = shape == placed[parameter].shape
         return same_shape, len(beside[where]), len(parameter), len(where)
 
-    return [
-        max(parts, key=lambda part, shape=array.shape: rank(shape, *part))[1] if parts else None
-        for (_, array), parts in zip(state, found, strict=True)
-    ]
+    owners = {
+        path: max(parts, key=lambda part, shape=array.shape: rank(shape, *part))[1]
+        for (path, array), parts in zip(state, found, strict=True)
+        if parts
+    }
+    return [owners.get(leaf_of_scales.get(path, path)) for path, _ in state]
 
 
 def _fits(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
     return len(shape) == len(whole) > 0 and all(n <= m for n, m in zip(shape, whole, strict=True))
-
-
-def _axes_of(
-    shape: tuple[int, ...], whole: tuple[int, ...], axes: Axes, mesh: Mesh | AbstractMesh
-) -> Axes:
-    """The axes that split an array of the state, for those that split its parameter."""
-
-    def divides(n: int, m: int, names: tuple[str, ...]) -> bool:
-        # Fewer than the parameter's: one for each block of its elements, and no shard has a part.
-        return n == m or (n > 0 and m % n == 0 and n % size(names, mesh) == 0)
-
-    dimensions = zip(shape, whole, axes, strict=True)
-    return tuple(names if divides(n, m, names) else () for n, m, names in dimensions)
 
 
 def _split_further(
@@ -161,17 +178,11 @@ def _split_further(
         return sum(
             array.dtype.itemsize
             * math.prod(array.shape)
-            // math.prod(size(n, mesh) for n in _axes_of(array.shape, placed.shape, axes, mesh))
+            // math.prod(size(n, mesh) for n in axes_beside(array.shape, placed.shape, axes, mesh))
             for array in arrays
         )
 
     return min(candidates, key=bytes_on_a_device, default=placed.axes)
-
-
-def _spec(axes: Axes) -> PartitionSpec:
-    while axes and not axes[-1]:
-        axes = axes[:-1]
-    return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in axes))
 
 
 def _check_memory(mesh: Mesh | AbstractMesh, kind: str) -> None:

@@ -12,83 +12,37 @@ Bytes are those of GPT-2 small, small leaves in float32 included.
 | `blockmean`| 1.03              | mu likewise; nu's means over the last axis                  |
 """
 
-from typing import Any, cast
-
 from adamfn.formats.base import Format, Stored, noise
 from adamfn.formats.bfloat16 import Rounded
 from adamfn.formats.blockmean import BlockMean
+from adamfn.formats.choice import Moments, check_moments, choose_formats
+from adamfn.formats.codec import Codec, Encoded
 from adamfn.formats.description import describe
 from adamfn.formats.eight_bit import EightBit
 from adamfn.formats.factored import Factored
 from adamfn.formats.float32 import Exact
 from adamfn.formats.four_bit import FourBit
 from adamfn.formats.linear import Linear
-from adamfn.formats.pair import Codec, Pair, is_codec
-
-FORMATS: dict[str, Format] = {
-    "float32": Pair(Exact(), Exact()),
-    "bfloat16": Pair(Rounded(), Rounded()),
-    "8bit": EightBit(),
-    "4bit": FourBit(),
-    "factored": Pair(Linear(), Factored()),
-    "blockmean": Pair(Linear(), BlockMean()),
-}
-"""The formats that have a name."""
-
-_NAMES = f"one of {', '.join(map(repr, FORMATS))}"
-
-
-def get(name_or_format: Any) -> Format:
-    """The format of a name, or a format as it came.
-
-    Args:
-      name_or_format: one of `FORMATS`, or an object with `encode`, `decode` and `holds`.
-
-    Raises:
-      ValueError: no format has this name.
-      TypeError: it is neither, or cannot be hashed.
-
-    >>> get("8bit")
-    EightBit(block=256)
-    """
-    if isinstance(name_or_format, str):
-        if name_or_format not in FORMATS:
-            raise ValueError(f"moments is {name_or_format!r}; expected {_NAMES}.")
-        return FORMATS[name_or_format]
-    methods = [getattr(name_or_format, name, None) for name in ("encode", "decode", "holds")]
-    if isinstance(name_or_format, type) or not all(map(callable, methods)):
-        raise TypeError(
-            f"moments is {name_or_format!r}; expected {_NAMES}, an object with `encode`, `decode`"
-            " and `holds`, or a function of a leaf's path and the leaf that returns one of these."
-        )
-    if is_codec(name_or_format):
-        raise TypeError(
-            f"moments is {name_or_format!r}, a codec of one moment; expected a format of both, such"
-            f" as Pair(mu={name_or_format!r}, nu=Rounded())."
-        )
-    try:
-        hash(name_or_format)
-    except TypeError as error:
-        raise TypeError(
-            f"moments is {name_or_format!r}, which cannot be hashed; expected a format that can, as"
-            " compiled updates are kept by it. @dataclass(frozen=True) makes it so."
-        ) from error
-    return cast("Format", name_or_format)
-
+from adamfn.formats.names import FORMATS, get
+from adamfn.formats.pair import Pair
 
 __all__ = [
     "FORMATS",
     "BlockMean",
     "Codec",
     "EightBit",
+    "Encoded",
     "Exact",
     "Factored",
     "Format",
     "FourBit",
     "Linear",
+    "Moments",
     "Pair",
     "Rounded",
     "Stored",
+    "check_moments",
+    "choose_formats",
     "describe",
     "get",
     "noise",

@@ -1,17 +1,29 @@
 """What a format is, and the noise that the formats round with."""
 
 import math
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
 import jax.numpy as jnp
 
-Stored: TypeAlias = Any
-"""One moment of one leaf as a format keeps it: an array or a NamedTuple of arrays."""
-
 SMALLEST = 4096
 """Leaves of fewer elements stay in float32: all together they are a thousandth of a model."""
+
+
+class Stored(NamedTuple):
+    """What a format keeps of the two moments of one leaf.
+
+    What has the leaf's shape stands apart from what has not, because tools that know how a
+    parameter is sharded take everything under its path to be sharded likewise.
+    """
+
+    mu: jax.Array | None
+    """An array of the leaf's shape, or None: the average of the gradients."""
+    nu: jax.Array | None
+    """Likewise: the average of their squares. One of the two is an array."""
+    scales: Any = ()
+    """A tree of arrays of other shapes: what decoding needs besides."""
 
 
 class Format(Protocol):
@@ -21,9 +33,7 @@ class Format(Protocol):
     arrays that hold only zeros decode to zero, so a first state needs no `encode`.
     """
 
-    def encode(
-        self, mu: jax.Array, nu: jax.Array, noise: jax.Array | None
-    ) -> tuple[Stored, Stored]:
+    def encode(self, mu: jax.Array, nu: jax.Array, noise: jax.Array | None) -> Stored:
         """Stores the moments of a leaf.
 
         Args:
@@ -37,7 +47,7 @@ class Format(Protocol):
         """
         ...
 
-    def decode(self, stored_mu: Stored, stored_nu: Stored) -> tuple[jax.Array, jax.Array]:
+    def decode(self, stored: Stored) -> tuple[jax.Array, jax.Array]:
         """Returns both moments, float32 of the leaf's shape."""
         ...
 

@@ -1,11 +1,13 @@
 """`Rounded`: a moment in bfloat16, rounded stochastically."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from adamfn.formats.base import Stored, is_large
+from adamfn.formats.base import is_large
+from adamfn.formats.codec import Encoded
 from adamfn.formats.floats import INFINITY
 
 
@@ -24,25 +26,25 @@ class Rounded:
 
     >>> import jax.numpy as jnp
     >>> x = jnp.full(2, 1 + 2**-9)  # a quarter of the way to the next
-    >>> print(Rounded().encode(x, jnp.array([0xBFFF, 0xC000])))
+    >>> print(Rounded().encode(x, jnp.array([0xBFFF, 0xC000])).codes)
     [1 1.00781]
     """
 
     stochastic: bool = True
 
-    def encode(self, x: jax.Array, bits: jax.Array | None) -> Stored:
+    def encode(self, x: jax.Array, bits: jax.Array | None) -> Encoded:
         """Returns bfloat16 of x's shape."""
         if bits is None or not self.stochastic:
-            return x.astype(jnp.bfloat16)
+            return Encoded(x.astype(jnp.bfloat16))
         word = jax.lax.bitcast_convert_type(x, jnp.int32)
         quiet = jnp.where((word & 0x7FFFFF) == 0, 0, 0x400000)  # NaN's lower bits may be all it has
         finite = (word & INFINITY) != INFINITY
         upper = jnp.where(finite, word + bits, word | quiet) >> 16
-        return jax.lax.bitcast_convert_type(upper.astype(jnp.int16), jnp.bfloat16)
+        return Encoded(jax.lax.bitcast_convert_type(upper.astype(jnp.int16), jnp.bfloat16))
 
-    def decode(self, stored: Stored) -> jax.Array:
+    def decode(self, codes: jax.Array, scales: Any) -> jax.Array:
         """Returns it in float32."""
-        return stored.astype(jnp.float32)
+        return codes.astype(jnp.float32)
 
     def holds(self, shape: tuple[int, ...]) -> bool:
         """True for 4096 elements and more."""

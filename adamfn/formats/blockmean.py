@@ -1,10 +1,12 @@
 """`BlockMean`: one nu for a whole row."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
-from adamfn.formats.base import Stored, is_large
+from adamfn.formats.base import is_large
+from adamfn.formats.codec import Encoded
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class BlockMean:
       Zhang et al., Adam-mini: Use Fewer Learning Rates To Gain More, 2024 (arXiv 2406.16793).
 
     >>> import jax.numpy as jnp
-    >>> print(BlockMean().encode(jnp.array([[1.0, 3.0], [5.0, 7.0]]), None))
+    >>> print(BlockMean().encode(jnp.array([[1.0, 3.0], [5.0, 7.0]]), None).scales)
     [[2.]
      [6.]]
     """
@@ -38,13 +40,13 @@ class BlockMean:
         if not isinstance(self.axis, int) or isinstance(self.axis, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"BlockMean: axis is {self.axis!r}; expected an integer, such as -1.")
 
-    def encode(self, x: jax.Array, bits: jax.Array | None) -> Stored:  # noqa: ARG002
-        """Returns float32 of x's shape, but 1 along the axis."""
-        return x.mean(self.axis, keepdims=True)
+    def encode(self, x: jax.Array, bits: jax.Array | None) -> Encoded:
+        """Returns no codes, and the means: float32 of x's shape, but 1 along the axis."""
+        return Encoded(None, x.mean(self.axis, keepdims=True))
 
-    def decode(self, stored: Stored) -> jax.Array:
-        """Returns `stored`, which broadcasts to the leaf's shape."""
-        return stored
+    def decode(self, codes: None, scales: Any) -> jax.Array:
+        """Returns the means, which broadcast to the leaf's shape."""
+        return scales
 
     def holds(self, shape: tuple[int, ...]) -> bool:
         """True for 4096 elements and more in at least two axes, the averaged one among them."""

@@ -14,31 +14,24 @@ from adamfn.formats.levels import round_to_level, spanning
 _LEVELS = 255
 
 
-class EightBitMu(NamedTuple):
-    """mu of a leaf of shape (..., n)."""
+class EightBitScales(NamedTuple):
+    """What is kept of the blocks of a leaf of shape (..., n)."""
 
-    codes: jax.Array
-    """int8, (..., n): -127 to 127."""
     scale: jax.Array
-    """float32, (..., ceil(n / size)): what a code of 1 is, over nu's root."""
-
-
-class EightBitNu(NamedTuple):
-    """nu of a leaf of shape (..., n)."""
-
-    codes: jax.Array
-    """uint8, (..., n): 0 for zero, 1 to 255 for the levels, upwards."""
+    """float32, (..., ceil(n / size)): what a code of 1 of mu is, over nu's root."""
     top: jax.Array
-    """float32, (..., ceil(n / size)): the block's largest."""
+    """float32, likewise: the block's largest nu."""
     step: jax.Array
-    """int32, likewise: from one level to the next, in the bits of a float32."""
+    """int32, likewise: from one level of nu to the next, in the bits of a float32."""
 
 
 @dataclass(frozen=True)
 class EightBit:
     r"""Two bytes a parameter, and 12 for each block of up to 256 along the last axis.
 
-    With T the bits of a block's largest nu and s its step, a nu code k and a mu code l decode to
+    mu's codes are int8, -127 to 127; nu's are uint8, 0 for zero and 1 to 255 for the levels,
+    upwards. With T the bits of a block's largest nu and s its step, a nu code k and a mu code l
+    decode to
 
     $$
     \nu = \text{float}(T - (255 - k)\, s), \qquad \mu = l \cdot \text{scale} \cdot r(\nu)
@@ -64,9 +57,9 @@ class EightBit:
     >>> import jax.numpy as jnp
     >>> gradients = jnp.array([1.0, -0.1, 0.01, 0.0])
     >>> stored = EightBit().encode(0.5 * gradients, gradients**2, None)
-    >>> print(stored[1].codes)
+    >>> print(stored.nu)
     [255 127   1   0]
-    >>> mu, nu = EightBit().decode(*stored)
+    >>> mu, nu = EightBit().decode(stored)
     >>> print(mu.round(2))
     [ 0.5  -0.05  0.    0.  ]
     >>> print(nu.round(5))
@@ -79,10 +72,8 @@ class EightBit:
         """Checks the block size."""
         blocks.check_size("EightBit", self.block)
 
-    def encode(
-        self, mu: jax.Array, nu: jax.Array, noise: jax.Array | None
-    ) -> tuple[Stored, Stored]:
-        """Returns `(EightBitMu, EightBitNu)`."""
+    def encode(self, mu: jax.Array, nu: jax.Array, noise: jax.Array | None) -> Stored:
+        """Returns codes for both, and `EightBitScales`."""
         length = mu.shape[-1]
         size = blocks.size_for(length, self.block)
         if noise is not None:
@@ -103,24 +94,24 @@ class EightBit:
         chosen = levels.top - j * levels.step
         ratio = mu * jnp.where(nu == 0, 0, per_code / near_root(chosen))
         signed = jnp.clip(jnp.floor(ratio + threshold(mu_bits)), -127, 127)
-        return (
-            EightBitMu(blocks.join(signed.astype(jnp.int8), length), (largest * (1 / 127))[..., 0]),
-            EightBitNu(
-                blocks.join(codes.astype(jnp.uint8), length),
-                float_of(levels.top)[..., 0],
-                levels.step[..., 0],
+        return Stored(
+            blocks.join(signed.astype(jnp.int8), length),
+            blocks.join(codes.astype(jnp.uint8), length),
+            EightBitScales(
+                (largest * (1 / 127))[..., 0], float_of(levels.top)[..., 0], levels.step[..., 0]
             ),
         )
 
-    def decode(self, stored_mu: Stored, stored_nu: Stored) -> tuple[jax.Array, jax.Array]:
+    def decode(self, stored: Stored) -> tuple[jax.Array, jax.Array]:
         """Returns both moments in float32."""
-        length = stored_nu.codes.shape[-1]
+        mu_codes, nu_codes, (scale, top, step) = stored
+        length = nu_codes.shape[-1]
         size = blocks.size_for(length, self.block)
-        codes = blocks.split(stored_nu.codes, size).astype(jnp.int32)
-        below = (_LEVELS - codes) * stored_nu.step[..., None]
-        nu = jnp.where(codes == 0, 0, bits_of(stored_nu.top)[..., None] - below)
-        signed = blocks.split(stored_mu.codes, size).astype(jnp.float32)
-        mu = signed * stored_mu.scale[..., None] * near_root(nu)
+        codes = blocks.split(nu_codes, size).astype(jnp.int32)
+        below = (_LEVELS - codes) * step[..., None]
+        nu = jnp.where(codes == 0, 0, bits_of(top)[..., None] - below)
+        signed = blocks.split(mu_codes, size).astype(jnp.float32)
+        mu = signed * scale[..., None] * near_root(nu)
         return blocks.join(mu, length), blocks.join(float_of(nu), length)
 
     def holds(self, shape: tuple[int, ...], dtype: Any) -> bool:

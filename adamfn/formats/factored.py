@@ -1,12 +1,12 @@
 """`Factored`: nu as the means of its rows and columns."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from adamfn.formats.base import Stored
+from adamfn.formats.codec import Encoded
 
 _SMALLEST_AXIS = 128
 
@@ -40,20 +40,20 @@ class Factored:
     >>> import jax.numpy as jnp
     >>> nu = jnp.arange(1.0, 129.0)[:, None] * jnp.arange(1.0, 257.0)
     >>> factors = Factored().encode(nu, None)
-    >>> print(factors.rows.shape, factors.columns.shape)
+    >>> print(factors.scales.rows.shape, factors.scales.columns.shape)
     (128, 1) (1, 256)
-    >>> print(jnp.abs(Factored().decode(factors) / nu - 1).max() < 1e-6)
+    >>> print(jnp.abs(Factored().decode(*factors) / nu - 1).max() < 1e-6)
     True
     """
 
-    def encode(self, x: jax.Array, bits: jax.Array | None) -> Stored:  # noqa: ARG002
-        """Returns `Factors`."""
+    def encode(self, x: jax.Array, bits: jax.Array | None) -> Encoded:
+        """Returns no codes, and `Factors`."""
         first, second = _two_longest(x.shape)
-        return Factors(x.mean(second, keepdims=True), x.mean(first, keepdims=True))
+        return Encoded(None, Factors(x.mean(second, keepdims=True), x.mean(first, keepdims=True)))
 
-    def decode(self, stored: Stored) -> jax.Array:
+    def decode(self, codes: None, scales: Any) -> jax.Array:
         """Returns it in float32."""
-        rows, columns = stored
+        rows, columns = scales
         (first,) = (i for i, n in enumerate(columns.shape) if n < rows.shape[i])
         mean = rows.mean(first, keepdims=True)
         # The quotient first: the product of two small means would underflow.

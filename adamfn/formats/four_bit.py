@@ -18,21 +18,23 @@ _OCTAVES = 40
 _RECIPROCAL = 2**16 // _MU_LEVELS + 1
 
 
-class FourBitNu(NamedTuple):
-    """nu of a leaf of shape (..., n), and with it the codes of mu."""
+class FourBitScales(NamedTuple):
+    """What is kept of the blocks of a leaf of shape (..., n)."""
 
-    codes: jax.Array
-    """uint8, (..., n): 0 where nu is zero; else 1 + 15 j + (l + 7), for nu's level and mu's."""
+    scale: jax.Array
+    """float32, (..., ceil(n / size)): what a level of 1 of mu is, over nu's root."""
     top: jax.Array
-    """float32, (..., ceil(n / size)): the block's largest."""
+    """float32, likewise: the block's largest nu."""
     step: jax.Array
-    """int32, likewise: from one level to the next, in the bits of a float32."""
+    """int32, likewise: from one level of nu to the next, in the bits of a float32."""
 
 
 @dataclass(frozen=True)
 class FourBit:
     r"""One byte a parameter, and 12 for each block of up to 128 along the last axis.
 
+    The byte, uint8, stands in nu's place: 0 where nu is zero; else 1 + 15 j + (l + 7), for a level
+    j of nu and a level l of mu.
     With T the bits of a block's largest nu and s its step, level j of nu and level l of mu are
 
     $$
@@ -61,7 +63,7 @@ class FourBit:
 
     >>> import jax.numpy as jnp
     >>> gradients = jnp.array([1.0, -0.1, 0.01, 0.0])
-    >>> mu, nu = FourBit().decode(*FourBit().encode(0.5 * gradients, gradients**2, None))
+    >>> mu, nu = FourBit().decode(FourBit().encode(0.5 * gradients, gradients**2, None))
     >>> print(mu.round(4))
     [ 0.5    -0.0519  0.0052  0.    ]
     >>> print(nu.round(5))
@@ -74,10 +76,8 @@ class FourBit:
         """Checks the block size."""
         blocks.check_size("FourBit", self.block)
 
-    def encode(
-        self, mu: jax.Array, nu: jax.Array, noise: jax.Array | None
-    ) -> tuple[Stored, Stored]:
-        """Returns mu's scale, float32 of (..., ceil(n / size)), and a `FourBitNu`."""
+    def encode(self, mu: jax.Array, nu: jax.Array, noise: jax.Array | None) -> Stored:
+        """Returns the codes of both in nu's place, and `FourBitScales`."""
         length = mu.shape[-1]
         size = blocks.size_for(length, self.block)
         if noise is not None:
@@ -96,21 +96,25 @@ class FourBit:
         signed = jnp.clip(jnp.floor(ratio + 0.5), -_MU_LARGEST, _MU_LARGEST)
         codes = 1 + _MU_LEVELS * j + (signed.astype(jnp.int32) + _MU_LARGEST)
         codes = jnp.where(nu == 0, 0, codes).astype(jnp.uint8)
-        return (largest * (1 / _MU_LARGEST))[..., 0], FourBitNu(
-            blocks.join(codes, length), float_of(levels.top)[..., 0], levels.step[..., 0]
+        scale = (largest * (1 / _MU_LARGEST))[..., 0]
+        return Stored(
+            None,
+            blocks.join(codes, length),
+            FourBitScales(scale, float_of(levels.top)[..., 0], levels.step[..., 0]),
         )
 
-    def decode(self, stored_mu: Stored, stored_nu: Stored) -> tuple[jax.Array, jax.Array]:
+    def decode(self, stored: Stored) -> tuple[jax.Array, jax.Array]:
         """Returns both moments in float32."""
-        length = stored_nu.codes.shape[-1]
+        _, codes, (scale, top, step) = stored
+        length = codes.shape[-1]
         size = blocks.size_for(length, self.block)
-        codes = blocks.split(stored_nu.codes, size).astype(jnp.int32)
+        codes = blocks.split(codes, size).astype(jnp.int32)
         # A quotient by 15. XLA keeps what was divided in memory, and makes a product again.
         j = (codes - 1) * _RECIPROCAL >> 16
         signed = codes - 1 - _MU_LEVELS * j - _MU_LARGEST
-        level = bits_of(stored_nu.top)[..., None] - j * stored_nu.step[..., None]
+        level = bits_of(top)[..., None] - j * step[..., None]
         nu = jnp.where(codes == 0, 0, level)
-        ratio = jnp.where(codes == 0, 0, signed).astype(jnp.float32) * stored_mu[..., None]
+        ratio = jnp.where(codes == 0, 0, signed).astype(jnp.float32) * scale[..., None]
         return blocks.join(ratio * near_root(nu), length), blocks.join(float_of(nu), length)
 
     def holds(self, shape: tuple[int, ...], dtype: Any) -> bool:

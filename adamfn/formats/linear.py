@@ -1,32 +1,24 @@
 """`Linear`: a moment in even 8-bit levels, by blocks."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from adamfn.formats import blocks
-from adamfn.formats.base import Stored, is_large, threshold
+from adamfn.formats.base import is_large, threshold
+from adamfn.formats.codec import Encoded
 from adamfn.formats.floats import bits_of, float_of
-
-
-class LinearCodes(NamedTuple):
-    """A moment of a leaf of shape (..., n)."""
-
-    codes: jax.Array
-    """int8, (..., n): -127 to 127."""
-    scale: jax.Array
-    """float32, (..., ceil(n / size)): what a code of 1 is."""
 
 
 @dataclass(frozen=True)
 class Linear:
     """One byte a parameter, and 4 for each block of up to 256 along the last axis.
 
-    A code l decodes to `l * scale`, where scale is the block's largest magnitude over 127. Rounding
-    is stochastic and unbiased. It suits mu where a block's gradients are of one size; beside nu
-    for each element, `EightBit` also serves those of many. Not for nu, which would round to zero.
+    Codes are int8, -127 to 127, and scales float32 of (..., ceil(n / size)). A code l decodes to
+    `l * scale`, where scale is the block's largest magnitude over 127. Rounding is stochastic and
+    unbiased. It suits mu where a block's gradients are of one size; beside nu for each element, `EightBit` also serves those of many. Not for nu, which would round to zero.
 
     An infinity or NaN makes its whole block infinite or NaN.
 
@@ -48,8 +40,8 @@ class Linear:
         """Checks the block size."""
         blocks.check_size("Linear", self.block)
 
-    def encode(self, x: jax.Array, bits: jax.Array | None) -> Stored:
-        """Returns `LinearCodes`."""
+    def encode(self, x: jax.Array, bits: jax.Array | None) -> Encoded:
+        """Returns codes and the scales of their blocks."""
         length = x.shape[-1]
         size = blocks.size_for(length, self.block)
         place = threshold(None if bits is None else blocks.split(bits, size))
@@ -58,13 +50,13 @@ class Linear:
         scale = float_of(blocks.largest(bits_of(x))) * (1 / 127)
         per_code = jnp.where(scale < 2.0**-125, 0, 1 / scale)
         codes = jnp.clip(jnp.floor(x * per_code + place), -127, 127).astype(jnp.int8)
-        return LinearCodes(blocks.join(codes, length), scale[..., 0])
+        return Encoded(blocks.join(codes, length), scale[..., 0])
 
-    def decode(self, stored: Stored) -> jax.Array:
+    def decode(self, codes: jax.Array, scales: Any) -> jax.Array:
         """Returns it in float32."""
-        length = stored.codes.shape[-1]
-        codes = blocks.split(stored.codes, blocks.size_for(length, self.block)).astype(jnp.float32)
-        return blocks.join(codes * stored.scale[..., None], length)
+        length = codes.shape[-1]
+        codes = blocks.split(codes, blocks.size_for(length, self.block)).astype(jnp.float32)
+        return blocks.join(codes * scales[..., None], length)
 
     def holds(self, shape: tuple[int, ...]) -> bool:
         """True for 4096 elements and more, half a block in a row."""

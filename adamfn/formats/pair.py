@@ -1,44 +1,15 @@
 """`Pair`: a format made of one codec for mu and another for nu."""
 
-import inspect
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from adamfn.formats.base import Stored, halves, is_narrow
 from adamfn.formats.blockmean import BlockMean
+from adamfn.formats.codec import Codec, is_codec
 from adamfn.formats.factored import Factored
-
-
-class Codec(Protocol):
-    """How one moment of one leaf is stored, whatever the other is. Frozen and hashable."""
-
-    def encode(self, x: jax.Array, bits: jax.Array | None) -> Stored:
-        """Stores a moment.
-
-        Args:
-          x: float32.
-          bits: int32 of its shape, 16 random bits each; None rounds to nearest.
-        """
-        ...
-
-    def decode(self, stored: Stored) -> jax.Array:
-        """Returns float32 of the leaf's shape, or for nu one that broadcasts to it."""
-        ...
-
-    def holds(self, shape: tuple[int, ...]) -> bool:
-        """Whether it stores leaves of this shape."""
-        ...
-
-
-def is_codec(value: Any) -> bool:
-    """Whether something is a `Codec`: its `holds` takes a shape alone, a format's a dtype too."""
-    methods = [getattr(value, name, None) for name in ("encode", "decode", "holds")]
-    if isinstance(value, type) or not all(map(callable, methods)):
-        return False
-    return len(inspect.signature(value.holds).parameters) == 1
 
 
 @dataclass(frozen=True)
@@ -56,7 +27,7 @@ class Pair:
     >>> import jax.numpy as jnp
     >>> from adamfn.formats import Exact, Factored, Pair
     >>> format = Pair(mu=Exact(), nu=Factored())
-    >>> mu, nu = format.decode(*format.encode(jnp.ones((128, 128)), jnp.ones((128, 128)), None))
+    >>> mu, nu = format.decode(format.encode(jnp.ones((128, 128)), jnp.ones((128, 128)), None))
     >>> print(nu.shape, nu.min(), nu.max())
     (128, 128) 1.0 1.0
     """
@@ -78,17 +49,18 @@ class Pair:
                 " every element, such as Linear()."
             )
 
-    def encode(
-        self, mu: jax.Array, nu: jax.Array, noise: jax.Array | None
-    ) -> tuple[Stored, Stored]:
-        """Returns what the two codecs make of their moments."""
+    def encode(self, mu: jax.Array, nu: jax.Array, noise: jax.Array | None) -> Stored:
+        """Returns what the two codecs make of their moments; the scales are a pair."""
         mu_bits, nu_bits = halves(noise)
-        return self.mu.encode(mu, mu_bits), self.nu.encode(nu, nu_bits)
+        (mu_codes, mu_scales) = self.mu.encode(mu, mu_bits)
+        (nu_codes, nu_scales) = self.nu.encode(nu, nu_bits)
+        return Stored(mu_codes, nu_codes, (mu_scales, nu_scales))
 
-    def decode(self, stored_mu: Stored, stored_nu: Stored) -> tuple[jax.Array, jax.Array]:
+    def decode(self, stored: Stored) -> tuple[jax.Array, jax.Array]:
         """Returns both moments in float32."""
-        mu = self.mu.decode(stored_mu)
-        return mu, jnp.broadcast_to(self.nu.decode(stored_nu), mu.shape)
+        mu_scales, nu_scales = stored.scales
+        mu = self.mu.decode(stored.mu, mu_scales)
+        return mu, jnp.broadcast_to(self.nu.decode(stored.nu, nu_scales), mu.shape)
 
     def holds(self, shape: tuple[int, ...], dtype: Any) -> bool:
         """True for real leaves of at most 32 bits, of a shape that both codecs hold."""

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from adamfn.averages import ScaleByMomentsState
 from adamfn.interop.states import LeafMoments, fill_moments, find_moments
+from adamfn.stages.two_moments import ScaleByMomentsState
 from adamfn.trees import PyTree, describe
 
 

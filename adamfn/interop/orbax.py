@@ -33,8 +33,8 @@ def check_saved(saved: PyTree, like: PyTree) -> None:
     >>> check_saved(saved, adamfn.adam().init(params))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
       ...
-    ValueError: check_saved: 2 parts of the checkpoint differ, the first at 0/mu/kernel: it holds
-    codes int8[64,256], scale float32[64,1]; expected float32[64,256]. Restore it with ...
+    ValueError: check_saved: 5 parts of the checkpoint differ, the first at 0/mu/kernel: it holds
+    int8[64,256]; expected float32[64,256]. Restore it with ...
     """
     if saved is None:
         raise ValueError(

@@ -6,14 +6,13 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
+from adamfn.arrangement import holds_moments, leaf_fields, states_of_moments
 from adamfn.trees import PyTree, path_name
 
 _COUNTERS = (
-    "AddDecayedWeightsState",
-    "BiasCorrectState",
+    "CountedState",
     "InjectHyperparamsState",
     "InjectStatefulHyperparamsState",
-    "ScaleByLrState",
     "ScaleByScheduleState",
     "WrappedScheduleState",
 )
@@ -29,11 +28,6 @@ class LeafMoments(NamedTuple):
     """The leaf of each of that state's trees, by field: `mu`, `nu` and any more."""
 
 
-def holds_moments(node: Any) -> bool:
-    """Whether a node is a state of moments, ours or optax's: they share the fields' names."""
-    return {"count", "mu", "nu"} <= set(getattr(node, "_fields", ()))
-
-
 def find_moments(owner: str, state: PyTree) -> dict[str, LeafMoments]:
     """The moments of every leaf, by its path and in the order of the parameters' leaves.
 
@@ -46,7 +40,7 @@ def find_moments(owner: str, state: PyTree) -> dict[str, LeafMoments]:
       ValueError: there are no moments, or two states have those of one leaf, or they are stored
         in codes.
     """
-    nodes = [n for n in jax.tree.leaves(state, is_leaf=holds_moments) if holds_moments(n)]
+    nodes = states_of_moments(state)
     if not any(jax.tree.leaves(node.mu) for node in nodes):
         raise ValueError(
             f"{owner}: found no moments in a {type(state).__name__}; expected the state of an Adam,"
@@ -55,7 +49,7 @@ def find_moments(owner: str, state: PyTree) -> dict[str, LeafMoments]:
     found: dict[str, LeafMoments | None] = {}
     for node in nodes:
         _check_exact(owner, node)
-        columns = {field: leaves_by_path(getattr(node, field)) for field in _trees(node)}
+        columns = {field: leaves_by_path(getattr(node, field)) for field in leaf_fields(node)}
         for path, leaf in columns["mu"].items():
             if leaf is not None and found.get(path) is not None:
                 raise ValueError(
@@ -70,11 +64,10 @@ def find_moments(owner: str, state: PyTree) -> dict[str, LeafMoments]:
 def _check_exact(owner: str, node: Any) -> None:
     if "buffers" in getattr(node.mu, "_fields", ()):
         raise ValueError(
-            f"{owner} is a fused step's, with moments of several leaves in one buffer; expected the"
-            " chain's. adamfn.fused.to_chain makes it of a fused one, from_chain the reverse."
+            f"{owner} is packed, with moments of several leaves in one buffer; expected the"
+            " chain's. adamfn.repack makes it of a packed one, and the reverse."
         )
-    structures = {jax.tree.structure(getattr(node, field)) for field in _trees(node)}
-    if len(structures) > 1 or not all(
+    if jax.tree.leaves(getattr(node, "scales", ())) or not all(
         jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(node.mu)
     ):
         path = next(iter(leaves_by_path(node.mu)))
@@ -109,7 +102,7 @@ def fill_moments(
                 filled[field] = walk(getattr(node, field))
             elif field in scalars:
                 filled[field] = scalars[field]
-            elif field != "count":
+            elif field in (leaf_fields(node) if holds_moments(node) else ()):
                 filled[field] = jax.tree.map_with_path(
                     lambda p, leaf, field=field: leaf_of(field, path_name(p), leaf),
                     getattr(node, field),
@@ -134,10 +127,6 @@ def leaves_by_path(tree: PyTree) -> dict[str, Any]:
             " slash in it."
         )
     return named
-
-
-def _trees(node: Any) -> list[str]:
-    return [field for field in node._fields if field not in ("count", "mu_product")]
 
 
 def _counts_steps(node: Any) -> bool:

@@ -3,16 +3,17 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 import adamfn
-from adamfn.adamax import ScaleByInfinityMomentsState
-from adamfn.amsgrad import ScaleByMaxMomentsState
-from adamfn.averages import ScaleByMomentsState
 from adamfn.hyperparams import ScalarOrSchedule
 from adamfn.interop.torch.parameters import TorchParameter, number_of
-from adamfn.nadam import ScaleByNesterovMomentsState
-from adamfn.scaling import scale_leaves
-from adamfn.transform import GradientTransformation, Transformation
-from adamfn.trees import PyTree
+from adamfn.stage import Stage
+from adamfn.stages.infinity import ScaleByInfinityMomentsState
+from adamfn.stages.maximum import ScaleByMaxMomentsState
+from adamfn.stages.nesterov import ScaleByNesterovMomentsState
+from adamfn.stages.two_moments import ScaleByMomentsState
+from adamfn.transform import GradientTransformation, Transformation, from_stage
 
 
 class Member(NamedTuple):
@@ -172,14 +173,8 @@ def continue_with(
     except ValueError as error:
         raise ValueError(f"{caller}: the group of {parameter}: {error}") from error
     if group.get("maximize"):
-        stages.insert(0, _negate())
+        stages.insert(0, _MAXIMIZE)
     return adamfn.chain(*stages)
 
 
-def _negate() -> GradientTransformation:
-    def update(
-        updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
-    ) -> tuple[PyTree, PyTree]:
-        return scale_leaves("maximize", updates, -1.0), state
-
-    return GradientTransformation(lambda _: (), update)
+_MAXIMIZE = from_stage(Stage("maximize", jnp.negative))

@@ -1,0 +1,98 @@
+// One block of moments in 8 bits: adamfn's formats/eight_bit.py and formats/levels.py.
+
+#ifndef ADAMFN_EIGHT_BIT_H_
+#define ADAMFN_EIGHT_BIT_H_
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "rounding.h"
+
+namespace adamfn {
+
+inline constexpr int kLargestBlock = 1024;
+
+// What is stored of a block besides its codes.
+struct BlockScales {
+  float* scale;
+  float* top;
+  int32_t* step;
+};
+
+inline float NearRoot(int32_t bits) { return FloatOf((bits >> 1) + (127 << 22)); }
+
+// Neither is inlined: the compiler vectorizes what it knows to be apart.
+[[gnu::noinline]] inline void DecodeBlock(const int8_t* __restrict mu_codes,
+                                          const uint8_t* __restrict nu_codes, BlockScales block,
+                                          int size, float* __restrict mu, float* __restrict nu) {
+  const float scale = *block.scale;
+  const int32_t top = BitsOf(*block.top), step = *block.step;
+#pragma GCC ivdep
+  for (int i = 0; i < size; ++i) {
+    // Unsigned: what no encoding made, such as a state of other bytes, may overflow.
+    const uint32_t below = static_cast<uint32_t>(255 - nu_codes[i]) * static_cast<uint32_t>(step);
+    const int32_t bits =
+        nu_codes[i] ? static_cast<int32_t>(static_cast<uint32_t>(top) - below) : 0;
+    mu[i] = static_cast<float>(mu_codes[i]) * scale * NearRoot(bits);
+    nu[i] = FloatOf(bits);
+  }
+}
+
+// `noise` has a random word for each element.
+[[gnu::noinline]] inline void EncodeBlock(const float* __restrict mu, const float* __restrict nu,
+                                          const uint32_t* __restrict noise, int size,
+                                          int8_t* __restrict mu_codes,
+                                          uint8_t* __restrict nu_codes, BlockScales block) {
+  constexpr int32_t kLevels = 255;
+  constexpr int32_t kLeast = 0x00800000 + kLevels;  // the last level stays above the denormals
+  int32_t highest = 0, lowest = kInfinity;
+  for (int i = 0; i < size; ++i) {
+    const int32_t bits = BitsOf(nu[i]);
+    highest = std::max(highest, bits);
+    lowest = std::min(lowest, bits ? bits : kInfinity);
+  }
+  const int32_t top = std::max(highest, kLeast), bottom = std::max(lowest, kLeast);
+  const int32_t span = std::clamp(top - bottom, 0, kInfinity);
+  const int32_t step = std::max((span + (kLevels - 2)) / (kLevels - 1), 1);
+
+  // The ratios are scaled for nu as it came; the root of a level below is smaller by `fall`.
+  const float fall = 1 + static_cast<float>(step) * 0x1p-24f;
+  int32_t widest = 0;
+  for (int i = 0; i < size; ++i) {
+    const int32_t bits = BitsOf(nu[i]);
+    const float inverse = bits ? 1 / NearRoot(bits) : 0.0f;
+    widest = std::max(widest, BitsOf(mu[i] * inverse));
+  }
+  const float largest = fall * FloatOf(widest);
+  const float per_code = largest == 0 ? 0 : 127 / largest;
+  const float per_step = 1 / static_cast<float>(step);
+
+#pragma GCC ivdep
+  for (int i = 0; i < size; ++i) {
+    const uint32_t random = noise[i];
+    const float place_of_mu = static_cast<float>(random & 0xFFFF) * 0x1p-16f + 0x1p-17f;
+    const float place_of_nu = static_cast<float>(random >> 16) * 0x1p-16f + 0x1p-17f;
+    const int32_t bits = BitsOf(nu[i]);
+    const float depth = static_cast<float>(top - bits) * per_step;
+    const int32_t above = static_cast<int32_t>(std::min(depth, kLevels - 1.0f));
+    const int32_t from = top - above * step;
+    const float upper = FloatOf(from);
+    const float lower = FloatOf(from - step);  // not top - 255 * step, which may overflow
+    const bool up = FloatOf(bits) - lower > place_of_nu * (upper - lower);
+    int32_t level = std::min(up ? above : above + 1, kLevels - 1);
+    level = bits >= kInfinity ? 0 : level;
+    const float per_ratio = bits ? per_code / NearRoot(top - level * step) : 0.0f;
+    const float code = std::floor(mu[i] * per_ratio + place_of_mu);
+    const float held = std::min(std::max(code, -127.0f), 127.0f);
+    mu_codes[i] = static_cast<int8_t>(static_cast<int32_t>(held == held ? held : 0.0f));
+    nu_codes[i] = static_cast<uint8_t>(bits ? kLevels - level : 0);
+  }
+  *block.scale = largest * (1.0f / 127);
+  *block.top = FloatOf(top);
+  *block.step = step;
+}
+
+}  // namespace adamfn
+
+#endif  // ADAMFN_EIGHT_BIT_H_

@@ -1,0 +1,136 @@
+// The step of a group of leaves, tile by tile: decode, step, encode.
+
+#ifndef ADAMFN_GROUP_H_
+#define ADAMFN_GROUP_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "eight_bit.h"
+#include "rounding.h"
+#include "step.h"
+
+namespace adamfn {
+
+// How moments are stored; adamfn.backends.cpu has the same numbers.
+enum Format : int32_t { kFloat32 = 0, kBfloat16 = 1, kBfloat16Nearest = 2, kEightBit = 3 };
+
+inline constexpr int64_t kTile = 1024;  // elements that are worked on in one go
+static_assert(kLargestBlock <= kTile);
+
+struct Leaf {
+  const void* g;
+  void* p;                        // null if it is not read
+  void* u;                        // null if the update is not returned
+  bool moves;                     // p, by the update
+  bool g_is_narrow, p_is_narrow;  // bfloat16, not float32; u is as g
+  uint32_t number;     // in the tree of parameters: its noise is made from it
+  void* mu;
+  void* nu;
+  BlockScales blocks;  // the first, of an 8-bit leaf
+  int64_t size, row;   // elements, and those of the last axis
+  int64_t tile;        // elements of a tile: a block of an 8-bit leaf
+  int64_t first_tile;  // of the group's
+};
+
+struct Group {
+  Scalars scalars;
+  int32_t count;
+  int32_t format;
+  bool nesterov, decays;
+  std::vector<Leaf> leaves;
+  int64_t tiles;
+};
+
+inline void StepTile(const Group& group, const Leaf& leaf, int64_t tile) {
+  float g_tile[kTile], p_tile[kTile], u_tile[kTile], mu_tile[kTile], nu_tile[kTile];
+
+  // A tile of 8-bit moments is a block, and the last one of a row may be shorter.
+  const int64_t tiles_per_row = (leaf.row + leaf.tile - 1) / leaf.tile;
+  const int64_t within = (tile % tiles_per_row) * leaf.tile;
+  const int64_t start = (tile / tiles_per_row) * leaf.row + within;
+  const int64_t size = std::min(leaf.tile, leaf.row - within);
+
+  const float* g = static_cast<const float*>(leaf.g) + start;
+  if (leaf.g_is_narrow) {
+    const uint16_t* narrow = static_cast<const uint16_t*>(leaf.g) + start;
+    for (int64_t i = 0; i < size; ++i) g_tile[i] = FromBfloat16(narrow[i]);
+    g = g_tile;
+  }
+  float* p = leaf.p ? static_cast<float*>(leaf.p) + start : nullptr;
+  uint16_t* narrow_p = static_cast<uint16_t*>(leaf.p) + start;
+  float* u = !leaf.u ? nullptr : leaf.g_is_narrow ? u_tile : static_cast<float*>(leaf.u) + start;
+  if (leaf.p && leaf.p_is_narrow) {
+    for (int64_t i = 0; i < size; ++i) p_tile[i] = FromBfloat16(narrow_p[i]);
+    p = p_tile;
+  }
+
+  uint32_t noise[kTile];
+  if (group.format == kBfloat16 || group.format == kEightBit) {
+    Noise(group.count, leaf.number).Fill(static_cast<uint32_t>(start), size, noise);
+  }
+  switch (group.format) {
+    case kFloat32:
+      StepRun(group.scalars, group.nesterov, group.decays, size, g,
+              static_cast<float*>(leaf.mu) + start, static_cast<float*>(leaf.nu) + start, p, u);
+      break;
+    case kBfloat16:
+    case kBfloat16Nearest: {
+      uint16_t* mu = static_cast<uint16_t*>(leaf.mu) + start;
+      uint16_t* nu = static_cast<uint16_t*>(leaf.nu) + start;
+      for (int64_t i = 0; i < size; ++i) {
+        mu_tile[i] = FromBfloat16(mu[i]);
+        nu_tile[i] = FromBfloat16(nu[i]);
+      }
+      StepRun(group.scalars, group.nesterov, group.decays, size, g, mu_tile, nu_tile, p, u);
+      if (group.format == kBfloat16) {
+        for (int64_t i = 0; i < size; ++i) {
+          mu[i] = ToBfloat16(mu_tile[i], noise[i]);
+          nu[i] = ToBfloat16(nu_tile[i], noise[i] >> 16);
+        }
+      } else {
+        for (int64_t i = 0; i < size; ++i) {
+          mu[i] = ToBfloat16(mu_tile[i]);
+          nu[i] = ToBfloat16(nu_tile[i]);
+        }
+      }
+      break;
+    }
+    case kEightBit: {
+      int8_t* mu = static_cast<int8_t*>(leaf.mu) + start;
+      uint8_t* nu = static_cast<uint8_t*>(leaf.nu) + start;
+      const BlockScales& first = leaf.blocks;
+      const BlockScales block{first.scale + tile, first.top + tile, first.step + tile};
+      DecodeBlock(mu, nu, block, static_cast<int>(size), mu_tile, nu_tile);
+      StepRun(group.scalars, group.nesterov, group.decays, size, g, mu_tile, nu_tile, p, u);
+      EncodeBlock(mu_tile, nu_tile, noise, static_cast<int>(size), mu, nu, block);
+      break;
+    }
+  }
+  if (u && leaf.moves) {
+    for (int64_t i = 0; i < size; ++i) p[i] += u[i];
+  }
+  if (u && leaf.g_is_narrow) {
+    uint16_t* narrow_u = static_cast<uint16_t*>(leaf.u) + start;
+    for (int64_t i = 0; i < size; ++i) narrow_u[i] = ToBfloat16(u[i]);
+  }
+  if (leaf.moves && leaf.p_is_narrow) {
+    for (int64_t i = 0; i < size; ++i) narrow_p[i] = ToBfloat16(p_tile[i]);
+  }
+}
+
+inline void StepTiles(const Group& group, int64_t begin, int64_t end) {
+  const FlushDenormals flush;
+  auto leaf = std::upper_bound(group.leaves.begin(), group.leaves.end(), begin,
+                               [](int64_t tile, const Leaf& l) { return tile < l.first_tile; });
+  --leaf;
+  for (int64_t tile = begin; tile < end; ++tile) {
+    while (leaf + 1 != group.leaves.end() && (leaf + 1)->first_tile <= tile) ++leaf;
+    StepTile(group, *leaf, tile - leaf->first_tile);
+  }
+}
+
+}  // namespace adamfn
+
+#endif  // ADAMFN_GROUP_H_

@@ -1,0 +1,228 @@
+// A call of Adam's program, as a handler of XLA's foreign function interface.
+//
+// Operands and results are those of adamfn.program.Call: the scalars, float32; the count, int32; the
+// leaves' numbers, uint32; the moments; the gradients; the parameters where they are read. Results
+// are the moments, the updates if they are returned, and the parameters if they are moved. Moments
+// and parameters lie in the buffers of their operands.
+//
+// Each leaf has moments of its own, in its shape; or all share two buffers, in which they lie end to
+// end. What XLA hands over is checked: a mistake is an error of the step and not a crash.
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "group.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace adamfn {
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr int64_t kTilesPerTask = 16;  // that a thread takes at a time
+
+// Tasks that the calling thread and those of XLA's pool take one after another. The calling thread
+// can finish them alone, so a pool that is busy, or gone after a fork, stops nothing; a pool thread
+// that comes late finds none left, and touches nothing but this.
+class Tasks {
+ public:
+  explicit Tasks(Group group)
+      : group_(std::move(group)), number_((group_.tiles + kTilesPerTask - 1) / kTilesPerTask) {}
+
+  int64_t number() const { return number_; }
+
+  void Work() {
+    for (int64_t task; (task = next_.fetch_add(1)) < number_;) {
+      StepTiles(group_, task * kTilesPerTask,
+                std::min((task + 1) * kTilesPerTask, group_.tiles));
+      if (done_.fetch_add(1) + 1 == number_) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        all_done_.notify_all();
+      }
+    }
+  }
+
+  void Wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    all_done_.wait(lock, [this] { return done_.load() == number_; });
+  }
+
+ private:
+  const Group group_;
+  const int64_t number_;
+  std::atomic<int64_t> next_{0}, done_{0};
+  std::mutex mutex_;
+  std::condition_variable all_done_;
+};
+
+bool IsNarrow(const ffi::AnyBuffer& buffer) { return buffer.element_type() == ffi::DataType::BF16; }
+
+bool IsParameter(const ffi::AnyBuffer& buffer) {
+  return IsNarrow(buffer) || buffer.element_type() == ffi::DataType::F32;
+}
+
+ffi::Error Wrong(const std::string& what) {
+  return ffi::Error::InvalidArgument("adamfn: a call of a program got " + what + ".");
+}
+
+// The types of what is kept of a leaf: mu, nu, and the scales of blocks.
+std::vector<ffi::DataType> MomentTypes(int32_t format) {
+  constexpr auto kF32 = ffi::DataType::F32, kBF16 = ffi::DataType::BF16;
+  if (format == kEightBit) return {ffi::DataType::S8, ffi::DataType::U8, kF32, kF32, ffi::DataType::S32};
+  if (format == kFloat32) return {kF32, kF32};
+  return {kBF16, kBF16};
+}
+
+ffi::Error Run(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results,
+               int32_t format, bool packed, bool moves, bool returns,
+               ffi::Span<const int64_t> places, ffi::Span<const int64_t> blocks) {
+  if (format < kFloat32 || format > kEightBit) return Wrong("an unknown format");
+  const std::vector<ffi::DataType> types = MomentTypes(format);
+  const size_t leaves = blocks.size(), kinds = types.size();
+  const size_t moments = packed ? kinds : kinds * leaves, first = 3 + moments;
+  if (leaves == 0 || (packed && format != kFloat32)) return Wrong("another number of leaves");
+  if (places.size() != kScalars) return Wrong("another number of scalars");
+  const bool decays = places[kWeightDecay] >= 0, has_params = moves || decays;
+  if (arguments.size() != first + (has_params ? 2 : 1) * leaves ||
+      results.size() != moments + (returns ? leaves : 0) + (moves ? leaves : 0)) {
+    return Wrong("another number of operands or results");
+  }
+
+  std::vector<ffi::AnyBuffer> operands;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    auto operand = arguments.get<ffi::AnyBuffer>(i);
+    if (operand.has_error()) return operand.error();
+    operands.push_back(*operand);
+  }
+  const auto is = [&](size_t i, ffi::DataType type, size_t size) {
+    return operands[i].element_type() == type && operands[i].element_count() == size;
+  };
+  if (operands[0].element_type() != ffi::DataType::F32 || !is(1, ffi::DataType::S32, 1) ||
+      !is(2, ffi::DataType::U32, leaves)) {
+    return Wrong("other scalars");
+  }
+
+  // Results lie where their operands do, but for updates; where they do not, they begin as a copy.
+  std::vector<void*> kept;
+  const size_t updates = returns ? leaves : 0;
+  for (size_t i = 0; i < results.size(); ++i) {
+    if (i >= moments && i < moments + updates) {
+      auto result = results.get<ffi::AnyBuffer>(i);
+      if (result.has_error()) return result.error();
+      const ffi::AnyBuffer& g = operands[3 + i];
+      if ((*result)->element_type() != g.element_type() ||
+          (*result)->element_count() != g.element_count()) {
+        return Wrong("an update unlike its gradient");
+      }
+      kept.push_back((*result)->untyped_data());
+      continue;
+    }
+    const ffi::AnyBuffer& operand =
+        operands[i < moments ? 3 + i : first + leaves + i - moments - updates];
+    auto result = results.get<ffi::AnyBuffer>(i);
+    if (result.has_error()) return result.error();
+    if ((*result)->element_type() != operand.element_type() ||
+        (*result)->element_count() != operand.element_count()) {
+      return Wrong("a result unlike its operand");
+    }
+    void* data = (*result)->untyped_data();
+    if (data != operand.untyped_data()) {
+      std::memcpy(data, operand.untyped_data(), operand.size_bytes());
+    }
+    kept.push_back(data);
+  }
+
+  Group group{};
+  const auto* vector = static_cast<const float*>(operands[0].untyped_data());
+  for (size_t i = 0; i < kScalars; ++i) {
+    if (places[i] >= static_cast<int64_t>(operands[0].element_count())) return Wrong("other scalars");
+    if (places[i] >= 0) group.scalars.value[i] = vector[places[i]];
+  }
+  std::memcpy(&group.count, operands[1].untyped_data(), sizeof group.count);
+  const auto* numbers = static_cast<const uint32_t*>(operands[2].untyped_data());
+  group.format = format;
+  group.nesterov = places[kAhead] >= 0;
+  group.decays = decays;
+  size_t together = 0;  // elements of packed leaves so far
+  for (size_t k = 0; k < leaves; ++k) {
+    const ffi::AnyBuffer& g = operands[first + k];
+    const ffi::AnyBuffer& p = operands[first + (has_params ? leaves : 0) + k];
+    const size_t size = g.element_count();
+    if (!IsParameter(g) || !IsParameter(p) || p.element_count() != size) {
+      return Wrong("a gradient and a parameter of other dtypes or sizes");
+    }
+    if (format == kEightBit && (blocks[k] < 1 || blocks[k] > kLargestBlock)) {
+      return Wrong("a block of another size");
+    }
+    const auto shape = g.dimensions();
+    Leaf leaf{};
+    leaf.g = g.untyped_data();
+    leaf.u = returns ? kept[moments + k] : nullptr;
+    leaf.p = moves ? kept[moments + updates + k] : has_params ? p.untyped_data() : nullptr;
+    leaf.moves = moves;
+    leaf.g_is_narrow = IsNarrow(g);
+    leaf.p_is_narrow = IsNarrow(p);
+    leaf.number = numbers[k];
+    leaf.size = static_cast<int64_t>(size);
+    leaf.row = format == kEightBit && shape.size() ? shape[shape.size() - 1] : leaf.size;
+    leaf.tile = format == kEightBit ? blocks[k] : kTile;
+    leaf.first_tile = group.tiles;
+    const int64_t tiles =
+        size ? leaf.size / leaf.row * ((leaf.row + leaf.tile - 1) / leaf.tile) : 0;
+    if (packed) {
+      if (operands[3].element_count() < together + size) break;  // said below
+      leaf.mu = static_cast<float*>(kept[0]) + together;
+      leaf.nu = static_cast<float*>(kept[1]) + together;
+      together += size;
+    } else {
+      const size_t own = k * kinds;
+      for (size_t i = 0; i < kinds; ++i) {
+        const bool codes = i < 2;
+        if (!is(3 + own + i, types[i], codes ? size : static_cast<size_t>(tiles))) {
+          return Wrong("moments of another dtype or size than their leaf");
+        }
+      }
+      leaf.mu = kept[own];
+      leaf.nu = kept[own + 1];
+      if (format == kEightBit) {
+        leaf.blocks = {static_cast<float*>(kept[own + 2]), static_cast<float*>(kept[own + 3]),
+                       static_cast<int32_t*>(kept[own + 4])};
+      }
+    }
+    if (size) group.leaves.push_back(leaf);
+    group.tiles += tiles;
+  }
+  if (packed && (!is(3, types[0], together) || !is(4, types[1], together))) {
+    return Wrong("moments of another dtype or size than their leaves");
+  }
+  if (group.tiles == 0) return ffi::Error::Success();
+
+  const auto tasks = std::make_shared<Tasks>(std::move(group));
+  const int64_t threads = std::min(pool.num_threads(), tasks->number());
+  for (int64_t i = 1; i < threads; ++i) pool.Schedule([tasks] { tasks->Work(); });
+  tasks->Work();
+  tasks->Wait();
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace adamfn
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(adamfn_step, adamfn::Run,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<int32_t>("format")
+                                  .Attr<bool>("packed")
+                                  .Attr<bool>("moves")
+                                  .Attr<bool>("returns")
+                                  .Attr<xla::ffi::Span<const int64_t>>("scalars")
+                                  .Attr<xla::ffi::Span<const int64_t>>("blocks"));

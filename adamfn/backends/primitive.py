@@ -1,0 +1,94 @@
+"""A call of programs as a primitive of JAX, which each platform lowers in its own way."""
+
+from functools import partial
+from typing import Any, Literal, cast, get_args
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from adamfn.backends import cpu
+from adamfn.program import Call, run_call
+from adamfn.varying import vary_together
+
+Backend = Literal["auto", "xla", "pallas"]
+"""What runs a program: the fastest known where it is lowered, plain XLA, or Pallas kernels."""
+
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+
+def bind(call: Call, backend: Backend, operands: list[Any]) -> list[jax.Array]:
+    """The results of a call.
+
+    With `"auto"` it is lowered for CPU in native code if that can be had, and with `"pallas"` into
+    a kernel where there is one for it (on CPU interpreted). Else it is `run_call`: under `vmap` and
+    `jvp`; where XLA is to partition it over the devices of a mesh, since its operations are
+    partitioned without a copy and a custom call could not be; and in what is exported. Inside
+    `jax.shard_map` every shard is whole, and native.
+
+    Results vary over every mesh axis that an operand varies over.
+    """
+    operands = vary_together(operands)
+    if backend == "xla":
+        return run_call(call, *operands)
+    results = _call_p.bind(*operands, call=call, pallas=backend == "pallas")
+    return cast("list[jax.Array]", results)
+
+
+_call_p = Primitive("adamfn_call")
+_call_p.multiple_results = True
+
+
+def _impl(*operands: Any, call: Call, pallas: bool) -> list[jax.Array]:
+    return run_call(call, *operands)
+
+
+def _abstract_eval(*avals: Any, call: Call, pallas: bool) -> list[Any]:
+    kept, leaves = avals[3:][: call.arrays_kept], avals[3 + call.arrays_kept :]
+    grads, params = leaves[: call.leaves], leaves[call.leaves :]
+    dtype = call.program.update_dtype
+    updates = [] if dtype is None else [g.update(dtype=dtype, weak_type=False) for g in grads]
+    return [*kept, *updates, *(params if call.program.moves else ())]
+
+
+def _batch(
+    operands: Any, axes: Any, *, call: Call, pallas: bool
+) -> tuple[list[jax.Array], list[int]]:
+    results = jax.vmap(partial(run_call, call), in_axes=tuple(axes))(*operands)
+    return results, [0] * len(results)
+
+
+def _jvp(primals: Any, tangents: Any, *, call: Call, pallas: bool) -> Any:
+    tangents = tuple(ad.instantiate_zeros(tangent) for tangent in tangents)
+    return jax.jvp(partial(run_call, call), primals, tangents)
+
+
+def _lower_for(platform: str, ctx: Any, *operands: Any, call: Call, pallas: bool) -> Any:
+    module = ctx.module_context
+    if _is_whole(module.axis_context) and not module.lowering_parameters.for_export:
+        if pallas:
+            from adamfn.backends import pallas as kernels  # slow to import
+
+            if kernels.can_run(call, ctx.avals_in, platform):
+                step = partial(kernels.run_leaf, call, platform, interpret=platform == "cpu")
+                return mlir.lower_fun(step, multiple_results=True)(ctx, *operands)
+        elif platform == "cpu" and cpu.can_run(call, ctx.avals_in):
+            return cpu.lower(ctx, *operands, call=call)
+    return _lower(ctx, *operands, call=call, pallas=pallas)
+
+
+def _is_whole(axis_context: Any) -> bool:
+    """Whether the operands of what is lowered are whole arrays of one device."""
+    if isinstance(axis_context, mlir.SPMDAxisContext):
+        return axis_context.manual_axes == frozenset(axis_context.mesh.axis_names)
+    return getattr(axis_context, "num_devices", 1) == 1
+
+
+_lower = mlir.lower_fun(_impl, multiple_results=True)
+_call_p.def_impl(_impl)
+_call_p.def_abstract_eval(_abstract_eval)
+batching.primitive_batchers[_call_p] = _batch
+ad.primitive_jvps[_call_p] = _jvp
+mlir.register_lowering(_call_p, _lower)
+for _platform in ("cpu", "cuda", "rocm", "tpu"):
+    mlir.register_lowering(_call_p, partial(_lower_for, _platform), platform=_platform)

@@ -1,0 +1,57 @@
+"""`backend`: what runs programs here, and why."""
+
+from typing import NamedTuple
+
+import jax
+
+from adamfn.backends.native import loader
+
+
+class Runner(NamedTuple):
+    """What runs programs on a platform."""
+
+    platform: str
+    """`cpu`, `gpu` or `tpu`, as JAX calls it."""
+    name: str
+    """`native` or `xla`."""
+    reason: str
+
+    def __str__(self) -> str:
+        """In words."""
+        return f"{self.name} on {self.platform}: {self.reason}"
+
+
+def backend(platform: str | None = None) -> Runner:
+    """What runs `update` and `step` of our chains, and why.
+
+    On CPU the first call builds the native code, if nothing has done so before.
+
+    Args:
+      platform: `"cpu"`, `"gpu"` or `"tpu"`; None for JAX's default.
+
+    Returns:
+      A `Runner`; printed, it is a sentence.
+
+    Raises:
+      ValueError: JAX knows no such platform.
+
+    >>> import adamfn
+    >>> print(adamfn.backend("tpu"))
+    xla on tpu: XLA fuses the program of a leaf there.
+    """
+    platform = jax.default_backend() if platform is None else platform
+    known = ("cpu", "gpu", "cuda", "rocm", "tpu", jax.default_backend())
+    if platform not in known:
+        raise ValueError(f"backend: platform is {platform!r}; expected one of {', '.join(known)}.")
+    if platform != "cpu":
+        return Runner(platform, "xla", "XLA fuses the program of a leaf there.")
+    native = loader.load()
+    if native.reason is not None:
+        return Runner(platform, "xla", native.reason)
+    kept = "for this process alone" if native.path is None else f"kept as {native.path}"
+    reason = (
+        f"built by {native.built_by}, {kept}; adam and adamw on leaves of float32 and bfloat16 with"
+        " moments in float32, bfloat16 or 8 bits, whole or inside shard_map, go through it, the"
+        " rest through XLA."
+    )
+    return Runner(platform, "native", reason)

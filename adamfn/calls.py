@@ -1,0 +1,154 @@
+"""Calls of programs: the program of every leaf, which leaves share a call, and how it is made."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from adamfn.backends.primitive import Backend, bind
+from adamfn.formats import Format
+from adamfn.program import Call, Part, Program
+from adamfn.stage import Stage
+from adamfn.storage import Kept
+from adamfn.trees import PyTree, real_dtype, wide_dtype
+
+LARGE = 2**18
+"""Leaves from here on are called alone: they outweigh the microseconds of a call."""
+
+_LEAVES = 16
+"""Smaller leaves that share a call."""
+
+
+def leaf_programs(
+    stages: Sequence[Stage],
+    formats: Sequence[Sequence[Format | None]],
+    masks: Sequence[Sequence[bool]],
+    scalars: PyTree,
+    grads: Sequence[Any],
+    params: Sequence[Any],
+    kept: Sequence[Any],
+    *,
+    returns: bool,
+    moves: bool,
+) -> list[Program]:
+    """The program of every leaf.
+
+    Args:
+      stages: the stages that are joined.
+      formats: of each stage, the format of every leaf.
+      masks: of each stage, whether it changes each leaf.
+      scalars: what the stages need at this step; its structure counts.
+      grads: the gradient of every leaf.
+      params: its parameter, or None.
+      kept: what is kept of it.
+      returns: whether the program returns the update.
+      moves: whether it moves the parameter.
+    """
+    structure = jax.tree.structure(scalars)
+    known: dict[Any, Program] = {}
+    programs: list[Program] = []
+    rows = zip(*(zip(*own, strict=True) for own in zip(formats, masks, strict=True)), strict=True)
+    for g, p, own, of_stages in zip(grads, params, kept, rows, strict=True):
+        key = _computed_in(g, p, own), _update_dtype(g, p) if returns else None, of_stages
+        if key not in known:
+            parts = tuple(
+                Part(
+                    stage.name,
+                    stage.formula,
+                    tuple(stage.reads),
+                    len(stage.keeps),
+                    format,
+                    stage.rests,
+                    stage.elementwise,
+                    active,
+                )
+                for stage, (format, active) in zip(stages, of_stages, strict=True)
+            )
+            known[key] = Program(parts, structure, key[0], moves, key[1])
+        programs.append(known[key])
+    return programs
+
+
+def _update_dtype(g: Any, p: Any) -> Any:
+    """An update has its gradient's dtype, but float16 would lose the small ones of wider params."""
+    if g.dtype == jnp.float16 and getattr(p, "dtype", None) != jnp.float16:
+        return jnp.dtype(jnp.float32)
+    return jnp.dtype(g.dtype)
+
+
+def _computed_in(*arrays: Any) -> Any:
+    """The real dtype that a leaf's program computes in: the widest, and float32 at least."""
+    dtypes = {x.dtype for x in jax.tree.leaves(arrays) if hasattr(x, "dtype")}
+    inexact = [real_dtype(wide_dtype(x)) for x in dtypes if jnp.issubdtype(x, jnp.inexact)]
+    return max(inexact, key=lambda dtype: dtype.itemsize)
+
+
+def together(
+    programs: Sequence[Program],
+    grads: Sequence[Any],
+    params: Sequence[Any],
+    backend: Backend,
+) -> list[list[int]]:
+    """The leaves of each call, by their numbers: alike in all but shape, and large ones alone."""
+    most = 1 if backend == "pallas" else _LEAVES
+    alike: dict[Any, list[int]] = {}
+    for k, (program, g, p) in enumerate(zip(programs, grads, params, strict=True)):
+        dtypes = g.dtype, getattr(p, "dtype", None)
+        # Outside jit, the arrays of one call must lie on the same devices.
+        place = None if isinstance(g, Tracer) else getattr(g, "sharding", None)
+        alone = k if g.size >= LARGE else None
+        alike.setdefault((program, dtypes, place, alone), []).append(k)
+    # Leaves of one shape beside one another: calls of one signature are traced once.
+    ordered = (sorted(own, key=lambda k: grads[k].shape) for own in alike.values())
+    return [own[i : i + most] for own in ordered for i in range(0, len(own), most)]
+
+
+class Vectors:
+    """The scalars of a step in one array, for each dtype that leaves are computed in."""
+
+    def __init__(self, scalars: PyTree) -> None:
+        self._scalars = jax.tree.leaves(scalars)
+        self._made: dict[Any, jax.Array] = {}
+
+    def __getitem__(self, dtype: Any) -> jax.Array:
+        """The vector in a real dtype."""
+        if dtype not in self._made:
+            arrays = [jnp.asarray(scalar, dtype) for scalar in self._scalars]
+            self._made[dtype] = jnp.stack(arrays) if arrays else jnp.zeros((0,), dtype)
+        return self._made[dtype]
+
+
+def run(
+    call: Call,
+    backend: Backend,
+    vectors: Vectors,
+    count: jax.Array,
+    numbers: Sequence[int],
+    kept: Sequence[Sequence[Kept]],
+    grads: Sequence[Any],
+    params: Sequence[Any],
+) -> tuple[list[list[Kept]], list[jax.Array], list[jax.Array]]:
+    """Runs a call: returns what is kept, the updates and the parameters that it returns."""
+    arrays = jax.tree.leaves(kept)
+    operands = [
+        vectors[call.program.dtype],
+        count,
+        np.array(numbers, np.uint32),
+        *arrays,
+        *grads,
+        *params,
+    ]
+    results = _run(call, backend, operands)
+    own = jax.tree.unflatten(call.kept, results[: call.arrays_kept])
+    moved = results[call.arrays_kept :]
+    split = call.leaves if call.program.update_dtype is not None else 0
+    return own, moved[:split], moved[split:]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(call: Call, backend: Backend, operands: list[jax.Array]) -> list[jax.Array]:
+    return bind(call, backend, operands)

@@ -1,0 +1,102 @@
+"""The formulas of Adam and its kin for one leaf: the mathematics, each written once.
+
+They are those of `Stage`: functions of the updates, of what the stage reads and keeps, and of its
+scalars. `backends/native` repeats the first three in C++, and a test holds it to them.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from adamfn.ema import Shares, average, average_moments
+
+
+def ratio(
+    g: jax.Array,
+    mu: jax.Array,
+    nu: jax.Array,
+    b1: Shares,
+    b2: Shares,
+    eps: jax.Array,
+    eps_root: jax.Array,
+    ahead: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The formula of `scale_by_moments`: `(u, mu, nu)`."""
+    mu, nu = average_moments(g, mu, nu, b1, b2)
+    m = mu if ahead is None else mu * ((1 - b1.complement) * ahead) + g * b1.complement
+    return m / (jnp.sqrt(nu + eps_root) + eps), mu, nu
+
+
+def multiply(u: jax.Array, factor: jax.Array) -> jax.Array:
+    """The formula of `bias_correct` and `scale_by_lr`."""
+    return u * factor
+
+
+def add_multiple(u: jax.Array, p: jax.Array, rate: jax.Array) -> jax.Array:
+    """The formula of `add_decayed_weights`."""
+    return u + rate * p
+
+
+def max_ratio(
+    g: jax.Array,
+    mu: jax.Array,
+    nu: jax.Array,
+    nu_max: jax.Array,
+    b1: Shares,
+    b2: Shares,
+    eps: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """The formula of `scale_by_max_moments`: `(u, mu, nu, nu_max)`."""
+    mu, nu = average_moments(g, mu, nu, b1, b2)
+    nu_max = jnp.maximum(nu_max, nu)
+    return mu / (jnp.sqrt(nu_max) + eps), mu, nu, nu_max
+
+
+def nesterov_ratio(
+    g: jax.Array,
+    mu: jax.Array,
+    nu: jax.Array,
+    b1: Shares,
+    b2: Shares,
+    eps: jax.Array,
+    of_mu: jax.Array,
+    of_g: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """The formula of `scale_by_nesterov_moments`: `(u, mu, nu)`."""
+    mu, nu = average_moments(g, mu, nu, b1, b2)
+    return (of_mu * mu + of_g * g) / (jnp.sqrt(nu) + eps), mu, nu
+
+
+def rectified_ratio(
+    g: jax.Array,
+    mu: jax.Array,
+    nu: jax.Array,
+    b1: Shares,
+    b2: Shares,
+    eps: jax.Array,
+    rectification: jax.Array,
+    untrusted: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """The formula of `scale_by_rectified_moments`: `(u, mu, nu)`."""
+    mu, nu = average_moments(g, mu, nu, b1, b2)
+    factor = jnp.where(rectification > 0, rectification / (jnp.sqrt(nu) + eps), untrusted)
+    return mu * factor, mu, nu
+
+
+def infinity_ratio(
+    g: jax.Array, mu: jax.Array, nu: jax.Array, b1: Shares, b2: Shares, eps: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The formula of `scale_by_infinity_moments`: `(u, mu, nu)`."""
+    mu = average(mu, g, b1)
+    # b2 nu as an average with 0: a product with a rounded b2 would drift, the same way each step.
+    nu = jnp.maximum(average(nu, jnp.zeros_like(nu), b2), jnp.abs(g) + eps)
+    return mu / nu, mu, nu
+
+
+def lazy_ratio(
+    g: jax.Array, mu: jax.Array, nu: jax.Array, b1: Shares, b2: Shares, eps: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The formula of `scale_by_lazy_moments`: `(u, mu, nu)`."""
+    active = jnp.any(g != 0, axis=-1, keepdims=True) if g.ndim else g != 0
+    next_mu, next_nu = average_moments(g, mu, nu, b1, b2)
+    u = jnp.where(active, next_mu / (jnp.sqrt(next_nu) + eps), 0)
+    return u, jnp.where(active, next_mu, mu), jnp.where(active, next_nu, nu)

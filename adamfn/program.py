@@ -1,0 +1,211 @@
+"""The program of a leaf: the formulas of joined stages, one after another.
+
+It decodes what is kept of the leaf, applies the formulas, encodes again, and may move the parameter
+at its end. Nothing between two stages is rounded or written to memory. Every backend runs calls of
+programs; `run_call`, by XLA, is the one that the others are held to.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adamfn.formats import Format, noise
+from adamfn.formats.base import noise_at
+from adamfn.storage import Kept, decode, encode
+from adamfn.trees import describe
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a program does for one stage; the fields are those of `Stage`."""
+
+    name: str
+    formula: Callable[..., Any]
+    reads: tuple[str, ...]
+    keeps: int
+    """How many arrays the formula is given of what the stage keeps."""
+    format: Format | None
+    """How they are stored; None for as they are."""
+    rests: bool
+    elementwise: bool
+    active: bool
+    """Whether the stage's mask has this leaf."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """The formulas of some stages for one leaf."""
+
+    parts: tuple[Part, ...]
+    scalars: Any
+    """The structure of the scalars: a tuple of a tuple for each part."""
+    dtype: Any
+    """The real dtype that it computes in."""
+    moves: bool
+    """Whether it moves the parameter."""
+    update_dtype: Any
+    """The dtype of the update that it returns; None if it returns none."""
+
+    @property
+    def reads_params(self) -> bool:
+        """Whether it is given the parameter."""
+        return self.moves or any("params" in part.reads for part in self.parts if part.active)
+
+    def __call__(
+        self,
+        number: jax.Array,
+        scalars: Sequence[jax.Array],
+        count: jax.Array,
+        g: jax.Array,
+        p: jax.Array | None,
+        kept: Sequence[Kept],
+        elements: jax.Array | None = None,
+    ) -> tuple[list[Kept], list[jax.Array]]:
+        """Returns what is kept for each part, then the update and the parameter, if asked for.
+
+        Args:
+          number: the leaf's in the tree, for the noise of stochastic rounding.
+          scalars: the scalars of all parts, in the program's dtype.
+          count: the step, likewise for the noise.
+          g: the gradient, or what stages before these made of it.
+          p: the parameter; None if the program does not read it.
+          kept: what is kept of the leaf for each part.
+          elements: of a tile of a leaf, the numbers that its elements have there, uint32 of g's
+            shape; None for a whole leaf.
+        """
+        u = grad = _widened(g, self.dtype)
+        param = None if p is None else _widened(p, self.dtype)
+        next_kept: list[Kept] = []
+        for part, own, old in zip(
+            self.parts, jax.tree.unflatten(self.scalars, scalars), kept, strict=True
+        ):
+            if not part.active:
+                next_kept.append(old)
+                continue
+            read = [param if name == "params" else grad for name in part.reads]
+            live = (
+                [_widened(x, self.dtype) for x in old]
+                if part.format is None
+                else decode(part.format, old)
+            )
+            u, *new = _checked(part, u, live, part.formula(u, *read, *live, *own))
+            if part.format is None:
+                stored: Kept = tuple(x.astype(was.dtype) for x, was in zip(new, old, strict=True))
+            else:
+                words = (
+                    noise(count, number, g.shape)
+                    if elements is None
+                    else noise_at(count, number, elements)
+                )
+                stored = encode(part.format, new, words)
+            if part.rests and part.format is not None:
+                moved = jnp.any(jnp.stack([a != b for a, b in zip(new, live, strict=True)]), axis=0)
+                moved = jnp.any(moved, axis=-1, keepdims=True) if moved.ndim else moved
+                stored = jax.tree.map(partial(jnp.where, moved), stored, old)
+            next_kept.append(stored)
+        results = [] if self.update_dtype is None else [u.astype(self.update_dtype)]
+        if self.moves:
+            results.append((param + u).astype(p.dtype))  # pyright: ignore[reportOptionalOperand, reportOptionalMemberAccess]
+        return next_kept, results
+
+
+@dataclass(frozen=True)
+class Call:
+    """Leaves with one program that take a step in one call: what is static of it.
+
+    Its operands are the scalars, a vector; the count, int32; the leaves' numbers, uint32[n]; what
+    is kept; n gradients; and n parameters where the program reads them. Its results are what is
+    kept; n updates where the program returns them; and n parameters where it moves them.
+    """
+
+    program: Program
+    leaves: int
+    kept: Any
+    """The structure of what is kept: a list with a list over the parts for each leaf, or one for
+    all that are packed."""
+    packed: bool = False
+    """Whether what is kept lies end to end for all leaves, in flat buffers."""
+
+    @property
+    def arrays_kept(self) -> int:
+        """How many arrays are kept."""
+        return self.kept.num_leaves
+
+
+def run_call(call: Call, *operands: jax.Array) -> list[jax.Array]:
+    """Runs a call by XLA, which compiles what a leaf's program does into one kernel or a few."""
+    vector, count, numbers, *arrays = operands
+    kept = jax.tree.unflatten(call.kept, arrays[: call.arrays_kept])
+    grads = arrays[call.arrays_kept :][: call.leaves]
+    params: Sequence[Any] = arrays[call.arrays_kept + call.leaves :] or [None] * call.leaves
+    scalars = list(vector)
+    if call.packed:
+        return _run_packed(call, scalars, count, numbers, kept[0], grads, params)
+    rows = [
+        _run_leaf(call.program, numbers[k], scalars, count, grads[k], params[k], kept[k])
+        for k in range(call.leaves)
+    ]
+    columns = zip(*(results for _, results in rows), strict=True)
+    return [*jax.tree.leaves([own for own, _ in rows]), *(x for column in columns for x in column)]
+
+
+@partial(jax.jit, static_argnums=0)
+def _run_leaf(program: Program, *operands: Any) -> tuple[list[Kept], list[jax.Array]]:
+    return program(*operands)  # traced once for all leaves of one signature
+
+
+def _run_packed(
+    call: Call,
+    scalars: Sequence[jax.Array],
+    count: jax.Array,
+    numbers: jax.Array,
+    kept: Sequence[Kept],
+    grads: Sequence[jax.Array],
+    params: Sequence[Any],
+) -> list[jax.Array]:
+    def flat(leaves: Sequence[jax.Array]) -> jax.Array:
+        return jnp.concatenate([leaf.reshape(-1).astype(call.program.dtype) for leaf in leaves])
+
+    p = None if params[0] is None else flat(params)
+    own, results = call.program(numbers[0], scalars, count, flat(grads), p, kept)
+    ends = [*accumulate(math.prod(g.shape) for g in grads)]
+    moved = [
+        result[end - g.size : end].reshape(g.shape)
+        for result in results
+        for g, end in zip(grads, ends, strict=True)
+    ]
+    like = [*moved[: -call.leaves], *params] if call.program.moves else moved
+    return [
+        *jax.tree.leaves(own),
+        *(x.astype(was.dtype) for x, was in zip(moved, like, strict=True)),
+    ]
+
+
+def _widened(x: jax.Array, real: Any) -> jax.Array:
+    complex_of = jnp.promote_types(real, jnp.complex64)
+    return x.astype(complex_of if jnp.iscomplexobj(x) else real)
+
+
+def _checked(part: Part, u: jax.Array, live: Sequence[jax.Array], returned: Any) -> Sequence[Any]:
+    """What a formula returned, if it is an update and what its stage keeps."""
+    results = returned if isinstance(returned, tuple | list) else (returned,)
+    if len(results) != 1 + part.keeps:
+        raise ValueError(
+            f"{part.name}: its formula returned {len(results)} results; expected {1 + part.keeps},"
+            f" the updates and the {part.keeps} that the stage keeps."
+        )
+    names = ("u", *["what it keeps"] * part.keeps)
+    for what, result, like in zip(names, results, (u, *live), strict=True):
+        narrower = jnp.iscomplexobj(result) and not jnp.iscomplexobj(like)
+        if jnp.shape(result) != jnp.shape(like) or narrower:
+            raise ValueError(
+                f"{part.name}: its formula returned {describe(result)} for {what}; expected"
+                f" {describe(like)}, as it was given."
+            )
+    return results

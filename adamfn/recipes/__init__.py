@@ -1,0 +1,1 @@
+"""Recipes: optimizers as chains that read as their formulas."""

@@ -1,0 +1,65 @@
+"""`scale_by_lazy_moments`: rows that got no gradient stay as they are, moments and all."""
+
+import chex
+
+from adamfn.ema import decay
+from adamfn.formats import Moments
+from adamfn.formulas import lazy_ratio
+from adamfn.hyperparams import scalar
+from adamfn.stages.two_moments import from_moments
+from adamfn.transform import GradientTransformation
+
+
+def scale_by_lazy_moments(
+    b1: chex.Numeric = 0.9,
+    b2: chex.Numeric = 0.999,
+    eps: chex.Numeric = 1e-8,
+    *,
+    moments: Moments = "float32",
+) -> GradientTransformation:
+    r"""Divides the average of the gradients by the root of squares, in the rows that have any.
+
+    A row is what the last axis spans: one embedding of a table of shape (tokens, features), the
+    whole of a vector, a scalar by itself. With m and v as in `scale_by_moments`, where a row's
+    gradient is not all zero
+
+    $$ u = \frac{m}{\sqrt v + \epsilon} $$
+
+    and where it is all zero, m and v stay and $u = 0$. The gradient is dense. The count, and with
+    it `bias_correct(b1, b2)` after this, goes on for all rows alike. eps is in units of the
+    uncorrected root, as in torch.
+
+    Args:
+      b1: decay of the gradients' average, in [0, 1); a number or a scalar array.
+      b2: decay of the squares' average, likewise.
+      eps: added to the root, at least 0.
+      moments: how the moments are stored, as in `scale_by_moments`.
+
+    Returns:
+      A `GradientTransformation`; state and dtypes as in `scale_by_moments`.
+
+    Raises:
+      TypeError, ValueError: as `scale_by_moments`.
+
+    References:
+      torch.optim.SparseAdam, whose sparse gradient names the rows that this one finds.
+
+    >>> import adamfn
+    >>> import jax.numpy as jnp
+    >>> tx = adamfn.scale_by_lazy_moments(b1=0.0, b2=0.0)
+    >>> table = jnp.ones((3, 2))
+    >>> updates, state = tx.update(jnp.zeros((3, 2)).at[1].set(5.0), tx.init(table))
+    >>> print(updates)
+    [[0. 0.]
+     [1. 1.]
+     [0. 0.]]
+    """
+    mean, square, eps = decay("b1", b1), decay("b2", b2), scalar("eps", eps)
+    return from_moments(
+        "scale_by_lazy_moments",
+        lazy_ratio,
+        lambda _: (mean.shares, square.shares, eps),
+        moments,
+        elementwise=False,
+        rests=True,
+    )

@@ -1,0 +1,52 @@
+"""What the stages of Adam's family share: two moments, their state, and the scalars of a count."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+
+from adamfn.formats import Moments
+from adamfn.stage import Stage, real_zeros, zeros
+from adamfn.transform import GradientTransformation, from_stage
+from adamfn.trees import PyTree
+
+
+class ScaleByMomentsState(NamedTuple):
+    """State of `scale_by_moments` and of its kin that keep two moments."""
+
+    count: chex.Array
+    """Steps taken: int32 scalar."""
+    mu: PyTree
+    """The average m of the gradients: the parameters' tree and shapes, float32 at least; or the
+    codes of a format, or None where a format has none of their shape."""
+    nu: PyTree
+    """The average v of their squares (of |g|^2 for a complex leaf): likewise, and real."""
+    scales: PyTree
+    """What formats need besides codes: an entry for each leaf in their order, or an empty tuple."""
+
+
+def from_moments(
+    name: str,
+    formula: Callable[..., tuple[jax.Array, ...]],
+    scalars: Callable[[jax.Array], Sequence[PyTree]],
+    moments: Moments,
+    **more: Any,
+) -> GradientTransformation:
+    """The transformation of a stage that keeps two moments.
+
+    Args:
+      name: its own, for error messages.
+      formula: `(g, mu, nu, *scalars) -> (u, mu, nu)`, a function of a module.
+      scalars: the formula's, from the step's count (1 at the first).
+      moments: how the moments are stored.
+      **more: other attributes of `Stage`.
+    """
+    keeps = {"mu": zeros, "nu": real_zeros}
+    attributes = {
+        "keeps": keeps,
+        "state": ScaleByMomentsState,
+        "scalars": lambda count, state, extra: (scalars(count), {}),
+        "moments": moments,
+    }
+    return from_stage(Stage(name, formula, **(attributes | more)))
