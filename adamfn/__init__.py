@@ -2,6 +2,7 @@
 
 from adamfn import formats, sharding
 from adamfn.backends.report import backend
+from adamfn.chaining import chain, from_stage, with_backend
 from adamfn.packing import packed, repack
 from adamfn.recipes.adam import adam, adamw
 from adamfn.recipes.adamax import adamax
@@ -19,14 +20,8 @@ from adamfn.stages.nesterov import scale_by_nesterov_moments
 from adamfn.stages.ratio import scale_by_moments
 from adamfn.stages.rectified import scale_by_rectified_moments
 from adamfn.stages.weight_decay import add_decayed_weights
-from adamfn.transform import (
-    GradientTransformation,
-    apply_updates,
-    chain,
-    from_stage,
-    step,
-    with_backend,
-)
+from adamfn.stepping import step
+from adamfn.transform import GradientTransformation, apply_updates
 
 __version__ = "0.1.0"
 

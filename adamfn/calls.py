@@ -14,13 +14,32 @@ from adamfn.formats import Format
 from adamfn.program import Call, Part, Program
 from adamfn.stage import Stage
 from adamfn.storage import Kept
-from adamfn.trees import PyTree, real_dtype, wide_dtype
+from adamfn.trees import PyTree, as_array, real_dtype, wide_dtype
 
 LARGE = 2**18
 """Leaves from here on are called alone: they outweigh the microseconds of a call."""
 
 _LEAVES = 16
 """Smaller leaves that share a call."""
+
+
+class Bundle(Sequence[Any]):
+    """Several leaves that have one program, and what is kept of them end to end: one leaf to it."""
+
+    def __init__(self, leaves: Sequence[Any]) -> None:
+        self._leaves = [as_array(leaf) for leaf in leaves]
+        dtypes = {leaf.dtype for leaf in self._leaves}
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else jnp.dtype(jnp.float32)
+        self.size = sum(leaf.size for leaf in self._leaves)
+        self.shape = (self.size,)
+
+    def __getitem__(self, place: Any) -> Any:
+        """One of the leaves."""
+        return self._leaves[place]
+
+    def __len__(self) -> int:
+        """How many they are."""
+        return len(self._leaves)
 
 
 def leaf_programs(
@@ -100,7 +119,7 @@ def together(
         dtypes = g.dtype, getattr(p, "dtype", None)
         # Outside jit, the arrays of one call must lie on the same devices.
         place = None if isinstance(g, Tracer) else getattr(g, "sharding", None)
-        alone = k if g.size >= LARGE else None
+        alone = k if g.size >= LARGE or isinstance(g, Bundle) else None
         alike.setdefault((program, dtypes, place, alone), []).append(k)
     # Leaves of one shape beside one another: calls of one signature are traced once.
     ordered = (sorted(own, key=lambda k: grads[k].shape) for own in alike.values())
@@ -123,7 +142,7 @@ class Vectors:
 
 
 def run(
-    call: Call,
+    program: Program,
     backend: Backend,
     vectors: Vectors,
     count: jax.Array,
@@ -131,22 +150,27 @@ def run(
     kept: Sequence[Sequence[Kept]],
     grads: Sequence[Any],
     params: Sequence[Any],
-) -> tuple[list[list[Kept]], list[jax.Array], list[jax.Array]]:
-    """Runs a call: returns what is kept, the updates and the parameters that it returns."""
-    arrays = jax.tree.leaves(kept)
-    operands = [
-        vectors[call.program.dtype],
-        count,
-        np.array(numbers, np.uint32),
-        *arrays,
-        *grads,
-        *params,
-    ]
-    results = _run(call, backend, operands)
+) -> tuple[list[list[Kept]], Sequence[Any], Sequence[Any]]:
+    """Runs a program on some leaves: what is kept, and the updates and parameters it returns."""
+    bundle = grads[0] if isinstance(grads[0], Bundle) else None
+    if bundle is not None:
+        grads = [g if g.dtype == bundle.dtype else g.astype(bundle.dtype) for g in bundle]
+        params = [p for own in params for p in own]
+        numbers = [numbers[0]] * len(grads)
+    call = Call(program, len(grads), jax.tree.structure(kept), packed=bundle is not None)
+    arrays = [np.array(numbers, np.uint32), *jax.tree.leaves(kept), *grads, *params]
+    results = _run(call, backend, [vectors[program.dtype], count, *arrays])
     own = jax.tree.unflatten(call.kept, results[: call.arrays_kept])
     moved = results[call.arrays_kept :]
-    split = call.leaves if call.program.update_dtype is not None else 0
-    return own, moved[:split], moved[split:]
+    split = call.leaves if program.update_dtype is not None else 0
+    us, ps = moved[:split], moved[split:]
+    if bundle is None:
+        return own, us, ps
+    us = [
+        u if g.dtype in (u.dtype, jnp.float16) else u.astype(g.dtype)
+        for u, g in zip(us, bundle, strict=False)
+    ]
+    return own, [Bundle(us)], [Bundle(ps)]
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -11,7 +12,6 @@ from adamfn.backends.primitive import Backend
 from adamfn.ema import increment
 from adamfn.formats import choose_formats
 from adamfn.masks import broadcast_mask
-from adamfn.program import Call
 from adamfn.stage import CountedState, Scalars, Stage
 from adamfn.storage import as_fields, first_kept, kept_by_leaf
 from adamfn.trees import PyTree, as_array, check_inexact, describe, matching_leaves
@@ -98,11 +98,16 @@ def run(
     moved: list[Any] = [None] * len(gs)
     next_ps: list[Any] = [None] * len(gs)
     for numbers in calls.together(programs, gs, ps, wanted.backend):
-        own = [kept[k] for k in numbers]
-        call = Call(programs[numbers[0]], len(numbers), jax.tree.structure(own))
-        own_gs = [gs[k] for k in numbers]
-        own_ps = [ps[k] for k in numbers if ps[k] is not None]
-        results = calls.run(call, wanted.backend, vectors, count, numbers, own, own_gs, own_ps)
+        results = calls.run(
+            programs[numbers[0]],
+            wanted.backend,
+            vectors,
+            count,
+            numbers,
+            [kept[k] for k in numbers],
+            [gs[k] for k in numbers],
+            [ps[k] for k in numbers if ps[k] is not None],
+        )
         for column, values in zip((kept, moved, next_ps), results, strict=True):
             for k, value in zip(numbers, values, strict=False):
                 column[k] = value
@@ -119,24 +124,25 @@ def run(
     )
 
 
-def count_of(stages: Sequence[Stage], states: Sequence[PyTree]) -> tuple[jax.Array, list[Any]]:
+def count_of(stages: Sequence[Stage], states: Sequence[PyTree]) -> tuple[chex.Array, list[Any]]:
     """The count of the step to come, 1 at the first, and the stages' own states.
 
     Raises:
       TypeError: one of them is the state of something else.
     """
-    own = list(states)
+    own: list[Any] = list(states)
     first = _first_that_counts(stages)
     if first is None:
         check_state(stages[0], states[0], CountedState)
         own[0] = states[0].stage
     for stage, state in zip(stages, own, strict=True):
         check_state(stage, state, stage.state)
-    return increment((states[0] if first is None else own[first]).count), own
+    counting: Any = states[0] if first is None else own[first]
+    return increment(counting.count), own
 
 
 def scalars_at(
-    stages: Sequence[Stage], states: Sequence[Any], count: jax.Array, extra: Mapping[str, Any]
+    stages: Sequence[Stage], states: Sequence[Any], count: chex.Array, extra: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], list[Mapping[str, Any]]]:
     """What the formulas need at a step, and what the states remember of it."""
     found: list[Scalars] = []

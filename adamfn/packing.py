@@ -1,7 +1,8 @@
 """Packing: the float32 moments of many small leaves, end to end in a few buffers.
 
 To pass an array into a compiled call and out again costs some microseconds, more than a step of
-Adam on a thousand elements. So small leaves share buffers, up to 64 leaves each.
+Adam on a thousand elements. So small leaves share buffers, up to 64 leaves each. To the stages a
+buffer is one leaf.
 """
 
 import math
@@ -14,20 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from adamfn import calls, joined
+from adamfn import joined
+from adamfn.calls import Bundle
+from adamfn.chaining import elements, flat_states, nested, structure_of
 from adamfn.joined import Wanted
-from adamfn.program import Call
 from adamfn.stage import CountedState, Stage
-from adamfn.transform import (
-    GradientTransformation,
-    Structure,
-    assemble,
-    elements,
-    flat_states,
-    nested,
-    structure_of,
-)
-from adamfn.trees import PyTree, as_array, check_inexact, describe, matching_leaves, path_name
+from adamfn.stepping import assemble
+from adamfn.transform import GradientTransformation
+from adamfn.trees import PyTree, check_inexact, describe, matching_leaves, path_name
 
 _LEAVES = 64
 """Leaves of one buffer. The time that XLA takes to compile a call grows with the square."""
@@ -36,34 +31,59 @@ _WAY_OUT = "Pass gradients of these parameters, and the state that `init` made f
 
 
 class Packed(NamedTuple):
-    """What is kept of a tree of parameters in one field of a state."""
+    """A tree of parameters' shapes, with small leaves in buffers."""
 
     leaves: PyTree
-    """What is kept of each leaf by itself: the parameters' tree, None where a leaf is packed."""
-    buffers: Sequence[jax.Array]
-    """Of the others, end to end: float32 of shape (elements,)."""
+    """What stands by itself: the parameters' tree, None where a leaf is packed."""
+    buffers: Any
+    """A tuple of the others, end to end: float32 of shape (elements,)."""
 
 
-class _Packing(NamedTuple):
-    """What `repack` needs to know of a packed transformation."""
+class _Layout:
+    """Which leaves of a tree share each buffer."""
 
-    structure: Structure
-    below: int
-
-    @property
-    def stages(self) -> list[Stage]:
-        return list(elements(self.structure))
-
-    def runs(self, params: PyTree) -> list[list[int]]:
-        """The leaves that share each buffer, by their numbers: the same stages change them."""
+    def __init__(self, stages: Sequence[Stage], params: PyTree, below: int) -> None:
+        check_inexact(params, "packed: params")
+        self.leaves, self.treedef = jax.tree.flatten(params)
+        masks = joined.masks_of(stages, params, params)
         alike: dict[Any, list[int]] = {}
-        masks = joined.masks_of(self.stages, params, params)
-        for k, (leaf, *changed) in enumerate(zip(jax.tree.leaves(params), *masks, strict=True)):
+        for k, (leaf, *changed) in enumerate(zip(self.leaves, *masks, strict=True)):
             dtype = jnp.result_type(leaf)
             real = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 32
-            if real and jnp.size(leaf) < self.below:
+            if real and jnp.size(leaf) < below:
                 alike.setdefault(tuple(changed), []).append(k)
-        return [own[i : i + _LEAVES] for own in alike.values() for i in range(0, len(own), _LEAVES)]
+        self.runs = [
+            own[i : i + _LEAVES] for own in alike.values() for i in range(0, len(own), _LEAVES)
+        ]
+        # The stages of a packed tree: a buffer has the mask of its leaves.
+        self.stages = [
+            replace(stage, mask=None if stage.mask is None else self.pack(mask, lambda own: own[0]))
+            for stage, mask in zip(stages, map(self.treedef.unflatten, masks), strict=True)
+        ]
+
+    def pack(self, tree: PyTree, buffer: Callable[[list[Any]], Any]) -> Packed:
+        """A tree of the parameters' structure with buffers made of the leaves that share one."""
+        parts: list[Any] = self.treedef.flatten_up_to(tree)
+        buffers = tuple(buffer([parts[k] for k in run]) for run in self.runs)
+        shared = {k for run in self.runs for k in run}
+        alone = [None if k in shared else part for k, part in enumerate(parts)]
+        # One leaf instead of a tuple for a tree without leaves, as in storage.as_fields.
+        return Packed(self.treedef.unflatten(alone), buffers if parts else jnp.zeros((0,)))
+
+    def unpack(self, packed: Packed) -> PyTree:
+        """The tree that was packed, from buffers or bundles."""
+        parts: list[Any] = self.treedef.flatten_up_to(packed.leaves)
+        for run, buffer in zip(self.runs, packed.buffers, strict=True):
+            if not isinstance(buffer, Bundle):
+                shapes = [jnp.shape(self.leaves[k]) for k in run]
+                ends = accumulate(map(math.prod, shapes))
+                buffer = [
+                    buffer[end - math.prod(shape) : end].reshape(shape)
+                    for shape, end in zip(shapes, ends, strict=True)
+                ]
+            for k, part in zip(run, buffer, strict=True):
+                parts[k] = part
+        return self.treedef.unflatten(parts)
 
 
 def packed(tx: GradientTransformation, below: int = 32768) -> GradientTransformation:
@@ -89,48 +109,62 @@ def packed(tx: GradientTransformation, below: int = 32768) -> GradientTransforma
     >>> import adamfn
     >>> import jax.numpy as jnp
     >>> tx = adamfn.packed(adamfn.adam(0.1))
-    >>> params = {"a": jnp.zeros(2), "b": jnp.zeros(3)}
+    >>> params = {"a": jnp.ones(2), "b": jnp.ones(3)}
     >>> state = tx.init(params)
     >>> print(state[0].mu.buffers[0].shape)
     (5,)
-    >>> params, state = adamfn.step(tx, {"a": jnp.ones(2), "b": -jnp.ones(3)}, state, params)
-    >>> print(params["a"].round(2), params["b"].round(2))
-    [-0.1 -0.1] [0.1 0.1 0.1]
+    >>> params, state = adamfn.step(tx, params, state, params)
+    >>> print(params["a"], params["b"])
+    [0.9 0.9] [0.9 0.9 0.9]
     """
-    packing = _Packing(structure_of(tx), below)
-    structure, stages = packing.structure, packing.stages
+    structure = structure_of(tx)
+    stages = list(elements(structure))
     for stage in stages:
         _check_packable(stage)
 
     def init(params: PyTree) -> PyTree:
         _check_whole(params)
-        return _repacked(packing, joined.first_states(stages, params), params)
+        layout = _Layout(stages, params, below)
+        states = joined.first_states(layout.stages, layout.pack(params, _flat))
+        return nested(structure, iter(states))
 
     def advance(
         updates: PyTree, state: PyTree, params: PyTree, extra: Mapping[str, Any], wanted: Wanted
     ) -> tuple[PyTree, PyTree, PyTree]:
-        states = flat_states(structure, state)
         check_inexact(updates, "packed: updates")
-        whole = updates
         if params is not None:
             matching_leaves("packed: updates", updates, "params", params, _WAY_OUT)
-            whole = params
-        runs = packing.runs(whole)
-        _check_packed(stages, states, whole, runs)
-        alone = _map_kept(stages, states, lambda _, field: field.leaves)
-        rest, rest_params = _without(runs, updates), _without(runs, params)
-        us, ps, alone = joined.run(stages, rest, alone, rest_params, extra, wanted)
-        buffers, moved, next_ps = _run_packed(stages, runs, updates, states, params, extra, wanted)
-        alone = _map_kept(stages, alone, lambda key, tree: Packed(tree, tuple(buffers[key])))
-        treedef = jax.tree.structure(updates)
-        return (
-            _filled(treedef, us, moved) if wanted.updates else None,
-            _filled(treedef, ps, next_ps) if wanted.params else None,
-            nested(structure, iter(alone)),
+        layout = _Layout(stages, updates if params is None else params, below)
+        states = flat_states(structure, state)
+        _map_kept(stages, states, layout, lambda field: field)
+        us, ps, states = joined.run(
+            layout.stages,
+            layout.pack(updates, Bundle),
+            states,
+            None if params is None else layout.pack(params, Bundle),
+            extra,
+            wanted,
+        )
+        us, ps = (None if tree is None else layout.unpack(tree) for tree in (us, ps))
+        return us, ps, nested(structure, iter(states))
+
+    def repacked(state: PyTree, params: PyTree) -> PyTree:
+        states, layout = flat_states(structure, state), _Layout(stages, params, below)
+        packs = not any(
+            isinstance(node, Packed) for node in jax.tree.leaves(state, is_leaf=_is_packed)
         )
 
+        def moved(field: PyTree) -> PyTree:
+            if not packs:
+                return layout.unpack(field)
+            matching_leaves("repack: params", params, "the state", field, _WAY_OUT)
+            return layout.pack(field, _flat)
+
+        moved_states = _map_kept(stages, states, None if packs else layout, moved)
+        return nested(structure, iter(moved_states))
+
     made = assemble(init, advance, {name for stage in stages for name in stage.takes})
-    cast("Any", made.update).packing = packing
+    cast("Any", made.update).repacked = repacked
     return made
 
 
@@ -157,124 +191,37 @@ def repack(tx: GradientTransformation, state: PyTree, params: PyTree) -> PyTree:
     >>> print(state[0].count, state[0].mu.buffers[0])
     1 [0.1 0.1 0.1]
     """
-    packing = getattr(getattr(tx, "update", None), "packing", None)
-    if not isinstance(packing, _Packing):
+    repacked = getattr(getattr(tx, "update", None), "repacked", None)
+    if repacked is None:
         raise TypeError(f"repack: the first argument is {tx!r}; expected what `packed` returned.")
-    return _repacked(packing, flat_states(packing.structure, state), params)
+    return repacked(state, params)
 
 
-def _repacked(packing: _Packing, states: Sequence[PyTree], params: PyTree) -> PyTree:
-    """Packed states as plain ones, and plain ones as packed."""
-    leaves, treedef = jax.tree.flatten(params)
-    runs = packing.runs(params)
-    packs = not any(isinstance(field, Packed) for field in _kept(packing.stages, states).values())
-    if not packs:
-        _check_packed(packing.stages, states, params, runs)
-
-    def pack(key: Any, tree: PyTree) -> Packed:
-        parts = matching_leaves("repack: params", params, key[1], tree, _WAY_OUT)
-        flat = [jnp.concatenate([parts[k].reshape(-1) for k in run]) for run in runs]
-        # One leaf instead of a tuple, as in storage.as_fields.
-        return Packed(_without(runs, tree), tuple(flat) if leaves else jnp.zeros((0,)))
-
-    def unpack(key: Any, field: Packed) -> PyTree:
-        parts = treedef.flatten_up_to(field.leaves)
-        for run, buffer in zip(runs, field.buffers, strict=True):
-            ends = _ends(leaves, run)
-            for k, end in zip(run, ends, strict=True):
-                shape = jnp.shape(leaves[k])
-                parts[k] = buffer[end - math.prod(shape) : end].reshape(shape)
-        return treedef.unflatten(parts)
-
-    moved = _map_kept(packing.stages, states, pack if packs else unpack)
-    return nested(packing.structure, iter(moved))
-
-
-def _run_packed(
-    stages: Sequence[Stage],
-    runs: Sequence[Sequence[int]],
-    updates: PyTree,
-    states: Sequence[Any],
-    params: PyTree,
-    extra: Mapping[str, Any],
-    wanted: Wanted,
-) -> tuple[dict[Any, list[jax.Array]], dict[int, jax.Array], dict[int, jax.Array]]:
-    """The next buffers of each field, and the updates and parameters of the packed leaves."""
-    gs = [as_array(leaf) for leaf in jax.tree.leaves(updates)]
-    ps = [None] * len(gs) if params is None else [*map(as_array, jax.tree.leaves(params))]
-    buffers = {key: field.buffers for key, field in _kept(stages, states).items()}
-    count, own = joined.count_of(stages, states)
-    scalars, _ = joined.scalars_at(stages, own, count, extra)
-    programs = calls.leaf_programs(
-        stages,
-        [[None] * len(gs)] * len(stages),
-        joined.masks_of(stages, updates, params),
-        scalars,
-        gs,
-        ps,
-        [()] * len(gs),
-        returns=wanted.updates,
-        moves=wanted.params,
-    )
-    vectors = calls.Vectors(scalars)
-    next_buffers: dict[Any, list[jax.Array]] = {key: [] for key in buffers}
-    moved: dict[int, jax.Array] = {}
-    next_ps: dict[int, jax.Array] = {}
-    for place, run in enumerate(runs):
-        program, own_gs = programs[run[0]], [gs[k] for k in run]
-        if any(programs[k] != program for k in run):  # gradients of several dtypes
-            program = replace(program, update_dtype=program.update_dtype and jnp.dtype("float32"))
-            own_gs = [g.astype(jnp.float32) for g in own_gs]
-        kept = [
-            tuple(buffers[k, name][place] for name in stage.keeps) for k, stage in enumerate(stages)
-        ]
-        call = Call(program, len(run), jax.tree.structure([kept]), packed=True)
-        own_ps = [ps[k] for k in run] if program.reads_params else []
-        (new,), us, news = calls.run(
-            call, wanted.backend, vectors, count, run, [kept], own_gs, own_ps
-        )
-        for (k, name), column in next_buffers.items():
-            column.append(new[k][list(stages[k].keeps).index(name)])
-        moved |= {k: u.astype(programs[k].update_dtype) for k, u in zip(run, us, strict=False)}
-        next_ps |= dict(zip(run, news, strict=False))
-    return next_buffers, moved, next_ps
-
-
-def _kept(stages: Sequence[Stage], states: Sequence[Any]) -> dict[tuple[int, str], Any]:
-    """What is kept of leaves, by the number of the stage and the field."""
-    found: dict[tuple[int, str], Any] = {}
-    _map_kept(stages, states, lambda key, field: found.setdefault(key, field))
-    return found
+def _flat(leaves: Sequence[Any]) -> jax.Array:
+    return jnp.concatenate([jnp.asarray(leaf, jnp.float32).reshape(-1) for leaf in leaves])
 
 
 def _map_kept(
-    stages: Sequence[Stage], states: Sequence[Any], function: Callable[[Any, Any], Any]
+    stages: Sequence[Stage],
+    states: Sequence[Any],
+    layout: _Layout | None,
+    function: Callable[[Any], Any],
 ) -> list[Any]:
-    """The states, with a function applied to what they keep of leaves."""
+    """The states, with a function applied to what they keep of leaves; packed as a layout says."""
     moved: list[Any] = []
-    for k, (stage, state) in enumerate(zip(stages, states, strict=True)):
+    for stage, state in zip(stages, states, strict=True):
         own = state.stage if isinstance(state, CountedState) else state
         joined.check_state(stage, own, stage.state)
-        own = own._replace(**{x: function((k, x), getattr(own, x)) for x in stage.keeps})
+        fields = {name: getattr(own, name) for name in stage.keeps}
+        for name, field in fields.items() if layout else ():
+            _check_packed(f"packed: {name} of {stage.name}", field, cast("_Layout", layout))
+        own = own._replace(**{name: function(field) for name, field in fields.items()})
         moved.append(state._replace(stage=own) if isinstance(state, CountedState) else own)
     return moved
 
 
-def _without(runs: Sequence[Sequence[int]], tree: PyTree) -> PyTree:
-    """A tree with None at the packed leaves."""
-    leaves, treedef = jax.tree.flatten(tree)
-    shared = {k for run in runs for k in run}
-    return treedef.unflatten([None if k in shared else leaf for k, leaf in enumerate(leaves)])
-
-
-def _filled(treedef: Any, alone: PyTree, shared: Mapping[int, jax.Array]) -> PyTree:
-    """A tree with the packed leaves again."""
-    parts = treedef.flatten_up_to(alone)
-    return treedef.unflatten([shared.get(k, part) for k, part in enumerate(parts)])
-
-
-def _ends(leaves: Sequence[Any], run: Sequence[int]) -> list[int]:
-    return [*accumulate(math.prod(jnp.shape(leaves[k])) for k in run)]
+def _is_packed(node: Any) -> bool:
+    return isinstance(node, Packed)
 
 
 def _check_packable(stage: Any) -> None:
@@ -306,21 +253,15 @@ def _check_whole(params: PyTree) -> None:
             )
 
 
-def _check_packed(
-    stages: Sequence[Stage], states: Sequence[Any], params: PyTree, runs: Sequence[Sequence[int]]
-) -> None:
-    leaves = jax.tree.leaves(params)
-    expected = [_ends(leaves, run)[-1] for run in runs]
-    for (k, name), field in _kept(stages, states).items():
-        if not isinstance(field, Packed):
-            raise TypeError(
-                f"packed: {name} of {stages[k].name} is not packed. `adamfn.repack` moves a plain"
-                " state into this arrangement."
-            )
-        found = [buffer.size for buffer in field.buffers] if leaves else expected
-        if found != expected:
-            raise ValueError(
-                f"packed: {name} of {stages[k].name} has buffers of {found} elements; expected"
-                f" {expected}. The state is of other parameters: make it with this transformation's"
-                " init(params)."
-            )
+def _check_packed(name: str, field: Any, layout: _Layout) -> None:
+    if not isinstance(field, Packed):
+        raise TypeError(
+            f"{name} is not packed. `adamfn.repack` moves a plain state into this arrangement."
+        )
+    expected = [sum(jnp.size(layout.leaves[k]) for k in run) for run in layout.runs]
+    found = [buffer.size for buffer in field.buffers] if layout.leaves else expected
+    if found != expected:
+        raise ValueError(
+            f"{name} has buffers of {found} elements; expected {expected}. The state is of other"
+            " parameters: make it with this transformation's init(params)."
+        )

@@ -53,10 +53,14 @@ def add_stochastically(params: PyTree, updates: PyTree, count: Any, way_out: str
 
 @jax.jit
 def _add(number: jax.Array, param: jax.Array, update: jax.Array, count: jax.Array) -> jax.Array:
-    param, update = jnp.asarray(param), jnp.asarray(update)
-    wide = jnp.promote_types(jnp.promote_types(param.dtype, update.dtype), jnp.float32)
-    total = param.astype(wide) + update.astype(wide)
+    total = wide_sum(param, update)
     if param.dtype != jnp.bfloat16:
         return total.astype(param.dtype)
     bits = (noise(count, number, total.shape) & 0xFFFF).astype(jnp.int32)
     return cast("jax.Array", Rounded().encode(total, bits).codes)
+
+
+def wide_sum(param: jax.Array, update: jax.Array) -> jax.Array:
+    """The sum in float32, or in the wider of the two dtypes."""
+    wide = jnp.promote_types(jnp.promote_types(param.dtype, update.dtype), jnp.float32)
+    return param.astype(wide) + update.astype(wide)

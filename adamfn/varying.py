@@ -34,6 +34,7 @@ def _vary(x: jax.Array, axes: Axes) -> jax.Array:
     missing = tuple(axes - axes_of(x))
     if not missing:
         return x
-    if hasattr(jax.lax, "pvary"):
-        return jax.lax.pvary(x, missing)
+    pvary = getattr(jax.lax, "pvary", None)
+    if pvary is not None:
+        return cast("jax.Array", pvary(x, missing))
     return jax.lax.pcast(x, missing, to="varying")

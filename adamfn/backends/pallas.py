@@ -132,7 +132,7 @@ def run_leaf(
         pl.BlockSpec((height, min(width, view.shape[1])), lambda i, j: (i, j)) for view in views
     ]
     small = pl.BlockSpec(memory_space=tpu.SMEM if platform == "tpu" else None)
-    results = [(k, views[k].dtype, k) for k in range(kept)]
+    results: list[tuple[int, Any, int | None]] = [(k, views[k].dtype, k) for k in range(kept)]
     if program.update_dtype is not None:
         results.append((kept, program.update_dtype, None))
     if program.moves:

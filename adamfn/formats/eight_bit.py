@@ -1,7 +1,7 @@
 """`EightBit`: nu in logarithmic levels, mu in even levels of its ratio to nu's root, by blocks."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +104,7 @@ class EightBit:
 
     def decode(self, stored: Stored) -> tuple[jax.Array, jax.Array]:
         """Returns both moments in float32."""
-        mu_codes, nu_codes, (scale, top, step) = stored
+        mu_codes, nu_codes, (scale, top, step) = cast("tuple[Any, Any, EightBitScales]", stored)
         length = nu_codes.shape[-1]
         size = blocks.size_for(length, self.block)
         codes = blocks.split(nu_codes, size).astype(jnp.int32)

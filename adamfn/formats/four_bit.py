@@ -1,7 +1,7 @@
 """`FourBit`: both moments in one byte, by blocks."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,7 @@ class FourBit:
 
     def decode(self, stored: Stored) -> tuple[jax.Array, jax.Array]:
         """Returns both moments in float32."""
-        _, codes, (scale, top, step) = stored
+        _, codes, (scale, top, step) = cast("tuple[None, Any, FourBitScales]", stored)
         length = codes.shape[-1]
         size = blocks.size_for(length, self.block)
         codes = blocks.split(codes, size).astype(jnp.int32)

@@ -18,7 +18,8 @@ class Linear:
 
     Codes are int8, -127 to 127, and scales float32 of (..., ceil(n / size)). A code l decodes to
     `l * scale`, where scale is the block's largest magnitude over 127. Rounding is stochastic and
-    unbiased. It suits mu where a block's gradients are of one size; beside nu for each element, `EightBit` also serves those of many. Not for nu, which would round to zero.
+    unbiased. It suits mu where a block's gradients are of one size; beside nu for each element,
+    `EightBit` also serves those of many. Not for nu, which would round to zero.
 
     An infinity or NaN makes its whole block infinite or NaN.
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from adamfn.arrangement import holds_moments, leaf_fields, states_of_moments
+from adamfn.arrangement import holds_moments, kept_leaves, leaf_fields, states_of_moments
 from adamfn.trees import PyTree, path_name
 
 _COUNTERS = (
@@ -41,7 +41,7 @@ def find_moments(owner: str, state: PyTree) -> dict[str, LeafMoments]:
         in codes.
     """
     nodes = states_of_moments(state)
-    if not any(jax.tree.leaves(node.mu) for node in nodes):
+    if not any(jax.tree.leaves((node.mu, node.nu)) for node in nodes):
         raise ValueError(
             f"{owner}: found no moments in a {type(state).__name__}; expected the state of an Adam,"
             " with count, mu and nu, by itself or inside a chain or a wrapper."
@@ -67,15 +67,18 @@ def _check_exact(owner: str, node: Any) -> None:
             f"{owner} is packed, with moments of several leaves in one buffer; expected the"
             " chain's. adamfn.repack makes it of a packed one, and the reverse."
         )
-    if jax.tree.leaves(getattr(node, "scales", ())) or not all(
-        jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(node.mu)
-    ):
-        path = next(iter(leaves_by_path(node.mu)))
-        raise ValueError(
-            f"{owner}: the moments are stored in codes, such as those at {path}; expected arrays of"
-            " floating point. Lean moments stay where they are: only those of moments='float32'"
-            " and 'bfloat16' cross over."
-        )
+    for path, parts, scales in kept_leaves(node):
+        arrays = jax.tree.leaves(parts, is_leaf=lambda part: part is None)
+        if jax.tree.leaves(scales) or not all(map(_is_inexact, arrays)):
+            raise ValueError(
+                f"{owner}: the moments are stored in codes, such as those at"
+                f" {path_name(path) or 'the root'}; expected arrays of floating point. Lean moments"
+                " stay where they are: only those of moments='float32' and 'bfloat16' cross over."
+            )
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return leaf is not None and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def fill_moments(

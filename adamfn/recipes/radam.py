@@ -2,12 +2,13 @@
 
 import chex
 
+from adamfn.chaining import chain
 from adamfn.formats import Moments
 from adamfn.hyperparams import ScalarOrSchedule
 from adamfn.stages.bias import bias_correct
 from adamfn.stages.learning_rate import scale_by_lr
 from adamfn.stages.rectified import scale_by_rectified_moments
-from adamfn.transform import GradientTransformation, chain
+from adamfn.transform import GradientTransformation
 
 
 def radam(

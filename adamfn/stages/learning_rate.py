@@ -7,10 +7,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from adamfn.chaining import from_stage
 from adamfn.formulas import multiply
 from adamfn.hyperparams import ScalarOrSchedule, scheduled, value_at
 from adamfn.stage import EmptyState, Scalars, Stage
-from adamfn.transform import GradientTransformation, from_stage
+from adamfn.transform import GradientTransformation
 
 
 class ScaleByLrState(NamedTuple):

@@ -9,7 +9,6 @@ from adamfn.ema import bias, decay
 from adamfn.formats import Moments
 from adamfn.formulas import max_ratio
 from adamfn.hyperparams import scalar
-from adamfn.stage import real_zeros, zeros
 from adamfn.stages.two_moments import from_moments
 from adamfn.transform import GradientTransformation
 from adamfn.trees import PyTree
@@ -81,6 +80,6 @@ def scale_by_max_moments(
         max_ratio,
         lambda count: (mean.shares, square.shares, jnp.sqrt(bias(square, count)) * eps),
         moments,
-        keeps={"mu": zeros, "nu": real_zeros, "nu_max": real_zeros},
+        more=("nu_max",),
         state=ScaleByMaxMomentsState,
     )

@@ -8,12 +8,13 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from adamfn.chaining import from_stage
 from adamfn.ema import bias, decay, increment
 from adamfn.formats import Moments
 from adamfn.formulas import nesterov_ratio
 from adamfn.hyperparams import scalar
 from adamfn.stage import Scalars, Stage, real_zeros, zeros
-from adamfn.transform import GradientTransformation, from_stage
+from adamfn.transform import GradientTransformation
 from adamfn.trees import PyTree
 
 
@@ -83,7 +84,7 @@ def scale_by_nesterov_moments(
     mean, square, eps = decay("b1", b1), decay("b2", b2), scalar("eps", eps)
     log_rise = scalar("momentum_decay", momentum_decay) * math.log(0.96)
 
-    def momentum(count: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def momentum(count: chex.Array) -> tuple[chex.Numeric, chex.Numeric]:
         missing = 0.5 * jnp.exp(count.astype(float) * log_rise)
         b1 = 1 - mean.complement
         return b1 * (1 - missing), mean.complement + b1 * missing  # the second is 1 - the first

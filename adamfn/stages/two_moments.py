@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import chex
 import jax
 
+from adamfn.chaining import from_stage
 from adamfn.formats import Moments
 from adamfn.stage import Stage, real_zeros, zeros
-from adamfn.transform import GradientTransformation, from_stage
+from adamfn.transform import GradientTransformation
 from adamfn.trees import PyTree
 
 
@@ -31,7 +32,11 @@ def from_moments(
     formula: Callable[..., tuple[jax.Array, ...]],
     scalars: Callable[[jax.Array], Sequence[PyTree]],
     moments: Moments,
-    **more: Any,
+    *,
+    more: Sequence[str] = (),
+    state: type[Any] = ScaleByMomentsState,
+    elementwise: bool = True,
+    rests: bool = False,
 ) -> GradientTransformation:
     """The transformation of a stage that keeps two moments.
 
@@ -40,13 +45,20 @@ def from_moments(
       formula: `(g, mu, nu, *scalars) -> (u, mu, nu)`, a function of a module.
       scalars: the formula's, from the step's count (1 at the first).
       moments: how the moments are stored.
-      **more: other attributes of `Stage`.
+      more: fields of the state that are kept as nu is, which the formula is given after it.
+      state: the state's type.
+      elementwise: as in `Stage`.
+      rests: as in `Stage`.
     """
-    keeps = {"mu": zeros, "nu": real_zeros}
-    attributes = {
-        "keeps": keeps,
-        "state": ScaleByMomentsState,
-        "scalars": lambda count, state, extra: (scalars(count), {}),
-        "moments": moments,
-    }
-    return from_stage(Stage(name, formula, **(attributes | more)))
+    return from_stage(
+        Stage(
+            name,
+            formula,
+            keeps={"mu": zeros, "nu": real_zeros} | dict.fromkeys(more, real_zeros),
+            scalars=lambda count, state, extra: (scalars(count), {}),
+            state=state,
+            moments=moments,
+            elementwise=elementwise,
+            rests=rests,
+        )
+    )

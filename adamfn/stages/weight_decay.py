@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
+from adamfn.chaining import from_stage
 from adamfn.formulas import add_multiple
 from adamfn.hyperparams import ScalarOrSchedule, scheduled, value_at
 from adamfn.stage import Stage
-from adamfn.transform import GradientTransformation, from_stage
+from adamfn.transform import GradientTransformation
 from adamfn.trees import PyTree
 
 

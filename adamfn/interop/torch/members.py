@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 import adamfn
+from adamfn.chaining import from_stage
 from adamfn.hyperparams import ScalarOrSchedule
 from adamfn.interop.torch.parameters import TorchParameter, number_of
 from adamfn.stage import Stage
@@ -13,7 +14,7 @@ from adamfn.stages.infinity import ScaleByInfinityMomentsState
 from adamfn.stages.maximum import ScaleByMaxMomentsState
 from adamfn.stages.nesterov import ScaleByNesterovMomentsState
 from adamfn.stages.two_moments import ScaleByMomentsState
-from adamfn.transform import GradientTransformation, Transformation, from_stage
+from adamfn.transform import GradientTransformation, Transformation
 
 
 class Member(NamedTuple):

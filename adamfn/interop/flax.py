@@ -1,0 +1,135 @@
+"""Flax's optimizer and train state, with `adamfn.step` inside: one pass over memory.
+
+Both have the names, arguments and fields of flax's: to use them is to change an import. They take
+any transformation, optax's too, which does in them what it does in flax's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+from flax.training import train_state
+
+import adamfn
+from adamfn.trees import PyTree, path_name
+
+M = TypeVar("M")
+# Flax 0.12.7 and later have the first, and call the second deprecated.
+_pure: Any = nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure
+
+
+class Optimizer(nnx.Optimizer[M]):
+    """`flax.nnx.Optimizer`, whose `update` takes `adamfn.step`.
+
+    It is made, saved and sharded as flax's is: `Optimizer(model, tx, wrt=nnx.Param)`. Donate model
+    and optimizer to the jitted function that `update` is called in, and the step needs no memory
+    beside them and the gradients.
+
+    >>> import adamfn
+    >>> import jax.numpy as jnp
+    >>> from adamfn.interop.flax import Optimizer
+    >>> from flax import nnx
+    >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    >>> optimizer = Optimizer(model, adamfn.adamw(0.1), wrt=nnx.Param)
+    >>> @nnx.jit(donate_argnums=(0, 1))
+    ... def train_step(model, optimizer, x):
+    ...     loss, grads = nnx.value_and_grad(lambda m: jnp.mean((m(x) - 1) ** 2))(model)
+    ...     optimizer.update(model, grads)
+    ...     return loss
+    >>> losses = [train_step(model, optimizer, jnp.ones((1, 2))) for _ in range(50)]
+    >>> print(bool(losses[-1] < 0.01 * losses[0]))
+    True
+    """
+
+    def update(
+        self, model: M, grads: PyTree, /, *, return_updates: bool = False, **kwargs: Any
+    ) -> Any:
+        """Moves the model's parameters, the optimizer's state and its step, in place.
+
+        Args:
+          model: the model whose parameters, as far as they are `wrt`, are moved.
+          grads: the gradients of `nnx.grad`, of those parameters at least.
+          return_updates: whether to return the updates, which flax's own always does; to write
+            them costs memory and time. Its `update` does not know this argument.
+          **kwargs: what `tx.update` takes besides, such as `learning_rate=`.
+
+        Returns:
+          None, or the updates where they are asked for.
+
+        Raises:
+          TypeError: model and gradients are exchanged, or one is missing; or as `adamfn.step`.
+          ValueError: there is no gradient of a parameter, or as `adamfn.step`.
+        """
+        if isinstance(model, nnx.State) and not isinstance(grads, nnx.State):
+            raise TypeError(
+                f"Optimizer.update: found gradients and then a {type(grads).__name__}; expected"
+                " update(model, grads)."
+            )
+        # Only the newest versions of flax have `graph`.
+        graph: dict[str, Any] = {"graph": self.graph} if hasattr(self, "graph") else {}
+        params = _pure(nnx.state(model, self.wrt, **graph))
+        known = _pure(nnx.state(grads, self.wrt, **graph))
+        for path in sorted(_paths(params) - _paths(known)):
+            raise ValueError(
+                f"Optimizer.update: found no gradient of {path}; expected one of each parameter"
+                f" that the optimizer moves, wrt={self.wrt!r}. Take them of the same:"
+                " nnx.grad(loss, argnums=nnx.DiffState(0, wrt))."
+            )
+        state, extra = _pure(self.opt_state), _pure(kwargs)
+        params, state, *updates = adamfn.step(
+            self.tx, known, state, params, return_updates=return_updates, **extra
+        )
+        nnx.update(model, params)
+        nnx.update(self.opt_state, nnx.state(state, **graph))
+        self.step[...] += 1
+        return updates[0] if updates else None
+
+
+class TrainState(train_state.TrainState):
+    """`flax.training.train_state.TrainState`, whose `apply_gradients` takes `adamfn.step`.
+
+    It is made by `create(apply_fn=, params=, tx=)`, subclassed, saved and sharded as flax's is.
+
+    >>> import adamfn
+    >>> import jax.numpy as jnp
+    >>> from adamfn.interop.flax import TrainState
+    >>> params = {"w": jnp.array([1.0, -2.0])}
+    >>> state = TrainState.create(apply_fn=None, params=params, tx=adamfn.adam(0.1))
+    >>> state = state.apply_gradients(grads=state.params)
+    >>> print(state.step, state.params["w"])
+    1 [ 0.9 -1.9]
+    """
+
+    def apply_gradients(self, *, grads: PyTree, **kwargs: Any) -> Any:
+        """The state after a step.
+
+        Args:
+          grads: the gradients of `params`. Where flax's fp8 layers keep a collection of their own
+            in them, it replaces that of `params`, and the others go through `tx`.
+          **kwargs: fields of the train state to be replaced; and, which flax's does not have, what
+            `tx.update` takes besides, such as `learning_rate=`, where no field has that name.
+
+        Returns:
+          A train state.
+
+        Raises:
+          TypeError, ValueError: as `adamfn.step`.
+        """
+        names = {field.name for field in fields(self)}
+        extra = {name: kwargs.pop(name) for name in kwargs.keys() - names}
+        overwrites = isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads
+        own = grads["params"] if overwrites else grads
+        params: PyTree = self.params["params"] if overwrites else self.params
+        params, opt_state = adamfn.step(self.tx, own, self.opt_state, params, **extra)
+        if overwrites:
+            rest: PyTree = grads[OVERWRITE_WITH_GRADIENT]
+            params = {"params": params, OVERWRITE_WITH_GRADIENT: rest}
+        return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **kwargs)
+
+
+def _paths(tree: PyTree) -> set[str]:
+    leaves: list[Any] = jax.tree.leaves_with_path(tree, is_leaf=lambda leaf: leaf is None)
+    return {path_name(path) for path, _ in leaves}
