@@ -52,36 +52,31 @@ class Optimizer(nnx.Optimizer[M]):
         Args:
           model: the model whose parameters, as far as they are `wrt`, are moved.
           grads: the gradients of `nnx.grad`, of those parameters at least.
-          return_updates: whether to return the updates, which flax's own always does; to write
-            them costs memory and time. Its `update` does not know this argument.
+          return_updates: whether to return the updates. Flax's own always does; they cost memory.
           **kwargs: what `tx.update` takes besides, such as `learning_rate=`.
 
         Returns:
           None, or the updates where they are asked for.
 
         Raises:
-          TypeError: model and gradients are exchanged, or one is missing; or as `adamfn.step`.
-          ValueError: there is no gradient of a parameter, or as `adamfn.step`.
+          TypeError, ValueError: model and gradients are exchanged, there is no gradient of a
+            parameter, or as `adamfn.step`.
         """
         if isinstance(model, nnx.State) and not isinstance(grads, nnx.State):
             raise TypeError(
-                f"Optimizer.update: found gradients and then a {type(grads).__name__}; expected"
-                " update(model, grads)."
+                "Optimizer.update: found the gradients first; expected update(model, grads)."
             )
         # Only the newest versions of flax have `graph`.
         graph: dict[str, Any] = {"graph": self.graph} if hasattr(self, "graph") else {}
         params = _pure(nnx.state(model, self.wrt, **graph))
-        known = _pure(nnx.state(grads, self.wrt, **graph))
-        for path in sorted(_paths(params) - _paths(known)):
+        own = _pure(nnx.state(grads, self.wrt, **graph))
+        for path in sorted(_paths(params) - _paths(own)):
             raise ValueError(
-                f"Optimizer.update: found no gradient of {path}; expected one of each parameter"
-                f" that the optimizer moves, wrt={self.wrt!r}. Take them of the same:"
-                " nnx.grad(loss, argnums=nnx.DiffState(0, wrt))."
+                f"Optimizer.update: found no gradient of {path}; expected one of each parameter of"
+                f" wrt={self.wrt!r}. Take nnx.grad(loss, argnums=nnx.DiffState(0, wrt))."
             )
-        state, extra = _pure(self.opt_state), _pure(kwargs)
-        params, state, *updates = adamfn.step(
-            self.tx, known, state, params, return_updates=return_updates, **extra
-        )
+        asked = _pure(kwargs) | {"return_updates": return_updates}
+        params, state, *updates = adamfn.step(self.tx, own, _pure(self.opt_state), params, **asked)
         nnx.update(model, params)
         nnx.update(self.opt_state, nnx.state(state, **graph))
         self.step[...] += 1
@@ -122,11 +117,10 @@ class TrainState(train_state.TrainState):
         extra = {name: kwargs.pop(name) for name in kwargs.keys() - names}
         overwrites = isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads
         own = grads["params"] if overwrites else grads
-        params: PyTree = self.params["params"] if overwrites else self.params
+        params = self.params["params"] if overwrites else self.params
         params, opt_state = adamfn.step(self.tx, own, self.opt_state, params, **extra)
         if overwrites:
-            rest: PyTree = grads[OVERWRITE_WITH_GRADIENT]
-            params = {"params": params, OVERWRITE_WITH_GRADIENT: rest}
+            params = {"params": params, OVERWRITE_WITH_GRADIENT: grads[OVERWRITE_WITH_GRADIENT]}
         return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **kwargs)
 
 
