@@ -89,7 +89,7 @@ def with_backend(tx: GradientTransformation, backend: Backend) -> GradientTransf
     """The same transformation, run by a backend of choice.
 
     Args:
-      tx: a transformation made of stages, such as a recipe.
+      tx: a recipe, a chain of stages, or what `packed` made of one.
       backend: `"auto"`, the fastest known where it is lowered; `"xla"`, no native code; or
         `"pallas"`, Pallas kernels, which were run in interpret mode on CPU only, and for GPU and
         TPU no more than compiled, so that whether they beat XLA there is not known.
@@ -98,20 +98,26 @@ def with_backend(tx: GradientTransformation, backend: Backend) -> GradientTransf
       A `GradientTransformation` with the same state. In a `chain` it is not joined with others.
 
     Raises:
-      ValueError: an unknown backend, or a transformation that is not made of stages.
+      ValueError: an unknown backend, or a transformation of another library.
 
     >>> import adamfn
     >>> tx = adamfn.with_backend(adamfn.adam(), "xla")
     """
     if backend not in BACKENDS:
         raise ValueError(f"with_backend: backend is {backend!r}; expected one of {BACKENDS}.")
-    structure = structure_of(tx)
-    if structure is tx:
-        raise ValueError(f"with_backend: found {tx!r}; expected a transformation made of stages.")
-    return _compose(structure, backend)
+    own = own_of(tx)
+    if own is None:
+        raise ValueError(f"with_backend: found {tx!r}; expected a transformation of adamfn's.")
+
+    def advance(
+        updates: PyTree, state: PyTree, params: PyTree, extra: Mapping[str, Any], wanted: Wanted
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        return own.advance(updates, state, params, extra, wanted._replace(backend=backend))
+
+    return assemble(tx.init, advance, own.takes)
 
 
-def _compose(structure: Structure, backend: Backend = "auto") -> GradientTransformation:
+def _compose(structure: Structure) -> GradientTransformation:
     """The transformation that a structure stands for."""
     segments = list(_segments(elements(structure)))
     accepted = [_keywords(own[0].update) if foreign else None for foreign, own in segments]
@@ -131,10 +137,8 @@ def _compose(structure: Structure, backend: Backend = "auto") -> GradientTransfo
             last = place == len(segments) - 1
             parts = states[len(next_states) :][: len(own)]
             if not foreign:
-                now = wanted if last else Wanted()
-                updates, moved, parts = joined.run(
-                    own, updates, parts, params, extra, now._replace(backend=backend)
-                )
+                now = wanted if last else Wanted(backend=wanted.backend)
+                updates, moved, parts = joined.run(own, updates, parts, params, extra, now)
             else:
                 known = extra if takes is None else {k: v for k, v in extra.items() if k in takes}
                 inner = own_of(own[0]) if last and wanted.params else None
@@ -154,7 +158,7 @@ def _compose(structure: Structure, backend: Backend = "auto") -> GradientTransfo
         names = inner.takes if inner else keywords
         names = names if foreign else {name for stage in own for name in stage.takes}
         takes = None if takes is None or names is None else takes.union(names)
-    return assemble(init, advance, takes, structure if backend == "auto" else None)
+    return assemble(init, advance, takes, structure)
 
 
 def structure_of(tx: Transformation) -> Structure:

@@ -81,7 +81,7 @@ def average_moments(
     return average(mu, g, b1), average(nu, jnp.real(g * jnp.conj(g)), b2)
 
 
-def bias(b: Decay, count: chex.Array) -> jax.Array:
+def bias(b: Decay, count: jax.Array) -> jax.Array:
     """`1 - b^count`: what an average that began at zero holds of a constant after `count` steps.
 
     For b = 0.999 in float32, `-expm1(count log b)` is right to 2e-7, where the difference
@@ -90,6 +90,6 @@ def bias(b: Decay, count: chex.Array) -> jax.Array:
     return -jnp.expm1(count.astype(float) * b.log)
 
 
-def increment(count: chex.Array) -> chex.Array:
+def increment(count: jax.Array) -> jax.Array:
     """The next count, which stays at 2^31 - 1 once there."""
     return jnp.minimum(count, _LAST_COUNT - 1) + 1

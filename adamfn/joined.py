@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -124,7 +123,7 @@ def run(
     )
 
 
-def count_of(stages: Sequence[Stage], states: Sequence[PyTree]) -> tuple[chex.Array, list[Any]]:
+def count_of(stages: Sequence[Stage], states: Sequence[PyTree]) -> tuple[jax.Array, list[Any]]:
     """The count of the step to come, 1 at the first, and the stages' own states.
 
     Raises:
@@ -142,7 +141,7 @@ def count_of(stages: Sequence[Stage], states: Sequence[PyTree]) -> tuple[chex.Ar
 
 
 def scalars_at(
-    stages: Sequence[Stage], states: Sequence[Any], count: chex.Array, extra: Mapping[str, Any]
+    stages: Sequence[Stage], states: Sequence[Any], count: jax.Array, extra: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], list[Mapping[str, Any]]]:
     """What the formulas need at a step, and what the states remember of it."""
     found: list[Scalars] = []

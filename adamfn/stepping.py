@@ -130,8 +130,8 @@ def step(
         updates, state = update(grads, state, params, **extra)
         params = apply_updates(params, updates)
     else:
-        takes = extra if own.takes is None else own.takes
-        for name in extra.keys() - takes:
+        takes = set(extra if own.takes is None else own.takes)
+        for name in (name for name in extra if name not in takes):
             known = ", ".join(f"{taken}=" for taken in sorted(takes)) or "none"
             raise TypeError(
                 f"step: found the argument {name}={extra[name]!r}, which no part of the chain"
