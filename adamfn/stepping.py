@@ -130,15 +130,20 @@ def step(
         updates, state = update(grads, state, params, **extra)
         params = apply_updates(params, updates)
     else:
-        takes = set(extra if own.takes is None else own.takes)
-        for name in (name for name in extra if name not in takes):
-            known = ", ".join(f"{taken}=" for taken in sorted(takes)) or "none"
-            raise TypeError(
-                f"step: found the argument {name}={extra[name]!r}, which no part of the chain"
-                f" takes; expected {known}."
-            )
+        if own.takes is not None:
+            _check_taken(extra, own.takes)
         wanted = Wanted(updates=return_updates, params=True)
         trained = where_updated(params, grads)
         updates, moved, state = own.advance(grads, state, trained, extra, wanted)
         params = merged(params, moved)
     return (params, state, updates) if return_updates else (params, state)
+
+
+def _check_taken(extra: Mapping[str, Any], takes: Collection[str]) -> None:
+    for name, value in extra.items():
+        if name not in takes:
+            known = ", ".join(f"{taken}=" for taken in sorted(takes)) or "none"
+            raise TypeError(
+                f"step: found the argument {name}={value!r}, which no part of the chain takes;"
+                f" expected {known}."
+            )
