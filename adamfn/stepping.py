@@ -119,15 +119,14 @@ def step(
     >>> print(params["w"])
     [ 0.9 -1.9]
     """
-    update: Any = getattr(tx, "update", None)
-    if not callable(update):
+    if not callable(getattr(tx, "update", None)):
         raise TypeError(
             f"step: the first argument is {tx!r}; expected a transformation with `init` and"
             " `update`. Call the factory first: adamfn.adam(), not adamfn.adam."
         )
     own = own_of(tx)
     if own is None:
-        updates, state = update(grads, state, params, **extra)
+        updates, state = tx.update(grads, state, params, **extra)
         params = apply_updates(params, updates)
     else:
         if own.takes is not None:
