@@ -101,7 +101,8 @@ def kept_by_leaf(
             fits = all(has_shape_of(leaf, part) and hasattr(part, "dtype") for part in parts)
             fits = fits and all(jnp.issubdtype(part.dtype, jnp.inexact) for part in parts)
         else:
-            expected, row = _spec(stage, format, leaf), (*parts, entry)
+            expected = _spec(stage, format, leaf)
+            row = (*parts, entry if jax.tree.leaves(expected[-1]) else expected[-1])
             fits = _described(row) == _described(expected)
         if not fits:
             fields_of = [*stage.keeps, "scales"]

@@ -16,14 +16,14 @@ import numpy as np
 import optax
 
 import adamfn
-from adamfn.fused import native
+from adamfn.backends.native import build
 
 Run = Callable[[int], None]
 """Takes so many updates one after the other, and returns when the last is done."""
 
-OPTAX, TORCH, CHAIN, FUSED = "optax", "torch fused", "adamfn chain", "adamfn fused"
-FUSED_BFLOAT16, FUSED_8BIT = "adamfn fused, bfloat16", "adamfn fused, 8bit"
-FUSED_XLA, EMPTY, STREAMS = "adamfn fused, XLA", "empty call", "seven streams"
+OPTAX, TORCH, EMPTY, STREAMS = "optax", "torch fused", "empty call", "seven streams"
+UPDATE, STEP, PACKED = "adamfn update", "adamfn step", "adamfn packed"
+STEP_BFLOAT16, STEP_8BIT, STEP_XLA = (f"{STEP}, {more}" for more in ("bfloat16", "8bit", "XLA"))
 
 
 class Candidate(NamedTuple):
@@ -34,9 +34,7 @@ class Candidate(NamedTuple):
     """From parameters, state and gradients to the next parameters and state."""
 
 
-def by_optax() -> Candidate:
-    tx = optax.adam(1e-3)
-
+def by_update(tx: Any) -> Candidate:
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
@@ -44,17 +42,18 @@ def by_optax() -> Candidate:
     return Candidate(tx.init, step)
 
 
-def by_adamfn(tx: adamfn.GradientTransformation) -> Candidate:
+def by_step(tx: adamfn.GradientTransformation) -> Candidate:
     return Candidate(tx.init, lambda params, state, grads: adamfn.step(tx, grads, state, params))
 
 
 CANDIDATES = {
-    OPTAX: by_optax(),
-    CHAIN: by_adamfn(adamfn.adam(1e-3)),
-    FUSED: by_adamfn(adamfn.fused_adam(1e-3)),
-    FUSED_BFLOAT16: by_adamfn(adamfn.fused_adam(1e-3, moments="bfloat16")),
-    FUSED_8BIT: by_adamfn(adamfn.fused_adam(1e-3, moments="8bit")),
-    FUSED_XLA: by_adamfn(adamfn.fused_adam(1e-3, backend="xla")),
+    OPTAX: by_update(optax.adam(1e-3)),
+    UPDATE: by_update(adamfn.adam(1e-3)),
+    STEP: by_step(adamfn.adam(1e-3)),
+    PACKED: by_step(adamfn.packed(adamfn.adam(1e-3))),
+    STEP_BFLOAT16: by_step(adamfn.adam(1e-3, moments="bfloat16")),
+    STEP_8BIT: by_step(adamfn.adam(1e-3, moments="8bit")),
+    STEP_XLA: by_step(adamfn.with_backend(adamfn.adam(1e-3), "xla")),
 }
 
 
@@ -88,8 +87,8 @@ def empty_step(params, state, grads):
 
 
 def empty_call(grads: dict) -> Run:
-    """What passing the arrays of the fused step costs."""
-    return _repeated(empty_step, *start(CANDIDATES[FUSED], grads), grads)
+    """What passing the arrays of the step costs."""
+    return _repeated(empty_step, *start(CANDIDATES[STEP], grads), grads)
 
 
 def training(candidate: Candidate, shapes: dict, batch: int = 32) -> Run:
@@ -165,5 +164,5 @@ def _streams_library() -> ctypes.CDLL:
     flags = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
     with tempfile.TemporaryDirectory() as directory:
         built = Path(directory, "seven_streams.so")
-        subprocess.run([native.find_compiler(), *flags, str(source), "-o", str(built)], check=True)
+        subprocess.run([*build.find_compiler(), *flags, str(source), "-o", str(built)], check=True)
         return ctypes.CDLL(str(built))

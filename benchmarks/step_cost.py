@@ -6,10 +6,19 @@ from statistics import median
 from typing import Any
 
 import jax
-from step_candidates import CANDIDATES, CHAIN, FUSED, FUSED_8BIT, OPTAX, gradients, start
+from step_candidates import (
+    CANDIDATES,
+    OPTAX,
+    PACKED,
+    STEP,
+    STEP_8BIT,
+    UPDATE,
+    gradients,
+    start,
+)
 
 STAGES = ("trace", "lower", "compile", "first_step")
-MEASURED = (OPTAX, CHAIN, FUSED, FUSED_8BIT)
+MEASURED = (OPTAX, UPDATE, STEP, PACKED, STEP_8BIT)
 
 
 def measure(name: str, grads: dict) -> dict[str, float]:

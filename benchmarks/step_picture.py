@@ -4,14 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from step_tables import CHAIN, FUSED, FUSED_8BIT, OPTAX, STREAMS, TORCH
+from step_tables import OPTAX, PACKED, STEP, STREAMS, TORCH, UPDATE
 
 COLORS = {
     OPTAX: "#8a8a8a",
     TORCH: "#e0a458",
-    CHAIN: "#8fbbe8",
-    FUSED: "#1f6fb4",
-    FUSED_8BIT: "#7a4ea3",
+    UPDATE: "#8fbbe8",
+    STEP: "#1f6fb4",
+    PACKED: "#7a4ea3",
     STREAMS: "#222222",
 }
 
@@ -34,7 +34,7 @@ def draw(recorded: dict[str, Any], path: Path) -> None:
 
 
 def draw_ratios(panel: Any, updates: dict[str, Any]) -> None:
-    names = (TORCH, CHAIN, FUSED, FUSED_8BIT)
+    names = (TORCH, UPDATE, STEP, PACKED)
     height = 0.8 / len(names)
     for k, name in enumerate(names):
         found = [

@@ -1,4 +1,4 @@
-"""How fast an update is: adamfn's chain and fused step beside optax and torch, and the limits.
+"""How fast an update is: adamfn's update and step beside optax and torch, and the limits.
 
 One float32 Adam update with the parameters applied, all of them taking turns in one process, over
 five trees of parameters and over one leaf of growing size; the same within the training step of a
@@ -28,7 +28,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from step_candidates import CANDIDATES, CHAIN, FUSED, OPTAX, STREAMS, TORCH, Run
+from step_candidates import CANDIDATES, OPTAX, STEP, STREAMS, TORCH, UPDATE, Run
 from step_cost import cost
 
 import adamfn
@@ -44,7 +44,7 @@ MANY_SMALL = ("1000 leaves of 1000", "MLP")
 """The trees over which passing arrays in and out may cost more than the step."""
 
 TRAINING = "MLP, training step"
-BASES = (OPTAX, TORCH, FUSED, STREAMS)
+BASES = (OPTAX, TORCH, STEP, STREAMS)
 LEAST = 0.05
 """Seconds of a sample, at least: a small update is taken so often."""
 
@@ -58,7 +58,7 @@ def updates(shapes: dict, names: Sequence[str], peers: bool, empty: bool = False
         runs[TORCH] = candidates.by_torch(grads)
     if empty:
         runs[candidates.EMPTY] = candidates.empty_call(grads)
-    if adamfn.fused.backend("cpu").name == "native":  # there is a compiler
+    if adamfn.backend("cpu").name == "native":  # there is a compiler
         runs[STREAMS] = candidates.seven_streams(sum(x.size for x in jax.tree.leaves(grads)))
     return runs
 
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     recorded = {
         "machine": machine(),
         "versions": versions(),
-        "fused": adamfn.fused.backend("cpu").name,
+        "runs": adamfn.backend("cpu").name,
         "rounds": args.rounds,
     }
 
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
 
     sizes = {}
     for k in track(args.exponents, description="sizes", console=console):
-        runs = updates(model_trees.one_leaf(2**k), (OPTAX, CHAIN, FUSED), peers)
+        runs = updates(model_trees.one_leaf(2**k), (OPTAX, UPDATE, STEP), peers)
         sizes[2**k] = measure(runs, args.rounds)
         del runs
     costs = {}
