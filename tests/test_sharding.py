@@ -61,30 +61,40 @@ def test_moments_follow_their_parameters_and_scalars_go_everywhere():
 
 
 BOTH, ROWS = P("data", "model"), P("data")
+BLOCKS = (".scale", ".top", ".step")
 
 
 @pytest.mark.parametrize(
-    ("moments", "shape", "mu", "nu"),
+    ("moments", "shape", "scales"),
     [
-        ("8bit", (64, 1024), {".codes": BOTH, ".scale": BOTH}, {".codes": BOTH, ".step": BOTH}),
+        ("8bit", (64, 1024), dict.fromkeys(BLOCKS, BOTH)),
         # One block of 256 and three of 256: two devices would share one.
-        ("8bit", (64, 256), {".codes": BOTH, ".scale": ROWS}, {".codes": BOTH, ".top": ROWS}),
-        ("8bit", (64, 768), {".codes": BOTH, ".scale": ROWS}, {".codes": BOTH, ".top": ROWS}),
+        ("8bit", (64, 256), dict.fromkeys(BLOCKS, ROWS)),
+        ("8bit", (64, 768), dict.fromkeys(BLOCKS, ROWS)),
         # The last of six blocks of 176 is not full, and three of them are not half of 1048.
-        ("8bit", (64, 1048), {".codes": BOTH, ".scale": ROWS}, {".codes": BOTH, ".top": ROWS}),
-        ("4bit", (64, 512), {"": BOTH}, {".codes": BOTH, ".top": BOTH}),
-        ("bfloat16", (64, 128), {"": BOTH}, {"": BOTH}),
-        ("factored", (128, 512), {".codes": BOTH}, {".rows": ROWS, ".columns": P(None, "model")}),
-        ("blockmean", (64, 512), {".codes": BOTH, ".scale": BOTH}, {"": ROWS}),
+        ("8bit", (64, 1048), dict.fromkeys(BLOCKS, ROWS)),
+        ("4bit", (64, 512), dict.fromkeys(BLOCKS, BOTH)),
+        ("bfloat16", (64, 128), {}),
+        (
+            "factored",
+            (128, 512),
+            {"[0]": BOTH, "[1].rows": ROWS, "[1].columns": P(None, "model")},
+        ),
+        ("blockmean", (64, 512), {"[0]": BOTH, "[1]": ROWS}),
     ],
 )
-def test_codes_and_scales(moments, shape, mu, nu):
-    expected = {f"[0].mu['w']{part}": spec for part, spec in mu.items()}
-    expected |= {f"[0].nu['w']{part}": spec for part, spec in nu.items()}
+def test_codes_and_scales(moments, shape, scales):
+    expected = {f"[0].scales[0][0]{part}": spec for part, spec in scales.items()}
+    expected |= {"[0].count": P(), "[3].learning_rate": P()}
+    for field in CODES.get(moments, ("mu", "nu")):
+        expected[f"[0].{field}['w']"] = BOTH
     tx = adamfn.adamw(1e-3, moments=moments)
     for specs, zero_axis in ((P("data", "model"), None), (P(None, "model"), "data")):
-        found = specs_of(tx, {"w": shape}, {"w": specs}, zero_axis)
-        assert {path: found[path] for path in expected} == expected
+        assert specs_of(tx, {"w": shape}, {"w": specs}, zero_axis) == expected
+
+
+CODES = {"4bit": ("nu",), "factored": ("mu",), "blockmean": ("mu",)}
+"""What is kept of each element, where it is not both."""
 
 
 @pytest.mark.parametrize(
@@ -100,7 +110,7 @@ def test_codes_and_scales(moments, shape, mu, nu):
 )
 def test_zero_takes_the_dimension_that_leaves_least(moments, shape, codes):
     found = specs_of(adamfn.adam(moments=moments), {"w": shape}, {"w": P()}, "data")
-    assert found["[0].mu['w']" + ".codes" * (moments == "8bit")] == codes
+    assert found["[0].mu['w']"] == codes
 
 
 def test_zero_beside_other_axes():
@@ -142,21 +152,31 @@ def test_a_parameter_is_not_taken_for_another(shapes):
         assert state[0].count == on(P())
 
 
+class Twice:
+    """A format whose scales have the leaf's own shape."""
+
+    def encode(self, mu, nu, noise):
+        return formats.Stored(mu, nu, (mu, {"0": nu}))
+
+    def decode(self, stored):
+        return stored.mu, stored.nu
+
+    def holds(self, shape, dtype):
+        return len(shape) == 2
+
+
 def test_entries_of_a_format_are_not_taken_for_parameters():
-    class Twice:
-        def encode(self, mu, nu, noise):
-            return (mu, mu), (nu, nu)
-
-        def decode(self, mu, nu):
-            return mu[0], nu[0]
-
-        def holds(self, shape, dtype):
-            return True
-
-    params = abstract([(8, 16)] * 3)
-    expected = [on(P("data")), on(P("model")), on(P(None, "data"))]
-    state = state_shardings(adamfn.adam(moments=Twice()), params, expected)
-    assert state[0].mu == [(s, s) for s in expected]
+    choices = [P("data"), P("model"), P("model"), P(None, "data"), P(None, "model")]
+    expected = [on(spec) for spec in choices]
+    shapes = [(8, 16), (8, 16), (8,), (8, 16), (16, 8)]
+    for container in (list, tuple):
+        params = container(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+        given = jax.tree.unflatten(jax.tree.structure(params), expected)
+        (moments, *_) = state_shardings(adamfn.adam(moments=Twice()), params, given)
+        assert moments.mu == moments.nu == given
+        assert moments.scales == tuple(
+            () if k == 2 else ((s, {"0": s}),) for k, s in enumerate(expected)
+        )
 
 
 WRAPPERS = {
@@ -188,6 +208,88 @@ def test_chains_and_wrappers(name):
         assert spec == known.get(owner, P()), path
         matched += owner is not None
     assert matched >= 2
+
+
+RECIPES = {
+    "adam": adamfn.adam,
+    "adamw": adamfn.adamw,
+    "adamax": adamfn.adamax,
+    "amsgrad": adamfn.amsgrad,
+    "lazy_adam": adamfn.lazy_adam,
+    "nadam": adamfn.nadam,
+    "radam": adamfn.radam,
+}
+SHARES_ROWS = ("factored", "blockmean")
+"""Formats in which no row can rest, so that `lazy_adam` refuses them."""
+PAIRS = [
+    (recipe, moments)
+    for recipe in RECIPES
+    for moments in formats.FORMATS
+    if recipe != "lazy_adam" or moments not in SHARES_ROWS
+]
+WHERE_LARGE = {  # by the number of columns, which tells the leaves apart
+    256: ((128, 256), P("data"), ("data", None)),
+    512: ((384, 512), P(None, "model"), ("data", "model")),
+}
+"""A leaf's shape, its spec, and the axes that split its state with `zero_axis="data"`."""
+
+
+def tree_of(container, leaves):
+    keys = ("a", "b", "c")
+    return dict(zip(keys, leaves, strict=True)) if container is dict else container(leaves)
+
+
+def wrappers_of(tx, recipe, moments, container):
+    labels = tree_of(container, ["x", "y", "x"])
+    return [
+        tx,
+        optax.chain(optax.clip_by_global_norm(1.0), tx),
+        optax.masked(tx, jax.tree.map(lambda label: label == "x", labels)),
+        optax.partition({"x": tx, "y": optax.sgd(1.0)}, labels),
+        optax.MultiSteps(tx, 2),
+        optax.inject_hyperparams(RECIPES[recipe], static_args="moments")(1e-3, moments=moments),
+    ]
+
+
+@pytest.mark.parametrize("container", [dict, list, tuple])
+@pytest.mark.parametrize(("recipe", "moments"), PAIRS)
+def test_scales_belong_to_their_leaf_in_every_chain_and_wrapper(recipe, moments, container):
+    small = jax.ShapeDtypeStruct((8,), jnp.float32)
+    large = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape, *_ in WHERE_LARGE.values()]
+    specs = [spec for _, spec, _ in WHERE_LARGE.values()]
+    params = tree_of(container, [large[0], small, large[1]])
+    given = tree_of(container, [on(specs[0]), on(P("model")), on(specs[1])])
+    tx = RECIPES[recipe](moments=moments)
+    for wrapper in wrappers_of(tx, recipe, moments, container):
+        shapes = jax.eval_shape(wrapper.init, params)
+        found = state_shardings(wrapper, params, given, "data")
+        assert jax.tree.structure(found) == jax.tree.structure(shapes)
+        seen = set()
+        for array, sharding in zip(*map(jax.tree.leaves, (shapes, found)), strict=True):
+            if len(array.shape) < 2:
+                assert sharding.spec in (P(), P(("model", "data")))
+                assert array.shape == (8,) or sharding.spec == P()
+                continue
+            shape, axes = next(
+                (shape, axes)
+                for shape, _, axes in WHERE_LARGE.values()
+                if array.shape[0] == shape[0] or array.shape == (1, shape[1])
+            )
+            # A number for all of an axis is everywhere; those of 2 blocks and more are split.
+            expected = [name if n > 1 else None for n, name in zip(array.shape, axes, strict=True)]
+            assert tuple(sharding.spec) + (None,) * (2 - len(sharding.spec)) == tuple(expected)
+            seen.add((shape, array.shape))
+        assert {shape for shape, _ in seen} == {shape for shape, *_ in WHERE_LARGE.values()}
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "lazy_adam"])
+def test_packed_buffers_are_everywhere(recipe):
+    tx = adamfn.packed(RECIPES[recipe](), below=100)
+    shapes = {"a": (8, 16), "b": (8,), "c": (8,)}
+    specs = {"a": P("data"), "b": P("model"), "c": P("data")}
+    found = specs_of(tx, shapes, specs, "data")
+    assert {s for path, s in found.items() if ".buffers" in path} == {P()}
+    assert {s for path, s in found.items() if path.endswith(".leaves['a']")} == {P("data")}
 
 
 def test_arrays_that_match_no_parameter_are_everywhere():
