@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from adamfn.backends.primitive import Backend, bind
 from adamfn.formats import Format
-from adamfn.program import Call, Part, Program
+from adamfn.program import Call, Part, Program, run_call
 from adamfn.stage import Stage
 from adamfn.storage import Kept
 from adamfn.trees import PyTree, as_array, real_dtype, wide_dtype
@@ -159,7 +159,10 @@ def run(
         numbers = [numbers[0]] * len(grads)
     call = Call(program, len(grads), jax.tree.structure(kept), packed=bundle is not None)
     arrays = [np.array(numbers, np.uint32), *jax.tree.leaves(kept), *grads, *params]
-    results = _run(call, backend, [vectors[program.dtype], count, *arrays])
+    operands = [vectors[program.dtype], count, *arrays]
+    if not program.known:
+        jax.eval_shape(partial(run_call, call), *operands)  # mistakes show now, not when it lowers
+    results = _run(call, backend, operands)
     own = jax.tree.unflatten(call.kept, results[: call.arrays_kept])
     moved = results[call.arrays_kept :]
     split = call.leaves if program.update_dtype is not None else 0

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adamfn import formulas
 from adamfn.formats import Format, noise
 from adamfn.formats.base import noise_at
 from adamfn.storage import Kept, decode, encode
@@ -56,6 +57,13 @@ class Program:
     def reads_params(self) -> bool:
         """Whether it is given the parameter."""
         return self.moves or any("params" in part.reads for part in self.parts if part.active)
+
+    @property
+    def known(self) -> bool:
+        """Whether all its formulas are the library's own."""
+        return all(
+            getattr(part.formula, "__module__", None) == formulas.__name__ for part in self.parts
+        )
 
     def __call__(
         self,

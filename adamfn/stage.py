@@ -97,6 +97,13 @@ class Stage:
                 raise TypeError(
                     f"Stage {self.name}: {what} is {getattr(self, what)!r}; expected a function."
                 )
+        try:
+            hash(self.formula)
+        except TypeError as error:
+            raise TypeError(
+                f"Stage {self.name}: formula is {self.formula!r}, which cannot be hashed; expected a"
+                " function of a module, as compiled programs are kept by it."
+            ) from error
         for read in self.reads:
             if read not in ("params", "grads"):
                 raise ValueError(

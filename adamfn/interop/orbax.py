@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from adamfn.arrangement import holds_moments, kept_leaves
 from adamfn.trees import PyTree, describe, path_name
 
 
@@ -48,10 +49,22 @@ def check_saved(saved: PyTree, like: PyTree) -> None:
     for part in parts:
         raise ValueError(
             f"check_saved: {len(parts)} part{'s' * (len(parts) > 1)} of the checkpoint"
-            f" differ{'s' * (len(parts) == 1)}, the first at {part or 'the root'}: it holds"
+            f" differ{'s' * (len(parts) == 1)}, the first at {part or 'the root'}"
+            f"{_leaf_of_scales(part, like)}: it holds"
             f" {_below(part, found)}; expected {_below(part, expected)}. Restore it with the chain,"
             " the parameters and the moments= that it was saved with."
         )
+
+
+def _leaf_of_scales(part: str, like: PyTree) -> str:
+    """Of which leaf the scales at a path are, which says only its number; empty for others."""
+    nodes: list[tuple[Any, Any]] = jax.tree.leaves_with_path(like, is_leaf=holds_moments)
+    for where, node in nodes:
+        for number, leaf in enumerate(kept_leaves(node) if holds_moments(node) else ()):
+            entry = "/".join(filter(None, (path_name(where), "scales", str(number))))
+            if part == entry or part.startswith(f"{entry}/"):
+                return f", of the leaf at {path_name(leaf.path) or 'the root'}"
+    return ""
 
 
 def _arrays(tree: PyTree) -> dict[str, str]:
