@@ -70,7 +70,7 @@ def train(rank, port, folder, killed_at, log):
             run = manager.restore(begin, args=ocp.args.StandardRestore(like))
         else:
             run = jax.jit(start, out_shardings=shardings)()
-        codes = run["state"][0].mu["kernel"].codes
+        codes = run["state"][0].mu["kernel"]
         assert [shard.data.shape for shard in codes.addressable_shards] == [(32, 256)]
         for number in range(begin, STEPS):
             if number == killed_at and rank == 1:

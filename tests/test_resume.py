@@ -137,10 +137,14 @@ WITH_CLIP = adamfn.chain(adamfn.scale_by_lr(1.0), adamfn.adamw(1e-3, moments="8b
 @pytest.mark.parametrize(
     ("saved", "asked", "words"),
     [
-        ("8bit", "float32", ["0/mu/kernel", "codes int8[64,256]", "expected float32[64,256]"]),
-        ("float32", "8bit", ["0/mu/kernel", "holds float32[64,256]", "codes int8[64,256]"]),
+        ("8bit", "float32", ["0/mu/kernel", "holds int8[64,256]", "expected float32[64,256]"]),
+        ("float32", "8bit", ["0/mu/kernel", "holds float32[64,256]", "expected int8[64,256]"]),
         ("float32", "bfloat16", ["0/mu/kernel", "holds float32", "expected bfloat16[64,256]"]),
-        ("8bit", adamfn.formats.EightBit(128), ["0/mu/kernel", "[64,1]", "[64,2]"]),
+        (
+            "8bit",
+            adamfn.formats.EightBit(128),
+            ["0/scales/1/0/scale, of the leaf at kernel", "float32[64,1]", "float32[64,2]"],
+        ),
         ("8bit", WITH_CLIP, ["0/learning_rate", "nothing"]),
         ("8bit", adamfn.adam(moments="8bit"), ["2/learning_rate", "nothing"]),
         ("8bit", adamfn.amsgrad(moments="8bit"), ["0/nu_max"]),

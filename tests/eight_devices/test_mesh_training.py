@@ -220,7 +220,7 @@ def test_data_and_tensor_axes_together():
     params, _ = alone(tx, weighted, batches, shapes)
     run = Run(tx, weighted, batches[0], shapes, split).train(batches)
     np.testing.assert_allclose(run.params["kernel"], params["kernel"], rtol=0, atol=1e-6)
-    codes = run.state[0].nu["kernel"].codes
+    codes = run.state[0].nu["kernel"]
     assert codes.addressable_shards[0].data.shape == (16, 256)
     assert not [array for array in sizes_of(run.program, "all-gather") if array[0] != "f32"]
 
@@ -242,7 +242,8 @@ def test_moments_in_pinned_host_memory():
     batches = [whole_numbers(number, shapes) for number in range(3)]
     for batch in batches:
         params, state = step(params, state, jax.device_put(batch, BATCH))
-    assert state[0].mu["kernel"].codes.sharding.memory_kind == "pinned_host"
+    for kept in (state[0].mu["kernel"], *jax.tree.leaves(state[0].scales)):
+        assert kept.sharding.memory_kind == "pinned_host"
     assert state[0].count.sharding.memory_kind == "device"
     expected = Run(tx, weighted, batches[0], shapes).train(batches).params
     np.testing.assert_array_equal(params["kernel"], expected["kernel"])
