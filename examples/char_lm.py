@@ -164,8 +164,7 @@ def train(
             starts = jax.random.randint(where, (BATCH, 1), 0, len(text) - CONTEXT)
             windows = text[starts + jnp.arange(CONTEXT + 1)].astype(jnp.int32)
             loss, grads = jax.value_and_grad(loss_of)(params, windows)
-            updates, state = tx.update(grads, state, params)
-            return (adamfn.apply_updates(params, updates), state), loss
+            return adamfn.step(tx, grads, state, params), loss
 
         (params, state), losses = jax.lax.scan(train_step, (params, state), numbers)
         return params, state, losses

@@ -42,8 +42,8 @@ def main(argv: list[str] | None = None) -> list[float]:
     @jax.jit
     def train_step(params, state):
         loss, grads = jax.value_and_grad(loss_of)(params)
-        updates, state = tx.update(grads, state, params)
-        return adamfn.apply_updates(params, updates), state, loss
+        params, state = adamfn.step(tx, grads, state, params)
+        return params, state, loss
 
     losses = []
     for step in range(args.steps):

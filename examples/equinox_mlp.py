@@ -28,11 +28,12 @@ def main(argv: list[str] | None = None) -> list[float]:
     tx = adamfn.adam(1e-2)
     state = tx.init(eqx.filter(model, eqx.is_inexact_array))  # functions become None
 
-    @eqx.filter_jit
+    @eqx.filter_jit(donate="all")  # the step writes model and state in place
     def train_step(model, state):
         loss, grads = eqx.filter_value_and_grad(loss_of)(model, x, y)
-        updates, state = tx.update(grads, state)
-        return eqx.apply_updates(model, updates), state, loss
+        # In more passes: updates, state = tx.update(grads, state, model), and eqx.apply_updates.
+        model, state = adamfn.step(tx, grads, state, model)
+        return model, state, loss
 
     losses = []
     for _ in range(args.steps):

@@ -4,14 +4,15 @@ python examples/flax_linen.py --steps 300
 """
 
 import argparse
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.training.train_state import TrainState
 from sklearn.datasets import load_diabetes
 
 import adamfn
+from adamfn.interop.flax import TrainState  # or flax.training.train_state's, in more passes
 
 
 class Regressor(nn.Module):
@@ -20,7 +21,7 @@ class Regressor(nn.Module):
         return nn.Dense(1)(nn.relu(nn.Dense(32)(x)))[:, 0]
 
 
-@jax.jit
+@partial(jax.jit, donate_argnums=0)  # the step writes the state in place
 def train_step(state: TrainState, x: jax.Array, y: jax.Array) -> tuple[TrainState, jax.Array]:
     def loss_of(params):
         return jnp.mean((state.apply_fn({"params": params}, x) - y) ** 2)

@@ -1,4 +1,4 @@
-"""Flax NNX: a classifier of irises, with adamfn.adamw in an nnx.Optimizer.
+"""Flax NNX: a classifier of irises, with adamfn.adamw in an Optimizer of one pass over memory.
 
 python examples/flax_nnx.py --steps 300
 """
@@ -12,6 +12,7 @@ from flax import nnx
 from sklearn.datasets import load_iris
 
 import adamfn
+from adamfn.interop.flax import Optimizer  # or nnx.Optimizer, in more passes
 
 
 class Classifier(nnx.Module):
@@ -27,8 +28,8 @@ def loss_of(model: Classifier, x: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(model(x), labels).mean()
 
 
-@nnx.jit
-def train_step(model: Classifier, optimizer: nnx.Optimizer, x: jax.Array, labels: jax.Array):
+@nnx.jit(donate_argnums=(0, 1))  # the step writes model and optimizer in place
+def train_step(model: Classifier, optimizer: Optimizer, x: jax.Array, labels: jax.Array):
     loss, grads = nnx.value_and_grad(loss_of)(model, x, labels)
     optimizer.update(model, grads)
     return loss
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     x = jnp.asarray((features - features.mean(0)) / features.std(0), jnp.float32)
     y = jnp.asarray(labels)
     model = Classifier(nnx.Rngs(args.seed))
-    optimizer = nnx.Optimizer(model, adamfn.adamw(1e-2), wrt=nnx.Param)
+    optimizer = Optimizer(model, adamfn.adamw(1e-2), wrt=nnx.Param)
 
     losses = [float(train_step(model, optimizer, x, y)) for _ in range(args.steps)]
     accuracy = jnp.mean(model(x).argmax(-1) == y)

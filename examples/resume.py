@@ -73,8 +73,8 @@ def train_step(
     chosen = jax.random.randint(jax.random.fold_in(jax.random.key(1), step), BATCH, 0, len(labels))
     params, state = run["params"], run["state"]
     loss, grads = jax.value_and_grad(loss_of)(params, images[chosen], labels[chosen])
-    updates, state = tx.update(grads, state, params)
-    return {"params": adamfn.apply_updates(params, updates), "state": state}, loss
+    params, state = adamfn.step(tx, grads, state, params)
+    return {"params": params, "state": state}, loss
 
 
 def restore(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:

@@ -42,8 +42,8 @@ def losses(steps: int) -> list[float]:
     @jax.jit
     def train_step(params, state):
         value, grads = jax.value_and_grad(loss)(params)
-        updates, state = tx.update(grads, state)
-        return adamfn.apply_updates(params, updates), state, value
+        params, state = adamfn.step(tx, grads, state, params)
+        return params, state, value
 
     found = []
     for _ in range(steps):

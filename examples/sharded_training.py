@@ -94,8 +94,8 @@ def train(moments: str, steps: int, data: int, model: int) -> Run:
     )
     def train_step(params, state, windows):
         loss, grads = jax.value_and_grad(char_lm.loss_of)(params, windows)
-        updates, state = tx.update(grads, state, params)
-        return adamfn.apply_updates(params, updates), state, loss
+        params, state = adamfn.step(tx, grads, state, params)
+        return params, state, loss
 
     text, _ = char_lm.load()
     random, losses = np.random.default_rng(0), []

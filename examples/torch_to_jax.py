@@ -138,8 +138,8 @@ def train_in_jax(weights: dict, state_dict: dict) -> list[float]:
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         loss, grads = jax.value_and_grad(loss_of)(params)
-        updates, state = tx.update(grads, state, params)
-        return adamfn.apply_updates(params, updates), state, loss
+        params, state = adamfn.step(tx, grads, state, params)
+        return params, state, loss
 
     losses = []
     for step in range(TAKEN_OVER, STEPS):
