@@ -10,6 +10,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from adamfn.trees import PyTree, describe
+from adamfn.varying import vary_together
 
 Path: TypeAlias = tuple[Any, ...]
 Axes: TypeAlias = tuple[tuple[str, ...], ...]
@@ -119,14 +120,23 @@ def zeros_beside(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
     """
     if like.shape == jnp.shape(leaf):
         return jnp.zeros_like(leaf, like.dtype)
+    traced = isinstance(leaf, Tracer)
     device = None
-    if not isinstance(leaf, Tracer) and getattr(leaf, "committed", False):
-        device = leaf.sharding
-        if isinstance(device, NamedSharding) and len(like.shape) == leaf.ndim:
-            axes = axes_of_spec(device.spec, leaf.ndim)
-            spec = spec_of(axes_beside(like.shape, leaf.shape, axes, device.mesh))
-            device = NamedSharding(device.mesh, spec, memory_kind=device.memory_kind)
-    return jnp.zeros(like.shape, like.dtype, device=device)
+    if traced or getattr(leaf, "committed", False):
+        # What is traced says in its type along which explicit axes of a mesh it is split.
+        device = jax.typeof(leaf).sharding if traced else leaf.sharding
+    if isinstance(device, NamedSharding):
+        axes: Axes = ()
+        if len(like.shape) == leaf.ndim:
+            whole = axes_of_spec(device.spec, leaf.ndim)
+            axes = axes_beside(like.shape, leaf.shape, whole, device.mesh)
+        device = NamedSharding(device.mesh, spec_of(axes), memory_kind=device.memory_kind)
+        if traced and not any(axes):
+            device = None
+    elif device is not None and len(device.device_set) > 1:
+        device = None  # a sharding of the parameter's own shape
+    zeros = jnp.zeros(like.shape, like.dtype, device=device)
+    return vary_together([zeros, leaf])[0] if traced else zeros
 
 
 def _axes_on(path: Path, leaf: Any, sharding: NamedSharding) -> Axes:
