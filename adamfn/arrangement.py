@@ -24,7 +24,7 @@ class KeptLeaf(NamedTuple):
 
 def holds_moments(node: Any) -> bool:
     """Whether a node is a state of moments, ours or optax's: they share the fields' names."""
-    return {"count", "mu", "nu"} <= set(getattr(node, "_fields", ()))
+    return {"mu", "nu"} <= set(getattr(node, "_fields", ()))
 
 
 def states_of_moments(state: PyTree) -> list[Any]:

@@ -15,6 +15,7 @@ from adamfn.program import Call, Part, Program, run_call
 from adamfn.stage import Stage
 from adamfn.storage import Kept
 from adamfn.trees import PyTree, as_array, real_dtype, wide_dtype
+from adamfn.varying import axes_of
 
 LARGE = 2**18
 """Leaves from here on are called alone: they outweigh the microseconds of a call."""
@@ -110,6 +111,7 @@ def together(
     programs: Sequence[Program],
     grads: Sequence[Any],
     params: Sequence[Any],
+    kept: Sequence[Any],
     backend: Backend,
 ) -> list[list[int]]:
     """The leaves of each call, by their numbers: alike in all but shape, and large ones alone."""
@@ -119,8 +121,11 @@ def together(
         dtypes = g.dtype, getattr(p, "dtype", None)
         # Outside jit, the arrays of one call must lie on the same devices.
         place = None if isinstance(g, Tracer) else getattr(g, "sharding", None)
+        # Inside shard_map, what one of them varies over all results of the call do.
         alone = k if g.size >= LARGE or isinstance(g, Bundle) else None
-        alike.setdefault((program, dtypes, place, alone), []).append(k)
+        arrays = [] if alone is not None else jax.tree.leaves((g, p, kept[k]))
+        varies = frozenset(map(axes_of, arrays))
+        alike.setdefault((program, dtypes, place, varies, alone), []).append(k)
     # Leaves of one shape beside one another: calls of one signature are traced once.
     ordered = (sorted(own, key=lambda k: grads[k].shape) for own in alike.values())
     return [own[i : i + most] for own in ordered for i in range(0, len(own), most)]

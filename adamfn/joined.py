@@ -96,7 +96,7 @@ def run(
     vectors = calls.Vectors(scalars)
     moved: list[Any] = [None] * len(gs)
     next_ps: list[Any] = [None] * len(gs)
-    for numbers in calls.together(programs, gs, ps, wanted.backend):
+    for numbers in calls.together(programs, gs, ps, kept, wanted.backend):
         results = calls.run(
             programs[numbers[0]],
             wanted.backend,

@@ -101,8 +101,8 @@ class Stage:
             hash(self.formula)
         except TypeError as error:
             raise TypeError(
-                f"Stage {self.name}: formula is {self.formula!r}, which cannot be hashed; expected a"
-                " function of a module, as compiled programs are kept by it."
+                f"Stage {self.name}: formula is {self.formula!r}, which cannot be hashed; expected"
+                " a function of a module, as compiled programs are kept by it."
             ) from error
         for read in self.reads:
             if read not in ("params", "grads"):
