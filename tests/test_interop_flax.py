@@ -1,0 +1,366 @@
+"""Flax's classes with `adamfn.step` inside, beside flax's own."""
+
+import copy
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import linen as nn
+from flax import nnx, serialization
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+from flax.training import train_state
+
+import adamfn
+from adamfn.interop.flax import Optimizer, TrainState
+
+X = jnp.asarray(np.random.default_rng(0).standard_normal((16, 8)), jnp.float32)
+Y = jnp.sin(X[:, :3])
+STEPS = 20
+TRANSFORMATIONS = {
+    "adam": lambda: adamfn.adam(3e-3),
+    "adamw": lambda: adamfn.adamw(optax.cosine_decay_schedule(3e-3, STEPS)),
+    "8bit": lambda: adamfn.adamw(3e-3, moments="8bit"),
+    "clipped": lambda: adamfn.chain(optax.clip_by_global_norm(0.1), adamfn.adamw(3e-3)),
+    "MultiSteps": lambda: optax.MultiSteps(adamfn.adamw(3e-3), 2),
+    "optax": lambda: optax.adamw(3e-3),
+}
+# Roundings of float32, which training pulls apart; in 8 bits one can turn a code to its neighbour.
+TOLERANCE = dict.fromkeys(TRANSFORMATIONS, 1e-5) | {"8bit": 1e-4}
+native = pytest.mark.skipif(adamfn.backend().name != "native", reason="there is no C++ compiler")
+
+
+class Network(nnx.Module):
+    def __init__(self, width=128):
+        rngs = nnx.Rngs(0)
+        self.hidden = nnx.Linear(8, width, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, rngs=rngs)  # has variables that are no parameters
+        self.inner = nnx.Linear(width, width, use_bias=False, rngs=rngs)
+        self.out = nnx.Linear(width, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(self.inner(nnx.relu(self.norm(self.hidden(x)))))
+
+
+def loss_of(model):
+    return jnp.mean((model(X) - Y) ** 2)
+
+
+def train_step(model, optimizer, wrt=nnx.Param, **extra):
+    loss, grads = nnx.value_and_grad(loss_of, argnums=nnx.DiffState(0, wrt))(model)
+    optimizer.update(model, grads, **extra)
+    return loss
+
+
+def arrays(tree):
+    return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(tree)))
+
+
+def assert_equal(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+class Dense(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.Dense(128, use_bias=False)(nn.relu(nn.Dense(128)(x))))
+
+
+def linen_state(cls, tx, **fields):
+    model = Dense()
+    params = model.init(jax.random.key(0), X)["params"]
+    return cls.create(apply_fn=model.apply, params=params, tx=tx, **fields)
+
+
+def linen_step(state, **extra):
+    def loss_of(params):
+        return jnp.mean((state.apply_fn({"params": params}, X) - Y) ** 2)
+
+    loss, grads = jax.value_and_grad(loss_of)(state.params)
+    return state.apply_gradients(grads=grads, **extra), loss
+
+
+# Curves
+
+JITTED = [("jit", name) for name in TRANSFORMATIONS]
+EAGER = [("eager", name) for name in ("adamw", "clipped", "optax")]
+
+
+@pytest.mark.parametrize(("how", "name"), JITTED + EAGER)
+def test_nnx_curves_are_flaxs(how, name):
+    losses, steps = [], []
+    for cls in (Optimizer, nnx.Optimizer):
+        model = Network()
+        optimizer = cls(model, TRANSFORMATIONS[name](), wrt=nnx.Param)
+        step = nnx.jit(train_step) if how == "jit" else train_step
+        losses.append([float(step(model, optimizer)) for _ in range(STEPS)])
+        steps.append(int(optimizer.step[...]))
+    assert losses[0][-1] < 0.9 * losses[0][0]
+    np.testing.assert_allclose(*losses, rtol=TOLERANCE[name])
+    assert steps == [STEPS, STEPS]
+
+
+@pytest.mark.parametrize(("how", "name"), JITTED + EAGER)
+def test_linen_curves_are_flaxs(how, name):
+    losses = []
+    for cls in (TrainState, train_state.TrainState):
+        state = linen_state(cls, TRANSFORMATIONS[name]())
+        step = jax.jit(linen_step) if how == "jit" else linen_step
+        losses.append([])
+        for _ in range(STEPS):
+            state, loss = step(state)
+            losses[-1].append(float(loss))
+        assert type(state) is cls
+        assert state.step == STEPS
+    assert losses[0][-1] < 0.9 * losses[0][0]
+    np.testing.assert_allclose(*losses, rtol=TOLERANCE[name])
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_models_as_graphs_and_as_trees(graph):
+    model, same = Network(), Network()
+    optimizer = Optimizer(model, adamfn.adamw(3e-3), wrt=nnx.Param, graph=graph)
+    theirs = nnx.Optimizer(same, adamfn.adamw(3e-3), wrt=nnx.Param, graph=graph)
+    found = [float(train_step(model, optimizer)) for _ in range(5)]
+    expected = [float(train_step(same, theirs)) for _ in range(5)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+# The step that is compiled
+
+
+def compiled_nnx(cls, name):
+    model = Network(1024)
+    optimizer = cls(model, TRANSFORMATIONS[name](), wrt=nnx.Param)
+    lowered = nnx.jit(train_step, donate_argnums=(0, 1)).lower(model, optimizer)
+    return lowered.compile().compiled, nnx.state((model, optimizer))
+
+
+def compiled_linen(cls, name):
+    state = linen_state(cls, TRANSFORMATIONS[name]())
+    return jax.jit(linen_step, donate_argnums=0).lower(state).compile(), state
+
+
+@native
+@pytest.mark.parametrize("name", ["adam", "adamw", "8bit", "clipped"])
+def test_a_donated_step_needs_memory_for_gradients_alone(name):
+    gradients = 4 * 1024**2  # the inner layer's; the others are a hundredth of it
+    ours, carried = compiled_nnx(Optimizer, name)
+    theirs, _ = compiled_nnx(nnx.Optimizer, name)
+    assert "adamfn_step" in ours.as_text()
+    assert ours.memory_analysis().temp_size_in_bytes < 1.1 * gradients
+    assert theirs.memory_analysis().temp_size_in_bytes > 2 * gradients  # updates too
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(carried))
+    assert ours.memory_analysis().alias_size_in_bytes == held - 4  # the last rate, which none reads
+
+
+@native
+@pytest.mark.parametrize("name", ["adam", "adamw", "8bit", "clipped"])
+def test_a_donated_train_state_is_written_in_place(name):
+    ours, carried = compiled_linen(TrainState, name)
+    assert "adamfn_step" in ours.as_text()
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(carried.replace(step=jnp.zeros((), int))))
+    assert ours.memory_analysis().alias_size_in_bytes == held - 4  # as above
+
+
+# What flax's can do
+
+
+def test_a_copy_goes_its_own_way():
+    model = Network()
+    optimizer = Optimizer(model, adamfn.adamw(3e-3, moments="8bit"), wrt=nnx.Param)
+    train_step(model, optimizer)
+    other_model, other = copy.deepcopy((model, optimizer))
+    assert optimizer.opt_state[0].mu["inner"]["kernel"].dtype == jnp.int8
+    before = arrays(optimizer)
+    expected = float(train_step(other_model, other))
+    assert_equal(arrays(optimizer), before)
+    assert float(train_step(model, optimizer)) == expected
+    assert_equal(arrays((model, optimizer)), arrays((other_model, other)))
+
+
+@pytest.mark.parametrize("grads_of", ["wrt", "all parameters"])
+def test_what_is_not_wrt_stays(grads_of):
+    wrt = nnx.All(nnx.Param, nnx.PathContains("out"))
+    model = Network()
+    optimizer = Optimizer(model, adamfn.adamw(3e-3), wrt=wrt)
+    before = arrays(model)
+    nnx.jit(functools.partial(train_step, wrt=wrt if grads_of == "wrt" else nnx.Param))(
+        model, optimizer
+    )
+    after = arrays(model)
+    for layer in ("hidden", "inner"):
+        assert_equal(after[layer], before[layer])
+    assert np.all(after["out"]["kernel"] != before["out"]["kernel"])
+    assert set(nnx.to_pure_dict(nnx.state(optimizer))["opt_state"][0]["mu"]) == {"out"}
+
+
+@pytest.mark.parametrize("rate", [0.5, jnp.float32(0.5), nnx.Variable(jnp.float32(0.5))])
+def test_a_rate_of_the_step(rate):
+    model = Network()
+    optimizer = Optimizer(model, adamfn.adam(3e-3), wrt=nnx.Param)
+    before = arrays(model)["out"]["bias"]
+    train_step(model, optimizer, learning_rate=rate)
+    np.testing.assert_allclose(abs(arrays(model)["out"]["bias"] - before), 0.5, rtol=1e-3)
+    assert optimizer.opt_state[-1].learning_rate[...] == 0.5
+
+
+def test_updates_are_returned_when_asked_for():
+    model, same = Network(), Network()
+    optimizer = Optimizer(model, adamfn.adamw(3e-3), wrt=nnx.Param)
+    theirs = nnx.Optimizer(same, adamfn.adamw(3e-3), wrt=nnx.Param)
+    grads = nnx.grad(loss_of)(model)
+    expected = theirs.update(same, grads)
+    found = optimizer.update(model, grads, return_updates=True)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
+    assert optimizer.update(model, grads) is None
+
+
+@pytest.mark.parametrize("name", ["adamw", "8bit", "clipped", "MultiSteps"])
+def test_nnx_goes_on_from_orbaxs_checkpoint(name, tmp_path):
+    def start():
+        model = Network()
+        return model, Optimizer(model, TRANSFORMATIONS[name](), wrt=nnx.Param)
+
+    model, optimizer = start()
+    step = nnx.jit(train_step)
+    for _ in range(3):
+        step(model, optimizer)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "run", nnx.state((model, optimizer)))
+        checkpointer.wait_until_finished()
+        restored = start()
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, nnx.state(restored))
+        nnx.update(restored, checkpointer.restore(tmp_path / "run", like))
+    for _ in range(3):
+        assert step(model, optimizer) == step(*restored)
+    assert_equal(arrays((model, optimizer)), arrays(restored))
+
+
+@pytest.mark.parametrize("name", ["adamw", "8bit", "clipped", "MultiSteps"])
+def test_a_train_state_goes_on_from_its_bytes(name):
+    step = jax.jit(linen_step)
+    state = linen_state(TrainState, TRANSFORMATIONS[name]())
+    for _ in range(3):
+        state, _ = step(state)
+    written = serialization.to_bytes(state)
+    restored = serialization.from_bytes(linen_state(TrainState, state.tx), written)
+    assert jax.tree.structure(restored.opt_state) == jax.tree.structure(state.opt_state)
+    for _ in range(3):
+        (state, loss), (restored, same) = step(state), step(restored)
+        assert loss == same
+    assert_equal(restored.params, state.params)
+    assert_equal(restored.opt_state, state.opt_state)
+
+
+def test_flaxs_checkpoint_is_ours():
+    # The same fields, so a run of flax's own class goes on in this one.
+    theirs, _ = linen_step(linen_state(train_state.TrainState, adamfn.adamw(3e-3)))
+    blank = linen_state(TrainState, theirs.tx)
+    ours = serialization.from_bytes(blank, serialization.to_bytes(theirs))
+    (theirs, _), (ours, _) = linen_step(theirs), linen_step(ours)
+    agree = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8)
+    jax.tree.map(agree, ours.params, theirs.params)
+
+
+class WithStatistics(TrainState):
+    statistics: jax.Array
+    value: jax.Array | None = None
+
+
+def test_fields_are_replaced_and_the_rest_goes_to_the_transformation():
+    state = linen_state(WithStatistics, adamfn.adam(3e-3), statistics=jnp.zeros(2))
+    moved, _ = linen_step(state, statistics=jnp.ones(2), learning_rate=0.5, value=jnp.ones(()))
+    assert moved.statistics.tolist() == [1, 1]
+    assert moved.value == 1  # a field, though transformations take an argument of that name
+    assert moved.opt_state[-1].learning_rate == 0.5
+    with pytest.raises(TypeError, match="step: found the argument statistic="):
+        linen_step(state, statistic=jnp.ones(2))
+
+
+@pytest.mark.parametrize("cls", [TrainState, train_state.TrainState])
+def test_fp8_statistics_are_overwritten(cls):
+    params = {"params": {"w": jnp.ones(3)}, OVERWRITE_WITH_GRADIENT: {"scale": jnp.ones(1)}}
+    grads = {"params": {"w": jnp.ones(3)}, OVERWRITE_WITH_GRADIENT: {"scale": jnp.full(1, 7.0)}}
+    state = cls.create(apply_fn=None, params=params, tx=adamfn.adam(0.25))
+    state = state.apply_gradients(grads=grads)
+    assert state.params[OVERWRITE_WITH_GRADIENT]["scale"] == 7
+    np.testing.assert_allclose(state.params["params"]["w"], 0.75, rtol=1e-6)
+    assert set(state.opt_state[0].mu) == {"w"}
+
+
+@pytest.mark.parametrize("params", [jnp.ones(3), (jnp.ones(3), jnp.ones(()))])
+def test_parameters_need_not_be_a_dictionary(params):
+    state = TrainState(0, None, params, tx := adamfn.adam(0.25), tx.init(params))
+    state = state.apply_gradients(grads=params)
+    jax.tree.map(lambda p: np.testing.assert_allclose(p, 0.75, rtol=1e-6), state.params)
+
+
+# Errors
+
+
+@pytest.fixture
+def pair():
+    model = Network()
+    return model, Optimizer(model, adamfn.adamw(3e-3), wrt=nnx.Param)
+
+
+def test_forgotten_gradients(pair):
+    model, optimizer = pair
+    with pytest.raises(TypeError, match=r"update\(\) missing 1 required .* argument: 'grads'"):
+        optimizer.update(model)
+    with pytest.raises(TypeError, match=r"apply_gradients.* missing .* 'grads'"):
+        linen_state(TrainState, adamfn.adam()).apply_gradients()
+
+
+def test_gradients_before_the_model(pair):
+    model, optimizer = pair
+    with pytest.raises(TypeError, match=r"gradients first; expected update\(model, grads\)"):
+        optimizer.update(nnx.grad(loss_of)(model), model)
+
+
+@pytest.mark.parametrize(
+    ("wrt", "path"),
+    [
+        (nnx.All(nnx.Param, nnx.PathContains("out")), "hidden/bias"),
+        (nnx.BatchStat, "hidden/bias"),
+        (nnx.Not(nnx.PathContains("kernel")), "hidden/kernel"),
+    ],
+)
+def test_gradients_of_another_wrt(pair, wrt, path):
+    model, optimizer = pair
+    grads = nnx.grad(loss_of, argnums=nnx.DiffState(0, wrt))(model)
+    before = arrays(pair)
+    with pytest.raises(ValueError, match=rf"found no gradient of {path}; .*wrt=<class .*Param'>"):
+        optimizer.update(model, grads)
+    assert_equal(arrays(pair), before)
+
+
+def test_gradients_of_another_model(pair):
+    model, optimizer = pair
+    with pytest.raises(ValueError, match=r"differ at \['hidden'\]\['bias'\]"):
+        optimizer.update(model, nnx.grad(loss_of)(Network(32)))
+    state = linen_state(TrainState, adamfn.adamw())
+    with pytest.raises(ValueError, match=r"differ at \['Dense_0'\]\['bias'\]"):
+        state.apply_gradients(grads={"Dense_1": state.params["Dense_1"]})
+
+
+def test_an_argument_that_nothing_takes(pair):
+    model, optimizer = pair
+    with pytest.raises(TypeError, match=r"found the argument lr=0.1, .*expected learning_rate="):
+        train_step(model, optimizer, lr=0.1)
+
+
+def test_flax_is_imported_by_whoever_wants_it():
+    code = (
+        "import sys, adamfn, adamfn.interop; assert 'flax' not in sys.modules;"
+        "sys.modules['flax'] = None; import adamfn.interop.flax"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert ran.stderr.splitlines()[-1].startswith("ModuleNotFoundError: import of flax halted")
