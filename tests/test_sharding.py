@@ -19,7 +19,10 @@ P = jax.P
 MESH = AbstractMesh((4, 2), ("data", "model"))
 
 
-@pytest.mark.parametrize("file", ["test_mesh_training", "test_mesh_checkpoints"])
+ON_EIGHT = sorted(file.stem for file in (Path(__file__).parent / "eight_devices").glob("test_*.py"))
+
+
+@pytest.mark.parametrize("file", ON_EIGHT)
 def test_on_eight_devices(file):
     folder = Path(__file__).parent / "eight_devices"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", str(folder / f"{file}.py")]

@@ -1,0 +1,88 @@
+"""Meshes whose axes are explicit: twenty steps in one loop, with one device's codes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+import adamfn
+from adamfn import formats
+
+P = jax.P
+MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+SPECS = {"rows": P("data"), "blocks": P(None, "data"), "everywhere": P(), "bias": P("data")}
+SHAPES = {"rows": (128, 256), "blocks": (128, 2048), "everywhere": (16, 512), "bias": (8,)}
+STEPS = 20
+
+
+def drawn():
+    """Parameters, and a gradient for each step."""
+    random = np.random.default_rng(0)
+    params, grads = (
+        {k: random.normal(size=(*first, *shape)).astype(np.float32) for k, shape in SHAPES.items()}
+        for first in ((), (STEPS,))
+    )
+    return params, grads
+
+
+def train(tx, params, grads):
+    """A loop, which takes a state only if a step keeps its type: how it is split counts to it."""
+
+    def step(carry, own):
+        return adamfn.step(tx, own, carry[1], carry[0]), None
+
+    return jax.lax.scan(step, (params, tx.init(params)), grads)[0]
+
+
+@pytest.mark.parametrize(
+    ("moments", "backend"), [*((name, "auto") for name in formats.FORMATS), ("8bit", "xla")]
+)
+def test_twenty_steps_equal_one_devices(moments, backend):
+    tx = adamfn.with_backend(adamfn.adamw(1e-2, moments=moments), backend)
+    params, grads = drawn()
+    expected, kept = jax.jit(functools.partial(train, tx))(params, grads)
+    with jax.set_mesh(MESH):
+        for name, spec in SPECS.items():
+            params[name] = jax.device_put(params[name], jax.NamedSharding(MESH, spec))
+            grads[name] = jax.device_put(grads[name], jax.NamedSharding(MESH, P(None, *spec)))
+        found, state = jax.jit(functools.partial(train, tx))(params, grads)
+    for name, spec in SPECS.items():
+        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-6)
+        moments_of = [tree[name] for tree in (state[0].mu, state[0].nu) if tree[name] is not None]
+        for x in (found[name], *moments_of):
+            assert x.sharding.is_equivalent_to(jax.NamedSharding(MESH, spec), x.ndim)
+    codes = 0
+    for a, b in zip(*map(jax.tree.leaves, (state, kept)), strict=True):
+        if b.dtype in (jnp.int8, jnp.uint8, jnp.bfloat16):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+            codes += 1
+    # Of three large leaves; "everywhere" has too few rows to be factored.
+    assert codes == {"float32": 0, "bfloat16": 6, "8bit": 6, "factored": 2}.get(moments, 3)
+
+
+def test_scales_are_split_where_no_block_is_cut():
+    tx = adamfn.adamw(moments="8bit")
+    with jax.set_mesh(MESH):
+        params = {
+            k: jax.device_put(drawn()[0][k], jax.NamedSharding(MESH, SPECS[k])) for k in SPECS
+        }
+        state = jax.jit(tx.init)(params)
+    for name, scales in zip(sorted(SPECS), state[0].scales, strict=True):
+        expected = P(*SPECS[name], *(None,) * (2 - len(SPECS[name])))
+        for x in jax.tree.leaves(scales):
+            assert x.sharding.is_equivalent_to(jax.NamedSharding(MESH, expected), x.ndim)
+
+
+def test_a_block_that_is_cut_is_jaxs_error():
+    """What `docs/many_devices.md` says of blocks of 256 of which a device has 128."""
+    tx = adamfn.adamw(moments="8bit")
+    with jax.set_mesh(MESH):
+        params = jax.device_put(
+            np.ones((99, 1024), np.float32), jax.NamedSharding(MESH, P(None, "data"))
+        )
+        state = jax.jit(tx.init)(params)
+        with pytest.raises(Exception, match="This reshape is not supported"):
+            jax.jit(functools.partial(adamfn.step, tx))(params, state, params)
