@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+import textwrap
 from functools import partial
 
 import jax
@@ -128,7 +129,7 @@ def train_step(tx, params, state, x):
 
 
 X = np.random.default_rng(1).normal(size=(4, 128)).astype(np.float32)
-PLATFORMS = [None, ("cpu", "tpu", "cuda")]
+EVERYWHERE = ("cpu", "tpu", "cuda")
 EXPORTED = {
     **{name: adamfn.adamw(1e-2, moments=name) for name in formats.FORMATS},
     **{name: RECIPES[name](1e-2) for name in RECIPES if name != "adamw"},
@@ -139,8 +140,11 @@ EXPORTED = {
 }
 
 
-@pytest.mark.parametrize("platforms", PLATFORMS, ids=["here", "everywhere"])
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize(
+    ("name", "platforms"),
+    [*((name, EVERYWHERE) for name in EXPORTED), ("float32", None), ("8bit", None)],
+    ids=str,
+)
 def test_an_exported_step_is_the_jitted_one(name, platforms):
     tx, params = EXPORTED[name], drawn(0)
     step = jax.jit(partial(train_step, tx))
@@ -185,8 +189,6 @@ def test_an_exported_step_needs_adamfn_alone(tmp_path):
         blob = pickle.dumps((bytes(step.serialize()), (params, X)))
         (tmp_path / name).write_bytes(blob)
     (tmp_path / "names").write_text("\n".join(formats.FORMATS))
-    lines = "\n".join(line[8:] for line in code.splitlines())
-    run = subprocess.run(
-        [sys.executable, "-c", lines, str(tmp_path)], check=False, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

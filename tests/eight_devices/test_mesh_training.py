@@ -67,9 +67,12 @@ def examples(step):
     return [random.normal(size=size).astype(np.float32) for size in sizes]
 
 
-def step_of(tx, loss):
+def step_of(tx, loss, way="update"):
     def step(params, state, batch):
-        updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
+        grads = jax.grad(loss)(params, batch)
+        if way == "step":
+            return adamfn.step(tx, grads, state, params)
+        updates, state = tx.update(grads, state, params)
         return adamfn.apply_updates(params, updates), state
 
     return step
@@ -78,7 +81,7 @@ def step_of(tx, loss):
 class Run:
     """A run on a mesh: `state` as `init` placed it, and `step`, compiled."""
 
-    def __init__(self, tx, loss, batch, shapes=SHAPES, placed=REPLICATED):
+    def __init__(self, tx, loss, batch, shapes=SHAPES, placed=REPLICATED, way="update"):
         self.batches = jax.NamedSharding(placed.mesh, jax.P("data"))
         params = params_of(shapes)
         self.shardings = state_shardings(tx, params, placed, zero_axis="data")
@@ -86,7 +89,7 @@ class Run:
         self.params, self.state = jax.device_put(params, placed), self.init(params)
         where = (placed, self.shardings)
         step = jax.jit(
-            step_of(tx, loss),
+            step_of(tx, loss, way),
             in_shardings=(*where, self.batches),
             out_shardings=where,
             donate_argnums=(0, 1),
@@ -111,9 +114,9 @@ def alone(tx, loss, batches, shapes=SHAPES):
 
 
 @functools.cache
-def run_on_eight(moments):
+def run_on_eight(moments, way="update"):
     """Twenty steps whose gradients are the same to the bit: what could differ is the state's."""
-    run = Run(adamfn.adamw(1e-2, moments=moments), weighted, whole_numbers(0))
+    run = Run(adamfn.adamw(1e-2, moments=moments), weighted, whole_numbers(0), way=way)
     return run.train(whole_numbers(step) for step in range(STEPS))
 
 
@@ -131,7 +134,12 @@ def sizes_of(program, operation):
 def test_twenty_steps_equal_one_devices(moments):
     tx = adamfn.adamw(1e-2, moments=moments)
     params, state = alone(tx, weighted, [whole_numbers(step) for step in range(STEPS)])
-    run = run_on_eight(moments)
+    for way in ("update", "step") if moments in ("float32", "8bit") else ("update",):
+        compare(run_on_eight(moments, way), params, state)
+
+
+def compare(run, params, state):
+    """Parameters within rounding, codes to the bit."""
     for name in SHAPES:
         np.testing.assert_allclose(run.params[name], params[name], rtol=0, atol=1e-6)
     for on_eight, on_one in zip(*map(jax.tree.leaves, (run.state, state)), strict=True):
@@ -162,7 +170,15 @@ def test_an_eighth_of_the_state_lies_on_each_device(moments):
 
 @pytest.mark.parametrize("moments", formats.FORMATS)
 def test_no_moment_is_gathered(moments):
-    program = run_on_eight(moments).program
+    check_gathered(moments, run_on_eight(moments).program)
+
+
+@pytest.mark.parametrize("moments", ["float32", "8bit"])
+def test_a_step_gathers_as_little(moments):
+    check_gathered(moments, run_on_eight(moments, "step").program)
+
+
+def check_gathered(moments, program):
     gathered = sizes_of(program, "all-gather")
     updates = sorted(("f32", math.prod(shape)) for shape in SHAPES.values())
     # Each update once. Else only numbers of whole blocks, of `odd`, which are on every device.
