@@ -10,7 +10,12 @@ from adamfn.backends.primitive import BACKENDS, Backend
 from adamfn.joined import Wanted
 from adamfn.stage import Stage
 from adamfn.stepping import assemble, own_of
-from adamfn.transform import GradientTransformation, Transformation, apply_updates
+from adamfn.transform import (
+    GradientTransformation,
+    Transformation,
+    apply_updates,
+    check_transformation,
+)
 from adamfn.trees import PyTree
 
 Structure: TypeAlias = Any
@@ -77,11 +82,7 @@ def chain(*transformations: Transformation) -> GradientTransformation:
     [0.25 0.5 ]
     """
     for position, tx in enumerate(transformations):
-        if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
-            raise TypeError(
-                f"chain: argument {position} is {tx!r}; expected a transformation with `init` and"
-                " `update`. Call the factory first: adamfn.adam(), not adamfn.adam."
-            )
+        check_transformation(f"chain: argument {position}", tx)
     return _compose(tuple(map(structure_of, transformations)))
 
 
@@ -105,6 +106,7 @@ def with_backend(tx: GradientTransformation, backend: Backend) -> GradientTransf
     """
     if backend not in BACKENDS:
         raise ValueError(f"with_backend: backend is {backend!r}; expected one of {BACKENDS}.")
+    check_transformation("with_backend: the first argument", tx)
     own = own_of(tx)
     if own is None:
         raise ValueError(f"with_backend: found {tx!r}; expected a transformation of adamfn's.")

@@ -21,7 +21,7 @@ from adamfn.chaining import elements, flat_states, nested, structure_of
 from adamfn.joined import Wanted
 from adamfn.stage import CountedState, Stage
 from adamfn.stepping import assemble
-from adamfn.transform import GradientTransformation
+from adamfn.transform import GradientTransformation, check_transformation
 from adamfn.trees import PyTree, check_inexact, describe, matching_leaves, path_name
 
 _LEAVES = 64
@@ -117,6 +117,9 @@ def packed(tx: GradientTransformation, below: int = 32768) -> GradientTransforma
     >>> print(params["a"], params["b"])
     [0.9 0.9] [0.9 0.9 0.9]
     """
+    check_transformation("packed: the first argument", tx)
+    if not isinstance(below, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"packed: below is {below!r}; expected a number of elements, an integer.")
     structure = structure_of(tx)
     stages = list(elements(structure))
     for stage in stages:

@@ -8,6 +8,7 @@ from adamfn.transform import (
     GradientTransformation,
     Transformation,
     apply_updates,
+    check_transformation,
     merged,
     where_updated,
 )
@@ -119,11 +120,7 @@ def step(
     >>> print(params["w"])
     [ 0.9 -1.9]
     """
-    if not callable(getattr(tx, "update", None)):
-        raise TypeError(
-            f"step: the first argument is {tx!r}; expected a transformation with `init` and"
-            " `update`. Call the factory first: adamfn.adam(), not adamfn.adam."
-        )
+    check_transformation("step: the first argument", tx)
     own = own_of(tx)
     if own is None:
         updates, state = tx.update(grads, state, params, **extra)

@@ -66,6 +66,23 @@ class Transformation(Protocol):
         ...
 
 
+def check_transformation(name: str, tx: Any) -> None:
+    """Checks that something has an `init` and an `update`.
+
+    Args:
+      name: what the error message calls it.
+      tx: what is to be a transformation.
+
+    Raises:
+      TypeError: it is something else.
+    """
+    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+        raise TypeError(
+            f"{name} is {tx!r}; expected a transformation with `init` and `update`. Call the"
+            " factory first: adamfn.adam(), not adamfn.adam."
+        )
+
+
 def apply_updates(
     params: PyTree,
     updates: PyTree,
