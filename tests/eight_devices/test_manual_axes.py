@@ -161,26 +161,28 @@ def test_loops_take_the_state_of_a_constant_rate(recipe, loop):
             jax.eval_shape(in_shards(functools.partial(run, tx, kind), out_specs=spec), PARAMS)
 
 
-def test_a_loop_that_is_run():
-    tx, steps = adamfn.adamw(1e-2), 20
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_twenty_steps_with_the_sum_equal_one_devices(backend, way):
+    tx, steps = adamfn.with_backend(adamfn.adamw(1e-2), backend), 20
     grads = whole_numbers(steps)
 
     def run(params, grads):
-        return train("step", tx, True, params, tx.init(params), grads)
+        return train(way, tx, True, params, tx.init(params), grads)
 
     params, state = jax.jit(in_shards(run, (P(), P(None, "data"))))(PARAMS, grads)
-    expected, kept = alone(tx, grads)
+    expected, kept = alone(adamfn.adamw(1e-2), grads)
     assert state[0].count == steps
     for name in PARAMS:
         np.testing.assert_allclose(params[name], expected[name], rtol=0, atol=1e-6)
         np.testing.assert_allclose(state[0].mu[name], kept[0].mu[name], rtol=0, atol=1e-6)
 
 
-def alone(tx, grads, way="step"):
+def alone(tx, grads):
     """The same on one device, from the sums of all devices' gradients."""
     params = jax.tree.map(jnp.asarray, PARAMS)
     sums = jax.tree.map(lambda g: g.sum(1, keepdims=True), grads)
-    return jax.jit(functools.partial(train, way, tx, False))(params, tx.init(params), sums)
+    return jax.jit(functools.partial(train, "step", tx, False))(params, tx.init(params), sums)
 
 
 @pytest.mark.parametrize("moments", formats.FORMATS)
