@@ -59,7 +59,7 @@ def test_a_train_state_on_a_mesh(moments, logical):
         where = nn.get_sharding(shapes, MESH)
     state = jax.jit(create, out_shardings=where)()
     step = jax.jit(train_step, in_shardings=(where,), out_shardings=where)
-    expected, step_alone = create(), jax.jit(train_step)
+    expected, step_alone = jax.jit(create)(), jax.jit(train_step)
     for _ in range(3):
         state, expected = step(state), step_alone(expected)
     kept = nn.unbox(state.opt_state[0])

@@ -21,7 +21,8 @@ RECIPES = {
     "radam": adamfn.radam,
 }
 CASES = [("adamw", moments) for moments in formats.FORMATS]
-CASES += [(recipe, "8bit") for recipe in RECIPES if recipe != "adamw"]
+CASES += [(recipe, "float32") for recipe in RECIPES if recipe != "adamw"]
+CASES += [("amsgrad", "8bit"), ("lazy_adam", "8bit")]  # scales of a third moment; rows at rest
 SHAPES = {"rows": (128, 256), "blocks": (128, 2048), "bias": (8,)}
 SPECS = {"rows": P("data"), "blocks": P(None, "data"), "bias": P("data")}
 
