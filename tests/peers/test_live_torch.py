@@ -102,8 +102,9 @@ def test_follows_torch(name):
             assert worst_difference(found, arrays(params)) <= TOLERANCE, f"step {count}"
 
 
+@pytest.mark.parametrize("way", ["update", "step"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_run_crosses_over_and_back(name):
+def test_a_run_crosses_over_and_back(name, way):
     """Twenty steps in torch, twenty here, twenty in torch: as torch's sixty."""
     problem, sparse = problem_of(name), name == "SparseAdam"
     _, begun = begin(problem)
@@ -123,7 +124,10 @@ def test_a_run_crosses_over_and_back(name):
             device = jax.tree.map(jax.numpy.asarray, data)
             return loss(problem, device, params, count, jax.numpy.tanh, lambda i, t: t[i])
 
-        updates, state = tx.update(jax.grad(loss_of)(params), state, params)
+        grads = jax.grad(loss_of)(params)
+        if way == "step":
+            return adamfn.step(tx, grads, state, params)
+        updates, state = tx.update(grads, state, params)
         return adamfn.apply_updates(params, updates), state
 
     ours = jax.tree.map(jax.numpy.asarray, arrays(params))
