@@ -136,12 +136,25 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_loops_take_the_state_of_a_constant_rate(recipe, loop):
-    """JAX compares the types of what goes into a step and of what comes out of it."""
+LOOPED = {
+    **{
+        f"{recipe} {moments}": RECIPES[recipe](1e-3, moments=moments)
+        for recipe in RECIPES
+        for moments in (formats.FORMATS if recipe == "adamw" else ("float32", "8bit"))
+    },
+    "schedule": adamfn.adamw(lambda count: 0.1 / count),
+    "packed": adamfn.packed(adamfn.adamw(1e-3)),
+    "lone stage": adamfn.scale_by_lr(1e-3),
+}
 
-    def run(tx, kind, params):
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("name", LOOPED)
+def test_loops_take_the_state(name, loop):
+    """JAX compares the types of what goes into a step and of what comes out of it."""
+    tx = LOOPED[name]
+
+    def run(kind, params):
         params = params if kind == "replicated" else varying(params)
         state = tx.init(params)
         state = varying(state) if kind == "varying" else state
@@ -150,15 +163,38 @@ def test_loops_take_the_state_of_a_constant_rate(recipe, loop):
             return adamfn.step(tx, carry[0], carry[1], carry[0])
 
         params, state = LOOPS[loop](step, (params, state))
-        assert varies(state[0].mu["bias"]) == (kind != "replicated")
+        assert all(varies(p) == (kind != "replicated") for p in jax.tree.leaves(params))
+        assert kind == "made inside" or all(
+            varies(x) == (kind == "varying") for x in jax.tree.leaves(state)
+        )
         return params if kind == "replicated" else jax.tree.map(lambda x: x[None], params)
 
-    for moments in formats.FORMATS if recipe == "adamw" else ("float32", "8bit"):
-        tx = RECIPES[recipe](1e-3, moments=moments)
-        # All of the state varies, or what init has made inside of parameters that vary.
-        for kind in ("replicated", "varying", "made inside"):
-            spec = P() if kind == "replicated" else P("data")
-            jax.eval_shape(in_shards(functools.partial(run, tx, kind), out_specs=spec), PARAMS)
+    # All of the state varies, or what init has made inside of parameters that vary.
+    for kind in ("replicated", "varying", "made inside"):
+        spec = P() if kind == "replicated" else P("data")
+        jax.eval_shape(in_shards(functools.partial(run, kind), out_specs=spec), PARAMS)
+
+
+@pytest.mark.parametrize("moments", ["float32", "8bit"])
+def test_the_other_axes_of_a_mesh_are_left_to_jax(moments):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    tx = adamfn.adamw(1e-2, moments=moments)
+    kernel, grads = PARAMS["kernel"], whole_numbers(1)["kernel"][0, :4]
+
+    def one_step(params, state, grads):
+        return adamfn.step(tx, jax.lax.psum(grads[0], "data"), state, params)
+
+    run = jax.shard_map(
+        one_step, mesh=mesh, axis_names={"data"}, in_specs=(P(), P(), P("data")), out_specs=P()
+    )
+    placed = jax.device_put(kernel, jax.NamedSharding(mesh, P(None, "model")))
+    found = jax.jit(run)(placed, tx.init(placed), grads)
+    expected = jax.jit(functools.partial(adamfn.step, tx))(grads.sum(0), tx.init(kernel), kernel)
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        if b.dtype in (jnp.int8, jnp.uint8):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+        else:
+            np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("way", WAYS)
