@@ -285,6 +285,35 @@ def test_scales_belong_to_their_leaf_in_every_chain_and_wrapper(recipe, moments,
         assert {shape for shape, _ in seen} == {shape for shape, *_ in WHERE_LARGE.values()}
 
 
+class Kept(NamedTuple):
+    mu: object
+    nu: object
+    scales: object
+
+
+def average(u, mu, nu):
+    mu, nu = (mu + u) / 2, (nu + u**2) / 2
+    return mu, mu, nu
+
+
+def test_scales_of_a_users_own_stage_that_does_not_count():
+    keeps = {"mu": jnp.zeros_like, "nu": jnp.zeros_like}
+    stage = adamfn.Stage("average", average, keeps=keeps, state=Kept, moments="8bit")
+    params = abstract([(128, 256), (8,), (384, 512)])
+    given = [on(P("data")), on(P("model")), on(P(None, "model"))]
+    alone = adamfn.from_stage(stage)
+    chained = adamfn.chain(alone, adamfn.adam())  # whose adam counts
+    for own in (
+        state_shardings(alone, params, given).stage,
+        state_shardings(chained, params, given)[0],
+    ):
+        assert own.mu == own.nu == given
+        expected = (on(P("data")), None, on(P(None, "model")))
+        for scales, sharding in zip(own.scales, expected, strict=True):
+            assert all(found == sharding for found in jax.tree.leaves(scales))
+        assert [len(jax.tree.leaves(scales)) for scales in own.scales] == [3, 0, 3]
+
+
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "lazy_adam"])
 def test_packed_buffers_are_everywhere(recipe):
     tx = adamfn.packed(RECIPES[recipe](), below=100)
