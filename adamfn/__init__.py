@@ -1,6 +1,6 @@
 """Adam for JAX: pure functions over pytrees, exact from the first step on."""
 
-from adamfn import formats, sharding
+from adamfn import exports, formats, sharding
 from adamfn.backends.report import backend
 from adamfn.chaining import chain, from_stage, with_backend
 from adamfn.packing import packed, repack
@@ -24,6 +24,8 @@ from adamfn.stepping import step
 from adamfn.transform import GradientTransformation, apply_updates
 
 __version__ = "0.1.0"
+
+exports.register()
 
 __all__ = [
     "CountedState",

@@ -1,0 +1,34 @@
+"""The types of states that `jax.export` writes and reads with the programs that it exports."""
+
+from jax import export
+
+from adamfn.formats.eight_bit import EightBitScales
+from adamfn.formats.factored import Factors
+from adamfn.formats.four_bit import FourBitScales
+from adamfn.packing import Packed
+from adamfn.stage import CountedState, EmptyState
+from adamfn.stages.infinity import ScaleByInfinityMomentsState
+from adamfn.stages.learning_rate import ScaleByLrState
+from adamfn.stages.maximum import ScaleByMaxMomentsState
+from adamfn.stages.nesterov import ScaleByNesterovMomentsState
+from adamfn.stages.two_moments import ScaleByMomentsState
+
+_TYPES = (
+    CountedState,
+    EightBitScales,
+    EmptyState,
+    Factors,
+    FourBitScales,
+    Packed,
+    ScaleByInfinityMomentsState,
+    ScaleByLrState,
+    ScaleByMaxMomentsState,
+    ScaleByMomentsState,
+    ScaleByNesterovMomentsState,
+)
+
+
+def register() -> None:
+    """Tells `jax.export` of them."""
+    for state in _TYPES:
+        export.register_namedtuple_serialization(state, serialized_name=f"adamfn.{state.__name__}")
