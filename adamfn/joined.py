@@ -207,8 +207,8 @@ def _params_of(
     readers = [stage.name for stage in stages if "params" in stage.reads]
     if params is None and updates is not None and (readers or wanted.params):
         raise ValueError(
-            f"{readers[0] if readers else stages[0].name}: update got no params, and it reads them."
-            " Call update(updates, state, params)."
+            f"{readers[0] if readers else stages[0].name}: update got no params, and it needs"
+            " them. Call update(updates, state, params)."
         )
     if params is None:
         return [None] * number

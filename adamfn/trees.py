@@ -5,6 +5,7 @@ from typing import Any, NoReturn, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 PyTree: TypeAlias = Any
 """Any nest of containers that JAX knows, with arrays at its leaves."""
@@ -68,8 +69,10 @@ def matching_leaves(
 
 
 def as_array(leaf: Any) -> Any:
-    """A leaf as it is, or a Python number as an array."""
-    return leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
+    """A leaf as JAX has it: a number or an array of NumPy's as an array of JAX's."""
+    return (
+        jnp.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic | float | complex) else leaf
+    )
 
 
 def has_shape_of(a: Any, b: Any) -> bool:

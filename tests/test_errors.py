@@ -162,7 +162,7 @@ def test_updates_that_are_not_of_floating_point(tx, leaf, found):
 def test_missing_params(tx):
     with refused(
         ValueError,
-        "add_decayed_weights: update got no params, and decay needs them.",
+        "add_decayed_weights: update got no params, and it needs them.",
         "Call update(updates, state, params).",
     ):
         tx.update(PARAMS, tx.init(PARAMS))
@@ -221,7 +221,7 @@ def test_the_state_of_a_chain_of_other_parts():
     )
     with refused(
         TypeError,
-        "scale_by_lr: found a state of type AddDecayedWeightsState, expected ScaleByLrState.",
+        "scale_by_lr: found a state of type EmptyState, expected ScaleByLrState.",
         STATE_WAY_OUT,
     ):
         tx.update(PARAMS, other.init(PARAMS))

@@ -89,7 +89,7 @@ def test_radam_counts_gradients_exactly(b2):
     from fractions import Fraction
 
     from adamfn.ema import decay
-    from adamfn.radam import _gradients_in
+    from adamfn.stages.rectified import _gradients_in
 
     b, steps = Fraction(b2), [1, 2, 5, 6, 7, 10, 31, 100, 316, 1000]
     for t in steps:
@@ -160,7 +160,7 @@ def test_zero_gradients_give_zero_updates(member, dtype):
     params = jnp.zeros(3, dtype)
     state = tx.init(params)
     for _ in range(8):
-        updates, state = tx.update(params, state)
+        updates, state = tx.update(params, state, params)
         assert updates.dtype == dtype
         np.testing.assert_array_equal(np.asarray(updates), 0)
 

@@ -13,7 +13,8 @@ LAST = 2**31 - 1
 def test_the_state_begins_at_zero():
     params = {"a": jnp.ones((2, 3), jnp.bfloat16), "b": None, "c": jnp.ones(2, jnp.complex64)}
     state = adamfn.scale_by_moments().init(params)
-    assert state._fields == ("count", "mu", "nu")
+    assert state._fields == ("count", "mu", "nu", "scales")
+    assert state.scales == ()
     assert state.count.dtype == jnp.int32
     assert all(np.all(x == 0) for x in jax.tree.leaves(state))
     assert state.mu["b"] is state.nu["b"] is None
@@ -35,7 +36,7 @@ def test_dtypes_of_the_moments(dtype, mu, nu):
         g = jnp.ones((2,), dtype)
         tx = adamfn.scale_by_moments()
         before = tx.init(g)
-        updates, after = tx.update(g, before)
+        updates, after = tx.update(g, before, g)
         assert updates.dtype == dtype
         for state in (before, after):
             assert (state.mu.dtype, state.nu.dtype) == (mu, nu)

@@ -195,7 +195,10 @@ def test_1552_state_dtypes_are_float32_and_stay(param_dtype, grad_dtype):
         for update in (tx.update, functools.partial(jax.eval_shape, tx.update)):
             updates, after = update(g, before, params)
             assert dtypes(after) == dtypes(before)
-            assert [u.dtype for u in jax.tree.leaves(updates)] == [grad_dtype] * 2
+            # Small float16 updates of wider parameters would be lost.
+            lost = grad_dtype == jnp.float16 and param_dtype != jnp.float16
+            expected = jnp.float32 if lost else grad_dtype
+            assert [u.dtype for u in jax.tree.leaves(updates)] == [expected] * 2
             moved = jax.eval_shape(adamfn.apply_updates, params, updates)
             assert [p.dtype for p in jax.tree.leaves(moved)] == [param_dtype] * 2
 
