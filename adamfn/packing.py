@@ -246,13 +246,16 @@ def _check_packable(stage: Any) -> None:
 
 
 def _check_whole(params: PyTree) -> None:
+    found: set[Any] = set()
     for path, leaf in jax.tree.leaves_with_path(params):
-        devices = getattr(getattr(leaf, "sharding", None), "device_set", ())
-        if not isinstance(leaf, Tracer) and len(devices) > 1:
+        if isinstance(leaf, Tracer) or not getattr(leaf, "committed", False):
+            continue
+        found |= leaf.sharding.device_set
+        if len(found) > 1:
             raise ValueError(
-                f"packed: the parameter at {path_name(path) or 'the root'} is {describe(leaf)} on"
-                f" {len(devices)} devices; expected parameters on one, as buffers of several leaves"
-                " cannot be split as they are. Leave `packed` out."
+                f"packed: with the parameter at {path_name(path) or 'the root'}, {describe(leaf)},"
+                f" they lie on {len(found)} devices; expected all on one, as the leaves of a buffer"
+                " lie together. Leave `packed` out."
             )
 
 

@@ -67,7 +67,7 @@ def kept_by_leaf(
       TypeError, ValueError: it is not of these leaves, or not in these formats; names the leaf.
     """
     name = f"{stage.name}: updates"
-    if not any(formats):
+    if not any(formats) and not jax.tree.leaves(getattr(state, "scales", ())):
         columns = [
             matching_leaves(
                 name,

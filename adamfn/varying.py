@@ -30,6 +30,15 @@ def with_type_of(new: Any, old: Any) -> jax.Array:
     return _vary(jnp.array(new, jnp.result_type(old)), axes_of(old))
 
 
+def shape_like(x: jax.Array, dtype: Any) -> jax.ShapeDtypeStruct:
+    """The type of a result of an array's shape that varies as the array does."""
+    kind: Any = jax.typeof(x)
+    manual: Any = {} if not axes_of(x) else {"vma": axes_of(x)}
+    if manual and hasattr(kind, "mat"):
+        manual = {"manual_axis_type": kind.mat}
+    return jax.ShapeDtypeStruct(x.shape, dtype, **manual)
+
+
 def _vary(x: jax.Array, axes: Axes) -> jax.Array:
     missing = tuple(axes - axes_of(x))
     if not missing:

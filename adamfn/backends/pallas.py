@@ -17,6 +17,7 @@ from adamfn.backends import cpu
 from adamfn.formats import EightBit, Format
 from adamfn.formats.blocks import size_for
 from adamfn.program import Call
+from adamfn.varying import shape_like
 
 _TRITON = triton.CompilerParams(num_warps=4)
 _PARAMETERS: dict[str, Any] = {
@@ -139,7 +140,7 @@ def run_leaf(
         results.append((kept + 1, views[-1].dtype, kept + 1))
     found = pl.pallas_call(
         kernel,
-        out_shape=[jax.ShapeDtypeStruct(views[k].shape, dtype) for k, dtype, _ in results],
+        out_shape=[shape_like(views[k], dtype) for k, dtype, _ in results],
         grid=(pl.cdiv(rows, height), pl.cdiv(columns, width)),
         in_specs=[small, small, *tiles],
         out_specs=[tiles[k] for k, *_ in results],
