@@ -33,8 +33,8 @@ def with_type_of(new: Any, old: Any) -> jax.Array:
 def shape_like(x: jax.Array, dtype: Any) -> jax.ShapeDtypeStruct:
     """The type of a result of an array's shape that varies as the array does."""
     kind: Any = jax.typeof(x)
-    manual: Any = {} if not axes_of(x) else {"vma": axes_of(x)}
-    if manual and hasattr(kind, "mat"):
+    manual: Any = {"vma": axes_of(x)}
+    if hasattr(kind, "mat"):
         manual = {"manual_axis_type": kind.mat}
     return jax.ShapeDtypeStruct(x.shape, dtype, **manual)
 

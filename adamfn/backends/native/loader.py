@@ -54,9 +54,9 @@ def load() -> Native:
         _native = native
     if native.reason is not None:  # without the lock: what shows the warning may call this
         warnings.warn(
-            "adamfn: fused steps run through XLA on CPU, not in native code, and take about twice"
+            "adamfn: steps run through XLA on CPU, not in native code, and take about twice"
             f" as long: {native.reason}. A C++ compiler such as g++ or clang++, in PATH or named by"
-            " CXX, makes them native; fused_adam(backend='xla') ends this warning.",
+            " CXX, makes them native; adamfn.with_backend(tx, 'xla') ends this warning.",
             stacklevel=2,
         )
     return native
@@ -98,6 +98,7 @@ def _build() -> Native:
     try:
         built, built_by = build(compiler, Path(directory)), shlex.join(compiler)
         path = cache.keep(built, name, built_by)
+        # From the cache if it can be: programs may not be run from where temporary files lie.
         return _register(name, path or built, path, built_by)
     finally:
         shutil.rmtree(directory, ignore_errors=True)  # once loaded, a library needs no file
