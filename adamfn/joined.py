@@ -11,7 +11,7 @@ from adamfn.backends.primitive import Backend
 from adamfn.ema import increment
 from adamfn.formats import choose_formats
 from adamfn.masks import broadcast_mask
-from adamfn.stage import CountedState, Scalars, Stage
+from adamfn.stage import CountedState, EmptyState, Scalars, Stage
 from adamfn.storage import as_fields, first_kept, kept_by_leaf
 from adamfn.trees import PyTree, as_array, check_inexact, describe, matching_leaves
 from adamfn.varying import with_type_of
@@ -34,7 +34,10 @@ def first_states(stages: Sequence[Stage], params: PyTree) -> list[PyTree]:
     check_inexact(params, f"{stages[0].name}: params")
     states: list[PyTree] = []
     for stage in stages:
-        remembered = {name: make() for name, make in stage.start.items()}
+        if None in stage.start.values():
+            states.append(EmptyState())
+            continue
+        remembered = {name: make() for name, make in stage.start.items() if make}
         fields = first_kept(stage, params) | remembered
         if "count" in stage.state._fields:
             fields["count"] = jnp.zeros((), jnp.int32)
@@ -135,7 +138,7 @@ def count_of(stages: Sequence[Stage], states: Sequence[PyTree]) -> tuple[jax.Arr
         check_state(stages[0], states[0], CountedState)
         own[0] = states[0].stage
     for stage, state in zip(stages, own, strict=True):
-        check_state(stage, state, stage.state)
+        check_state(stage, state, *stage.states)
     counting: Any = states[0] if first is None else own[first]
     return increment(counting.count), own
 
@@ -168,7 +171,8 @@ def masks_of(stages: Sequence[Stage], updates: PyTree, params: PyTree) -> list[l
 
 def remembered_as(state: Any, new: Mapping[str, Any]) -> dict[str, jax.Array]:
     """What a state remembers, with the types that it had."""
-    return {name: with_type_of(value, getattr(state, name)) for name, value in new.items()}
+    known = {name: value for name, value in new.items() if name in state._fields}
+    return {name: with_type_of(value, getattr(state, name)) for name, value in known.items()}
 
 
 def counted(stages: Sequence[Stage], states: list[Any], count: jax.Array) -> list[PyTree]:
@@ -186,7 +190,7 @@ def _first_that_counts(stages: Sequence[Stage]) -> int | None:
     return next((k for k, stage in enumerate(stages) if "count" in stage.state._fields), None)
 
 
-def check_state(stage: Stage, state: Any, expected: type[Any]) -> None:
+def check_state(stage: Stage, state: Any, *expected: type[Any]) -> None:
     """Checks that a state is the one that its stage made.
 
     Raises:
@@ -195,8 +199,8 @@ def check_state(stage: Stage, state: Any, expected: type[Any]) -> None:
     if not isinstance(state, expected):
         raise TypeError(
             f"{stage.name}: found a state of type {type(state).__name__}, expected"
-            f" {expected.__name__}. The state belongs to another transformation: make it with this"
-            " one's init(params)."
+            f" {expected[0].__name__}. The state belongs to another transformation: make it with"
+            " this one's init(params)."
         )
 
 

@@ -214,7 +214,7 @@ def _map_kept(
     moved: list[Any] = []
     for stage, state in zip(stages, states, strict=True):
         own = state.stage if isinstance(state, CountedState) else state
-        joined.check_state(stage, own, stage.state)
+        joined.check_state(stage, own, *stage.states)
         fields = {name: getattr(own, name) for name in stage.keeps}
         for name, field in fields.items() if layout else ():
             _check_packed(f"packed: {name} of {stage.name}", field, cast("_Layout", layout))

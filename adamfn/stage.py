@@ -55,6 +55,7 @@ class Stage:
         formula's scalars, numbers or scalar arrays or trees of them, and by field what the state
         remembers of this step besides.
       start: what the state remembers before the first step: by field, a function that makes it.
+        None instead of one: nothing is remembered, and the state is an `EmptyState`.
       state: the type of its state, a `NamedTuple` whose fields are those of `keeps` and `start`,
         and any of `count` (the steps taken) and `scales` (what moments in a format need besides).
       moments: how `mu` and `nu`, the first two that it keeps, are stored.
@@ -82,7 +83,7 @@ class Stage:
     reads: Sequence[Literal["params", "grads"]] = ()
     keeps: Mapping[str, Callable[[Any], jax.Array]] = field(default_factory=dict[str, Any])
     scalars: Callable[[jax.Array, Any, Mapping[str, Any]], Scalars] = no_scalars
-    start: Mapping[str, Callable[[], jax.Array]] = field(default_factory=dict[str, Any])
+    start: Mapping[str, Callable[[], jax.Array] | None] = field(default_factory=dict[str, Any])
     state: type[Any] = EmptyState
     moments: Moments = "float32"
     takes: Sequence[str] = ()
@@ -131,6 +132,11 @@ class Stage:
                 f" {', '.join(self.keeps) or 'nothing'}; expected mu and nu, the first two that it"
                 " keeps, and a field `scales` in its state."
             )
+
+    @property
+    def states(self) -> tuple[type[Any], ...]:
+        """The types that its state may have."""
+        return (self.state, EmptyState) if None in self.start.values() else (self.state,)
 
     @property
     def has_moments(self) -> bool:

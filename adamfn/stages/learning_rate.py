@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from adamfn.chaining import from_stage
 from adamfn.formulas import multiply
 from adamfn.hyperparams import ScalarOrSchedule, scheduled, value_at
-from adamfn.stage import EmptyState, Scalars, Stage
+from adamfn.stage import Scalars, Stage
 from adamfn.transform import GradientTransformation
 
 
@@ -55,13 +55,12 @@ def scale_by_lr(learning_rate: ScalarOrSchedule = 1e-3) -> GradientTransformatio
     [-0.125 -0.25 ] 0.125
     """
     configured = scheduled("learning_rate", learning_rate)
-    given = isinstance(configured, jax.Array)
 
     def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
         rate = extra.get("learning_rate")
         chosen = configured if rate is None else scheduled("learning_rate", rate)
         rate = value_at("learning_rate", chosen, count - 1)
-        return (jnp.negative(rate),), {} if given else {"learning_rate": rate}
+        return (jnp.negative(rate),), {"learning_rate": rate}
 
     def first() -> jax.Array:
         return jnp.array(value_at("learning_rate", configured, jnp.zeros((), jnp.int32)), float)
@@ -71,8 +70,8 @@ def scale_by_lr(learning_rate: ScalarOrSchedule = 1e-3) -> GradientTransformatio
             "scale_by_lr",
             multiply,
             scalars=scalars,
-            start={} if given else {"learning_rate": first},
-            state=EmptyState if given else ScaleByLrState,
+            start={"learning_rate": None if isinstance(configured, jax.Array) else first},
+            state=ScaleByLrState,
             takes=("learning_rate",),
         )
     )
