@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
+from programs import call_of
 
 import adamfn
 from adamfn import formats
-from adamfn.fused import pallas
-from adamfn.fused.reference import Group, step_group
+from adamfn.backends import pallas
+from adamfn.program import run_call
 
 TPU = AbstractDevice(device_kind="TPU v5e", num_cores=1, platform="tpu")
 LEAVES = {
@@ -37,27 +38,22 @@ def tree(seed, leaves):
 
 def counted(monkeypatch):
     """The shapes that kernels were made for from here on."""
-    shapes, make = [], pallas.step_leaf
+    shapes, make = [], pallas.run_leaf
 
-    def step_leaf(group, platform, *operands, **options):
+    def run_leaf(call, platform, *operands, **options):
         shapes.append(operands[-1].shape)
-        return make(group, platform, *operands, **options)
+        return make(call, platform, *operands, **options)
 
-    monkeypatch.setattr(pallas, "step_leaf", step_leaf)
+    monkeypatch.setattr(pallas, "run_leaf", run_leaf)
     return shapes
 
 
 def trained(backend, moments, leaves, *, nesterov):
     """Parameters and state after three steps."""
     params = tree(0, leaves)
-    tx = adamfn.fused_adamw(
-        0.01,
-        moments=moments,
-        mask={name: name != "blocks" for name in params},
-        backend=backend,
-        packed=False,
-        nesterov=nesterov,
-    )
+    mask = {name: name != "blocks" for name in params}
+    tx = adamfn.adamw(0.01, moments=moments, mask=mask, nesterov=nesterov)
+    tx = adamfn.with_backend(tx, backend)
     state = tx.init(params)
     step = jax.jit(partial(adamfn.step, tx))
     for seed in range(1, 4):
@@ -104,15 +100,12 @@ def test_tiles_for_gpu(moments):
     format = None if moments == "float32" else formats.get(moments)
     shape = 50, 3, 128  # 19200 elements: 75 rows of 256
     assert pallas.tiling(shape, format, "cuda") == ((75, 256), (1, 256))
-    kept = jnp.float32 if format is None else jnp.bfloat16
-    moments = jax.tree.structure([(0, 0)])
-    group = Group(format, False, (True,), moments, False)
     keys = jax.random.split(jax.random.key(0), 4)
     mu, nu, g, p = (jax.random.normal(key, shape) for key in keys)
-    vector = jnp.array([0.1, 1e-3, 1, 1, 1e-8, 0, 1, 0.5, 0.1, 0.01], jnp.float32)
-    operands = vector, jnp.int32(7), jnp.uint32([3]), mu.astype(kept), (nu**2).astype(kept), g, p
-    found = jax.jit(partial(pallas.step_leaf, group, "cuda", interpret=True))(*operands)
-    check_close(found, jax.jit(partial(step_group, group))(*operands))
+    call, operands = call_of(adamfn.adamw(0.01, moments=moments), g, p)
+    operands[3:5] = (x.astype(operands[3].dtype) for x in (mu, nu**2))
+    found = jax.jit(partial(pallas.run_leaf, call, "cuda", interpret=True))(*operands)
+    check_close(found, jax.jit(partial(run_call, call))(*operands))
 
 
 def test_tiles_never_reach_over_the_edge_on_gpu():
@@ -150,7 +143,7 @@ def test_lowers_without_the_device(platform, moments, kernels, x64):
     arrays = 6 if moments == "8bit" else 3  # of the moments, and the parameter
     with jax.enable_x64(x64), jax.sharding.use_abstract_mesh(mesh):
         for backend, expected in (("pallas", kernels), ("auto", 0)):
-            tx = adamfn.fused_adam(moments=moments, backend=backend, packed=False)
+            tx = adamfn.with_backend(adamfn.adam(moments=moments), backend)
             state = jax.eval_shape(tx.init, params)
             traced = jax.jit(partial(adamfn.step, tx)).trace(params, state, params)
             text = traced.lower(lowering_platforms=(platform,)).as_text()
@@ -163,14 +156,14 @@ def test_sharded_leaves_go_through_xla():
     mesh = AbstractMesh((2,), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     params = jax.ShapeDtypeStruct((64, 768), jnp.float32, sharding=sharding)
-    tx = adamfn.fused_adam(backend="pallas", packed=False)
+    tx = adamfn.with_backend(adamfn.adam(), "pallas")
     state = jax.eval_shape(tx.init, params)
     text = jax.jit(partial(adamfn.step, tx)).trace(params, state, params)
     assert "triton" not in text.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_vmap_and_jvp_go_through_the_reference():
-    tx = adamfn.fused_adam(0.1, eps_root=1e-8, backend="pallas", packed=False)
+    tx = adamfn.with_backend(adamfn.adam(0.1, eps_root=1e-8), "pallas")
     params = jnp.ones((2, 8, 1024))
     moved, _ = jax.vmap(lambda p: adamfn.step(tx, p, tx.init(p), p))(params)
     np.testing.assert_allclose(moved, 0.9, rtol=1e-6)
@@ -183,4 +176,4 @@ def test_vmap_and_jvp_go_through_the_reference():
 
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="'auto', 'xla', 'pallas'"):
-        adamfn.fused_adam(backend="triton")
+        adamfn.with_backend(adamfn.adam(), "triton")

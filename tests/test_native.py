@@ -1,0 +1,345 @@
+"""Native code of Adam's program: its numbers, beside XLA's, and what it refuses."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from programs import call_of
+
+import adamfn
+from adamfn.backends import cpu
+from adamfn.backends.native import build, loader
+from adamfn.backends.primitive import bind
+from adamfn.formats import EightBit, get
+from adamfn.program import run_call
+
+MOMENTS = ("float32", "bfloat16", "8bit")
+
+
+def python(program, timeout=120, **environment):
+    """Runs a program in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def test_native_code_runs_here():
+    # Every other test of this page would pass by XLA alone.
+    assert loader.load().reason is None
+    assert adamfn.backend("cpu").name == "native"
+    assert str(adamfn.backend("cpu")).startswith("native on cpu: built by ")
+    with pytest.raises(ValueError, match="platform is 'abacus'; expected one of cpu, gpu"):
+        adamfn.backend("abacus")
+    text = jax.jit(lambda p, s: adamfn.step(TX, p, s, p)).lower(PARAMS, STATE).as_text()
+    assert "adamfn_step" in text
+
+
+TX = adamfn.adam()
+PARAMS = {"w": jnp.ones(3)}
+STATE = TX.init(PARAMS)
+
+
+def special_leaf(seed, size):
+    """Normal numbers, and every kind of other: denormals, zeros, infinities, NaN, the largest."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(size).astype(np.float32) * 10.0 ** rng.integers(-12, 3, size)
+    odd = [0.0, -0.0, 1e-42, -1e-40, 1.2e-38, 3e38, np.inf, -np.inf, np.nan, 1e-20, 1e-19]
+    x[:: size // 100] = rng.choice(odd, x[:: size // 100].shape)
+    return jnp.asarray(x, jnp.float32)
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+def test_the_same_numbers_as_xla_whatever_they_are(moments, eps):
+    params = {"w": special_leaf(0, 64 * 300).reshape(64, 300), "b": special_leaf(1, 1001)}
+    found, expected = (
+        adamfn.with_backend(adamfn.adamw(0.1, eps=eps, moments=moments), backend)
+        for backend in ("auto", "xla")
+    )
+    states = [tx.init(params) for tx in (found, expected)]
+    trees = [params, params]
+    for seed in (2, 4):
+        grads = {"w": special_leaf(seed, 64 * 300).reshape(64, 300), "b": special_leaf(seed, 1001)}
+        for i, tx in enumerate((found, expected)):
+            step = jax.jit(lambda p, s, g, tx=tx: adamfn.step(tx, g, s, p))
+            trees[i], states[i] = step(trees[i], states[i], grads)
+    for a, b in zip(
+        *(jax.tree.leaves((t, s)) for t, s in zip(trees, states, strict=False)), strict=True
+    ):
+        a, b = np.asarray(a), np.asarray(b)
+        if a.dtype.kind in "iu" or a.dtype.itemsize < 4:
+            # Sums that were rounded otherwise may fall on another side of their noise.
+            assert np.mean(np.float32(a) != np.float32(b)) < 5e-3
+        else:
+            # A fused multiply-add cancels otherwise, at most by a rounding of what is subtracted.
+            np.testing.assert_allclose(a, b, rtol=5e-6, atol=3e-8)
+
+
+def test_noise_and_codes_are_those_of_the_format():
+    # One step from the same state: what differs is only the rounding of sums.
+    rng = np.random.default_rng(0)
+    params = {k: jnp.asarray(rng.standard_normal((35, 413)), jnp.float32) for k in "ab"}
+    for name in ("8bit", "bfloat16"):
+        plain = adamfn.adam(moments=name)
+        found, expected = (
+            jax.jit(lambda state, tx=tx: tx.update(params, state)[1])
+            for tx in (plain, adamfn.with_backend(plain, "xla"))
+        )
+        step = jax.jit(lambda state, tx=plain: adamfn.step(tx, params, state, params)[1])
+        for count in (0, 1, 2**31 - 2):
+            moments, *rest = plain.init(params)
+            state = (moments._replace(count=jnp.int32(count)), *rest)
+            whole = jax.tree.leaves(expected(state))
+            for other in (found(state), step(state)):
+                for a, b in zip(jax.tree.leaves(other), whole, strict=True):
+                    assert np.mean(np.float32(a) != np.float32(b)) < 1e-4
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_updates_are_native_too(moments, dtype):
+    rng = np.random.default_rng(0)
+    g = jnp.asarray(rng.standard_normal((64, 300)), dtype)
+    p = jnp.asarray(rng.standard_normal((64, 300)), jnp.float32)
+    for make in (adamfn.adam, adamfn.adamw, partial(adamfn.adam, nesterov=True)):
+        tx = make(0.1, moments=moments)
+        update = jax.jit(tx.update)
+        assert "adamfn_step" in update.lower(g, tx.init(p), p).as_text()
+        found, _ = update(g, tx.init(p), p)
+        expected, _ = jax.jit(adamfn.with_backend(tx, "xla").update)(g, tx.init(p), p)
+        assert found.dtype == expected.dtype == dtype
+        # A rounding of the dtype, where the sums before fell on another side of it.
+        tolerance = 1e-6 if dtype == "float32" else 2**-8
+        np.testing.assert_allclose(np.float32(found), np.float32(expected), rtol=tolerance)
+
+
+def test_parts_of_adam_are_native():
+    x = jnp.ones(5000)
+    moments = adamfn.scale_by_moments()
+    for tx, native in (
+        (moments, True),
+        (adamfn.chain(moments, adamfn.bias_correct()), True),
+        (adamfn.chain(moments, adamfn.scale_by_lr(0.1)), True),
+        (adamfn.chain(moments, adamfn.add_decayed_weights(0.1)), True),
+        (adamfn.chain(adamfn.scale_by_lr(0.1), moments), False),
+        (adamfn.amsgrad(), False),
+    ):
+        step = jax.jit(partial(adamfn.step, tx))
+        assert ("adamfn_step" in step.lower(x, tx.init(x), x).as_text()) == native
+        expected = adamfn.step(adamfn.with_backend(tx, "xla"), x, tx.init(x), x)
+        jax.tree.map(
+            partial(np.testing.assert_allclose, rtol=1e-6), step(x, tx.init(x), x), expected
+        )
+
+
+@pytest.mark.parametrize("block", [16, 64, 1024, 1040])
+def test_block_sizes(block):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 2100)), jnp.float32)
+    moved = []
+    for backend in ("auto", "xla"):
+        tx = adamfn.with_backend(adamfn.adam(moments=EightBit(block)), backend)
+        step = jax.jit(lambda s, tx=tx: adamfn.step(tx, x, s, x))
+        native_call = "adamfn_step" in step.lower(tx.init(x)).as_text()
+        assert native_call == (backend == "auto" and block <= 1024)
+        moved.append(step(tx.init(x))[1])
+    for a, b in zip(*map(jax.tree.leaves, moved), strict=True):
+        if (a.dtype.kind == "i" and a.dtype.itemsize == 1) or a.dtype == jnp.uint8:
+            assert np.mean(a != b) < 1e-3  # as above
+        else:
+            np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def native_call(operands, results, **attributes):
+    attributes = {
+        "format": np.int32(0),
+        "packed": False,
+        "moves": True,
+        "returns": False,
+        "scalars": PLACES,
+        "blocks": np.array([0], np.int64),
+    } | attributes
+    call = jax.ffi.ffi_call("adamfn_step", results, vmap_method="sequential")
+    return jax.block_until_ready(call(*operands, **attributes))
+
+
+PLACES = np.array([0, 1, -1, -1, 2, 3, -1, 4, 5, 6], np.int64)
+"""Of seven scalars: 1 - b1, 1 - b2, eps, eps_root, the correction, the decay and minus the rate."""
+
+
+def test_results_that_are_not_in_place():
+    # XLA gives results their operands' buffers; native code does not rely on it.
+    n = 5000
+    rng = np.random.default_rng(0)
+    g, p = (jnp.asarray(rng.standard_normal(n), jnp.float32) for _ in range(2))
+    call, operands = call_of(adamfn.adamw(0.1, weight_decay=0.1), g, p)
+    assert cpu.scalar_places(call.program) == PLACES.tolist()
+    mu = operands[3]
+    found = native_call(operands, [mu, mu, p])
+    expected = run_call(call, *operands)
+    in_place = jax.jit(lambda *x: bind(call, "auto", list(x)))(*operands)
+    for a, b, c in zip(found, expected, in_place, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-8)
+        np.testing.assert_array_equal(a, c)
+    np.testing.assert_array_equal(mu, 0)
+
+
+def wrong_calls():
+    f32, ones = jnp.float32, jnp.ones
+    good = [ones(7), jnp.int32(1), jnp.zeros(1, jnp.uint32), *[ones(4)] * 4]
+
+    def operand(index, value):
+        operands = list(good)
+        operands[index] = value
+        return operands
+
+    def blocks(*sizes):
+        return {"blocks": np.array(sizes, np.int64)}
+
+    yield "scalars' dtype", operand(0, ones(7, jnp.int32)), {}, "other scalars"
+    yield "too few scalars", operand(0, ones(6)), {}, "other scalars"
+    yield "places", good, {"scalars": PLACES[:9]}, "another number of scalars"
+    yield "count", operand(1, f32(1)), {}, "other scalars"
+    yield "numbers", operand(2, jnp.zeros(2, jnp.uint32)), {}, "other scalars"
+    yield "mu's size", operand(3, ones(5)), {}, "moments of another dtype or size"
+    yield "nu's dtype", operand(4, ones(4, jnp.int32)), {}, "moments of another dtype or size"
+    yield "gradient's dtype", operand(5, ones(4, jnp.float16)), {}, "other dtypes or sizes"
+    yield "gradient's size", operand(5, ones(3)), {}, "other dtypes or sizes"
+    yield "too few", good[:-1], {}, "another number of operands"
+    yield "two leaves", good, blocks(0, 0), "another number of operands"
+    yield "no leaf", good, blocks(), "another number of leaves"
+    yield "packed", operand(3, ones(5)), {"packed": True}, "moments of another dtype or size"
+    longer = [*good[:5], ones(5), ones(5)]
+    yield "packed too long", longer, {"packed": True}, "moments of another dtype or size"
+    yield "format", good, {"format": np.int32(9)}, "an unknown format"
+    yield "negative format", good, {"format": np.int32(-1)}, "an unknown format"
+    lean = EightBit().encode(ones((2, 300)), ones((2, 300)), None)
+    eight = [*good[:3], *jax.tree.leaves(lean), ones((2, 300)), ones((2, 300))]
+    as_eight = {"format": np.int32(3)}
+    yield "block", eight, as_eight, "block of another size"
+    yield "wide", eight, as_eight | blocks(4096), "block of another size"
+    yield "scales", eight, as_eight | blocks(32), "moments of another dtype or size"
+
+
+@pytest.mark.parametrize(
+    ("operands", "attributes", "message"),
+    [pytest.param(*case, id=name) for name, *case in wrong_calls()],
+)
+def test_a_wrong_call_is_an_error_and_no_crash(operands, attributes, message):
+    moments = 5 if attributes.get("format") == 3 else 2
+    leaves = len(attributes.get("blocks", [0]))
+    results = [*operands[3 : 3 + moments], *operands[3 + moments + leaves :]]
+    with pytest.raises(Exception, match=message):
+        native_call(operands, results, **attributes)
+
+
+def test_threads_that_call_at_once():
+    params = {"w": jnp.ones((400, 300)), "b": jnp.ones(7)}
+    tx = adamfn.adam(0.1, moments="8bit")
+    step = jax.jit(lambda p, s: adamfn.step(tx, p, s, p))
+
+    def run(_):
+        p, state = params, tx.init(params)
+        for _ in range(10):
+            p, state = step(p, state)
+        return jax.block_until_ready((p, state))
+
+    expected = run(0)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(run, range(8)):
+            jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_step_is_over_when_it_returns():
+    # What reads the parameters next reads the last task's too.
+    tx = adamfn.adam(0.25, b1=0.0, b2=0.0, eps=0.0)
+    params = jnp.zeros(2**20)
+    state = tx.init(params)
+
+    @jax.jit
+    def largest(state):
+        moved, _ = adamfn.step(tx, jnp.ones_like(params), state, params)
+        return jnp.max(moved)
+
+    assert {float(largest(state)) for _ in range(100)} == {-0.25}
+
+
+def test_a_process_forked_after_use():
+    done = python(
+        """
+        import os, signal, warnings
+        import jax, jax.numpy as jnp, numpy as np, adamfn
+        warnings.simplefilter("ignore")  # JAX warns of forks
+        params, tx = jnp.ones(200_000), adamfn.adam(0.1)
+        state = tx.init(params)
+        step = jax.jit(lambda p, s: adamfn.step(tx, p, s, p)[0])
+        expected = np.asarray(step(params, state))
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            os._exit(int(not np.array_equal(step(params, state), expected)))
+        _, status = os.waitpid(child, 0)
+        assert status == 0, status
+        assert np.array_equal(step(params, state), expected)
+        """
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_under_sanitizers(tmp_path):
+    """Address and undefined-behaviour sanitizers over leaves of every kind."""
+    libraries = [
+        subprocess.run(
+            [*build.find_compiler(), f"-print-file-name={name}"], capture_output=True, text=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    if not all(os.path.isabs(path) for path in libraries):
+        pytest.skip("the compiler has no sanitizers' libraries")
+    done = python(
+        """
+        import jax, jax.numpy as jnp, numpy as np, adamfn
+        assert adamfn.backend().name == "native"
+        odd = jnp.tile(jnp.array([0.0, 1e-42, 3e38, jnp.inf, -jnp.inf, jnp.nan, 1e-19]), 1300)
+        params = {
+            "blocks": odd[:8450].reshape(65, 130), "vector": jnp.ones(3), "none": jnp.ones((0,)),
+            "alone": jnp.ones(40_000), "half": jnp.ones((64, 100), jnp.bfloat16), "scalar": odd[1],
+        }
+        for moments in ("float32", "bfloat16", "8bit"):
+            tx = adamfn.adamw(moments=moments, nesterov=moments != "8bit")
+            step = jax.jit(lambda p, s: adamfn.step(tx, p, s, p))
+            p, state = step(params, tx.init(params))
+            jax.block_until_ready(step(p, state))
+        print("sound")
+        """,
+        LD_PRELOAD=" ".join(libraries),
+        ASAN_OPTIONS="detect_leaks=0",  # the interpreter's own
+        ADAMFN_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -O1",
+        XDG_CACHE_HOME=str(tmp_path),
+    )
+    assert done.stdout == "sound\n", done.stderr[-3000:]
+
+
+def test_formats_it_knows():
+    # What is kept in float32 has no format.
+    known = {name for name in adamfn.formats.FORMATS if cpu.knows_format(get(name))}
+    assert known == {"bfloat16", "8bit"}
+    assert cpu.knows_format(None)
+
+
+def test_other_dtypes_go_through_xla():
+    for g, p in (("float16", "float32"), ("float32", "float16")):
+        params, grads = jnp.ones(8, p), jnp.ones(8, g)
+        tx = adamfn.adam()
+        step = jax.jit(partial(adamfn.step, tx))
+        assert "adamfn_step" not in step.lower(grads, tx.init(params), params).as_text()
