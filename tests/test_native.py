@@ -108,14 +108,15 @@ def test_noise_and_codes_are_those_of_the_format():
 
 @pytest.mark.parametrize("moments", MOMENTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_updates_are_native_too(moments, dtype):
+def test_updates_are_native_where_that_is_faster(moments, dtype):
     rng = np.random.default_rng(0)
     g = jnp.asarray(rng.standard_normal((64, 300)), dtype)
     p = jnp.asarray(rng.standard_normal((64, 300)), jnp.float32)
     for make in (adamfn.adam, adamfn.adamw, partial(adamfn.adam, nesterov=True)):
         tx = make(0.1, moments=moments)
         update = jax.jit(tx.update)
-        assert "adamfn_step" in update.lower(g, tx.init(p), p).as_text()
+        text = update.lower(g, tx.init(p), p).as_text()
+        assert ("adamfn_step" in text) == (moments != "float32")
         found, _ = update(g, tx.init(p), p)
         expected, _ = jax.jit(adamfn.with_backend(tx, "xla").update)(g, tx.init(p), p)
         assert found.dtype == expected.dtype == dtype
