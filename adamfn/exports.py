@@ -5,7 +5,7 @@ from jax import export
 from adamfn.formats.eight_bit import EightBitScales
 from adamfn.formats.factored import Factors
 from adamfn.formats.four_bit import FourBitScales
-from adamfn.packing import Packed
+from adamfn.layout import Packed
 from adamfn.stage import CountedState, EmptyState
 from adamfn.stages.infinity import ScaleByInfinityMomentsState
 from adamfn.stages.learning_rate import ScaleByLrState

@@ -5,11 +5,8 @@ Adam on a thousand elements. So small leaves share buffers, up to 64 leaves each
 buffer is one leaf.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from itertools import accumulate
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,71 +16,13 @@ from adamfn import joined
 from adamfn.calls import Bundle
 from adamfn.chaining import elements, flat_states, nested, structure_of
 from adamfn.joined import Wanted
+from adamfn.layout import Layout, Packed
 from adamfn.stage import CountedState, Stage
 from adamfn.stepping import assemble
 from adamfn.transform import GradientTransformation, check_transformation
 from adamfn.trees import PyTree, check_inexact, describe, matching_leaves, path_name
 
-_LEAVES = 64
-"""Leaves of one buffer. The time that XLA takes to compile a call grows with the square."""
-
 _WAY_OUT = "Pass gradients of these parameters, and the state that `init` made for them."
-
-
-class Packed(NamedTuple):
-    """A tree of parameters' shapes, with small leaves in buffers."""
-
-    leaves: PyTree
-    """What stands by itself: the parameters' tree, None where a leaf is packed."""
-    buffers: Any
-    """A tuple of the others, end to end: float32 of shape (elements,)."""
-
-
-class _Layout:
-    """Which leaves of a tree share each buffer."""
-
-    def __init__(self, stages: Sequence[Stage], params: PyTree, below: int) -> None:
-        check_inexact(params, "packed: params")
-        self.leaves, self.treedef = jax.tree.flatten(params)
-        masks = joined.masks_of(stages, params, params)
-        alike: dict[Any, list[int]] = {}
-        for k, (leaf, *changed) in enumerate(zip(self.leaves, *masks, strict=True)):
-            dtype = jnp.result_type(leaf)
-            real = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 32
-            if real and jnp.size(leaf) < below:
-                alike.setdefault(tuple(changed), []).append(k)
-        self.runs = [
-            own[i : i + _LEAVES] for own in alike.values() for i in range(0, len(own), _LEAVES)
-        ]
-        # The stages of a packed tree: a buffer has the mask of its leaves.
-        self.stages = [
-            replace(stage, mask=None if stage.mask is None else self.pack(mask, lambda own: own[0]))
-            for stage, mask in zip(stages, map(self.treedef.unflatten, masks), strict=True)
-        ]
-
-    def pack(self, tree: PyTree, buffer: Callable[[list[Any]], Any]) -> Packed:
-        """A tree of the parameters' structure with buffers made of the leaves that share one."""
-        parts: list[Any] = self.treedef.flatten_up_to(tree)
-        buffers = tuple(buffer([parts[k] for k in run]) for run in self.runs)
-        shared = {k for run in self.runs for k in run}
-        alone = [None if k in shared else part for k, part in enumerate(parts)]
-        # One leaf instead of a tuple for a tree without leaves, as in storage.as_fields.
-        return Packed(self.treedef.unflatten(alone), buffers if parts else jnp.zeros((0,)))
-
-    def unpack(self, packed: Packed) -> PyTree:
-        """The tree that was packed, from buffers or bundles."""
-        parts: list[Any] = self.treedef.flatten_up_to(packed.leaves)
-        for run, buffer in zip(self.runs, packed.buffers, strict=True):
-            if not isinstance(buffer, Bundle):
-                shapes = [jnp.shape(self.leaves[k]) for k in run]
-                ends = accumulate(map(math.prod, shapes))
-                buffer = [
-                    buffer[end - math.prod(shape) : end].reshape(shape)
-                    for shape, end in zip(shapes, ends, strict=True)
-                ]
-            for k, part in zip(run, buffer, strict=True):
-                parts[k] = part
-        return self.treedef.unflatten(parts)
 
 
 def packed(tx: GradientTransformation, below: int = 32768) -> GradientTransformation:
@@ -127,7 +66,7 @@ def packed(tx: GradientTransformation, below: int = 32768) -> GradientTransforma
 
     def init(params: PyTree) -> PyTree:
         _check_whole(params)
-        layout = _Layout(stages, params, below)
+        layout = Layout(stages, params, below)
         states = joined.first_states(layout.stages, layout.pack(params, _flat))
         return nested(structure, iter(states))
 
@@ -137,7 +76,7 @@ def packed(tx: GradientTransformation, below: int = 32768) -> GradientTransforma
         check_inexact(updates, "packed: updates")
         if params is not None:
             matching_leaves("packed: updates", updates, "params", params, _WAY_OUT)
-        layout = _Layout(stages, updates if params is None else params, below)
+        layout = Layout(stages, updates if params is None else params, below)
         states = flat_states(structure, state)
         _map_kept(stages, states, layout, lambda field: field)
         us, ps, states = joined.run(
@@ -152,7 +91,7 @@ def packed(tx: GradientTransformation, below: int = 32768) -> GradientTransforma
         return us, ps, nested(structure, iter(states))
 
     def repacked(state: PyTree, params: PyTree) -> PyTree:
-        states, layout = flat_states(structure, state), _Layout(stages, params, below)
+        states, layout = flat_states(structure, state), Layout(stages, params, below)
         packs = not any(
             isinstance(node, Packed) for node in jax.tree.leaves(state, is_leaf=_is_packed)
         )
@@ -207,7 +146,7 @@ def _flat(leaves: Sequence[Any]) -> jax.Array:
 def _map_kept(
     stages: Sequence[Stage],
     states: Sequence[Any],
-    layout: _Layout | None,
+    layout: Layout | None,
     function: Callable[[Any], Any],
 ) -> list[Any]:
     """The states, with a function applied to what they keep of leaves; packed as a layout says."""
@@ -217,7 +156,7 @@ def _map_kept(
         joined.check_state(stage, own, *stage.states)
         fields = {name: getattr(own, name) for name in stage.keeps}
         for name, field in fields.items() if layout else ():
-            _check_packed(f"packed: {name} of {stage.name}", field, cast("_Layout", layout))
+            _check_packed(f"packed: {name} of {stage.name}", field, cast("Layout", layout))
         own = own._replace(**{name: function(field) for name, field in fields.items()})
         moved.append(state._replace(stage=own) if isinstance(state, CountedState) else own)
     return moved
@@ -259,7 +198,7 @@ def _check_whole(params: PyTree) -> None:
             )
 
 
-def _check_packed(name: str, field: Any, layout: _Layout) -> None:
+def _check_packed(name: str, field: Any, layout: Layout) -> None:
     if not isinstance(field, Packed):
         raise TypeError(
             f"{name} is not packed. `adamfn.repack` moves a plain state into this arrangement."
