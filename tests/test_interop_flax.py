@@ -154,7 +154,8 @@ def test_a_donated_step_needs_memory_for_gradients_alone(name):
     theirs, _ = compiled_nnx(nnx.Optimizer, name)
     assert "adamfn_step" in ours.as_text()
     assert ours.memory_analysis().temp_size_in_bytes < 1.1 * gradients
-    assert theirs.memory_analysis().temp_size_in_bytes > 2 * gradients  # updates too
+    if name == "8bit":  # in float32 XLA folds the update into the sum
+        assert theirs.memory_analysis().temp_size_in_bytes > 2 * gradients  # updates too
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(carried))
     assert ours.memory_analysis().alias_size_in_bytes == held - 4  # the last rate, which none reads
 
