@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -301,6 +303,25 @@ def test_parameters_need_not_be_a_dictionary(params):
     state = TrainState(0, None, params, tx := adamfn.adam(0.25), tx.init(params))
     state = state.apply_gradients(grads=params)
     jax.tree.map(lambda p: np.testing.assert_allclose(p, 0.75, rtol=1e-6), state.params)
+
+
+def test_the_guide_on_eight_devices():
+    # Elsewhere its examples run on one.
+    guide = Path(__file__).parent.parent / "docs" / "many_devices.md"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    code = (
+        "import doctest, sys, jax; assert len(jax.devices()) == 8;"
+        "found = doctest.testfile(sys.argv[1], False, optionflags=doctest.NORMALIZE_WHITESPACE);"
+        "sys.exit(found.failed or not found.attempted)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(guide)],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 # Errors

@@ -73,7 +73,7 @@ class Optimizer(nnx.Optimizer[M]):
         for path in sorted(_paths(params) - _paths(own)):
             raise ValueError(
                 f"Optimizer.update: found no gradient of {path}; expected one of each parameter of"
-                f" wrt={self.wrt!r}. Take nnx.grad(loss, argnums=nnx.DiffState(0, wrt))."
+                f" wrt={self.wrt!r}. In graph mode: nnx.grad(loss, argnums=nnx.DiffState(0, wrt))."
             )
         asked = _pure(kwargs) | {"return_updates": return_updates}
         params, state, *updates = adamfn.step(self.tx, own, _pure(self.opt_state), params, **asked)
