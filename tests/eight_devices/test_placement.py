@@ -125,3 +125,18 @@ def test_scales_of_blocks_that_are_cut_are_everywhere():
         assert scale.shape == (99, 4)
         assert scale.sharding.is_fully_replicated
         assert len(scale.devices()) == 8
+
+
+def test_packed_leaves_lie_together():
+    tx, devices = adamfn.packed(adamfn.adam(0.1)), jax.devices()
+    params = jax.device_put(drawn(0), devices[3])
+    state = tx.init(params)
+    params, after = adamfn.step(tx, params, state, params)
+    for x in jax.tree.leaves((params, state, after)):
+        assert x.devices() == {devices[3]} if x.ndim else not x.committed
+    bias = params["bias"]
+    with pytest.raises(ValueError, match=r"packed: .*2 devices; expected .*Leave `packed` out"):
+        tx.init({"a": bias, "b": jax.device_put(bias, devices[1])})
+    split = jax.device_put(bias, jax.NamedSharding(MESH, P("data")))
+    with pytest.raises(ValueError, match=r"packed: .*8 devices; expected .*Leave `packed` out"):
+        tx.init(split)
