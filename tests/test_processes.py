@@ -86,6 +86,9 @@ def train(rank, port, folder, killed_at, log):
             manager.save(number + 1, args=ocp.args.StandardSave(run))
     if rank == 0:
         np.savez(f"{folder}/end.npz", begin=begin, **jax.device_get(run["params"]))
+    # A child of multiprocessing runs no exit handlers: without this, the process that coordinates
+    # may be gone while the other still asks it, which then dies.
+    jax.distributed.shutdown()
 
 
 def both(folder, killed_at=None):
