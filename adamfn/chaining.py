@@ -1,7 +1,6 @@
 """How transformations are made of stages, and chained: joined stages are one program of a leaf."""
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any, TypeAlias, cast
 
@@ -15,6 +14,7 @@ from adamfn.transform import (
     Transformation,
     apply_updates,
     check_transformation,
+    extra_arguments,
 )
 from adamfn.trees import PyTree
 
@@ -71,7 +71,8 @@ def chain(*transformations: Transformation) -> GradientTransformation:
 
     Raises:
       TypeError: an argument has no `init` and `update`.
-      ValueError: at `update`, the state has another number of parts than the chain.
+      ValueError: a stage stands after one that it refuses, such as a decay after the rate; at
+        `update`, the state has another number of parts than the chain.
 
     >>> import adamfn
     >>> import jax.numpy as jnp
@@ -83,7 +84,14 @@ def chain(*transformations: Transformation) -> GradientTransformation:
     """
     for position, tx in enumerate(transformations):
         check_transformation(f"chain: argument {position}", tx)
-    return _compose(tuple(map(structure_of, transformations)))
+    structure = tuple(map(structure_of, transformations))
+    before: set[str] = set()
+    for stage in elements(structure):
+        if isinstance(stage, Stage):
+            for name in before & {*stage.refuses}:
+                raise ValueError(f"chain: {stage.name} stands after {name}: {stage.refuses[name]}")
+            before.add(stage.name)
+    return _compose(structure)
 
 
 def with_backend(tx: GradientTransformation, backend: Backend) -> GradientTransformation:
@@ -122,7 +130,7 @@ def with_backend(tx: GradientTransformation, backend: Backend) -> GradientTransf
 def _compose(structure: Structure) -> GradientTransformation:
     """The transformation that a structure stands for."""
     segments = list(_segments(elements(structure)))
-    accepted = [_keywords(own[0].update) if foreign else None for foreign, own in segments]
+    accepted = [extra_arguments(own[0].update) if foreign else None for foreign, own in segments]
 
     def init(params: PyTree) -> PyTree:
         states: list[PyTree] = []
@@ -216,11 +224,3 @@ def flat_states(structure: Structure, state: PyTree) -> list[PyTree]:
         f"chain: found {found} as the state, expected a tuple of {len(parts)}, one part for each"
         " transformation. The state belongs to another chain: make it with this one's init(params)."
     )
-
-
-def _keywords(function: Callable[..., Any]) -> frozenset[str] | None:
-    """The extra arguments that an update function takes, or None if it takes any."""
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return None
-    return frozenset(parameters) - {"updates", "state", "params"}

@@ -15,6 +15,9 @@ from adamfn.hyperparams import scalar
 
 _LAST_COUNT = jnp.iinfo(jnp.int32).max
 
+_LOG_OF_ZERO = -1000.0
+"""Its exponential is zero in every dtype. JAX's checks would report an infinity."""
+
 
 class Shares(NamedTuple):
     """The decay b of an average, as the formula of a leaf needs it."""
@@ -57,10 +60,11 @@ def decay(name: str, value: Any) -> Decay:
     """
     rate = scalar(name, value, below=1)
     if isinstance(rate, float):
-        log = math.log(rate) if rate else -math.inf
+        log = math.log(rate) if rate else _LOG_OF_ZERO
         return Decay(Shares(1 - rate, rate if rate < 0.5 else None), log)
     complement = 1 - rate
-    return Decay(Shares(complement, rate), jnp.log1p(-complement))
+    some = jnp.where(rate == 0, 0.5, complement)
+    return Decay(Shares(complement, rate), jnp.where(rate == 0, _LOG_OF_ZERO, jnp.log1p(-some)))
 
 
 def average(old: jax.Array, new: jax.Array, b: Shares) -> jax.Array:
@@ -72,6 +76,22 @@ def average(old: jax.Array, new: jax.Array, b: Shares) -> jax.Array:
     step = new - old
     from_old = old + b.complement * step
     return from_old if b.rate is None else jnp.where(b.rate < 0.5, new - b.rate * step, from_old)
+
+
+def bounded(g: jax.Array) -> jax.Array:
+    """The gradient, but 2^48 for what is larger and finite; in float64 2^480.
+
+    The square of a larger one, or the sum of many in a mean of a format, would overflow, and its
+    element would never recover. Adam's ratio hardly sees the bound: both of its moments then hold
+    this gradient and nothing else. Infinities and NaN stay visible.
+    """
+    info = jnp.finfo(g.dtype)
+    largest = 2.0**480 if info.bits == 64 else 2.0**48
+    size = jnp.maximum(abs(g.real), abs(g.imag)) if jnp.iscomplexobj(g) else abs(g)
+    over = (size > largest) & (size <= info.max)
+    if jnp.iscomplexobj(g):
+        return g * jnp.where(over, largest / jnp.where(over, size, 1), 1)
+    return jnp.where(over, jnp.copysign(largest, g), g)
 
 
 def average_moments(

@@ -7,7 +7,7 @@ scalars. `backends/native` repeats the first three in C++, and a test holds it t
 import jax
 import jax.numpy as jnp
 
-from adamfn.ema import Shares, average, average_moments
+from adamfn.ema import Shares, average, average_moments, bounded
 
 
 def ratio(
@@ -21,6 +21,7 @@ def ratio(
     ahead: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The formula of `scale_by_moments`: `(u, mu, nu)`."""
+    g = bounded(g)
     mu, nu = average_moments(g, mu, nu, b1, b2)
     m = mu if ahead is None else mu * ((1 - b1.complement) * ahead) + g * b1.complement
     return m / (jnp.sqrt(nu + eps_root) + eps), mu, nu
@@ -44,11 +45,13 @@ def max_ratio(
     b1: Shares,
     b2: Shares,
     eps: jax.Array,
+    eps_root: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """The formula of `scale_by_max_moments`: `(u, mu, nu, nu_max)`."""
+    g = bounded(g)
     mu, nu = average_moments(g, mu, nu, b1, b2)
     nu_max = jnp.maximum(nu_max, nu)
-    return mu / (jnp.sqrt(nu_max) + eps), mu, nu, nu_max
+    return mu / (jnp.sqrt(nu_max + eps_root) + eps), mu, nu, nu_max
 
 
 def nesterov_ratio(
@@ -58,12 +61,14 @@ def nesterov_ratio(
     b1: Shares,
     b2: Shares,
     eps: jax.Array,
+    eps_root: jax.Array,
     of_mu: jax.Array,
     of_g: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """The formula of `scale_by_nesterov_moments`: `(u, mu, nu)`."""
+    g = bounded(g)
     mu, nu = average_moments(g, mu, nu, b1, b2)
-    return (of_mu * mu + of_g * g) / (jnp.sqrt(nu) + eps), mu, nu
+    return (of_mu * mu + of_g * g) / (jnp.sqrt(nu + eps_root) + eps), mu, nu
 
 
 def rectified_ratio(
@@ -73,12 +78,16 @@ def rectified_ratio(
     b1: Shares,
     b2: Shares,
     eps: jax.Array,
+    eps_root: jax.Array,
     rectification: jax.Array,
     untrusted: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """The formula of `scale_by_rectified_moments`: `(u, mu, nu)`."""
+    g = bounded(g)
     mu, nu = average_moments(g, mu, nu, b1, b2)
-    factor = jnp.where(rectification > 0, rectification / (jnp.sqrt(nu) + eps), untrusted)
+    factor = jnp.where(
+        rectification > 0, rectification / (jnp.sqrt(nu + eps_root) + eps), untrusted
+    )
     return mu * factor, mu, nu
 
 
@@ -93,10 +102,17 @@ def infinity_ratio(
 
 
 def lazy_ratio(
-    g: jax.Array, mu: jax.Array, nu: jax.Array, b1: Shares, b2: Shares, eps: jax.Array
+    g: jax.Array,
+    mu: jax.Array,
+    nu: jax.Array,
+    b1: Shares,
+    b2: Shares,
+    eps: jax.Array,
+    eps_root: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """The formula of `scale_by_lazy_moments`: `(u, mu, nu)`."""
+    g = bounded(g)
     active = jnp.any(g != 0, axis=-1, keepdims=True) if g.ndim else g != 0
     next_mu, next_nu = average_moments(g, mu, nu, b1, b2)
-    u = jnp.where(active, next_mu / (jnp.sqrt(next_nu) + eps), 0)
+    u = jnp.where(active, next_mu / (jnp.sqrt(next_nu + eps_root) + eps), 0)
     return u, jnp.where(active, next_mu, mu), jnp.where(active, next_nu, nu)

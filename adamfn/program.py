@@ -196,7 +196,7 @@ def _run_packed(
 
 
 def _widened(x: jax.Array, real: Any) -> jax.Array:
-    complex_of = jnp.promote_types(real, jnp.complex64)
+    complex_of = jnp.complex64 if real == jnp.float32 else jnp.complex128
     return x.astype(complex_of if jnp.iscomplexobj(x) else real)
 
 

@@ -63,6 +63,7 @@ class Stage:
       mask: which leaves it changes, as in `add_decayed_weights`; None for all.
       elementwise: whether an element of the results depends on no other element of the leaf.
       rests: whether rows whose moments the formula leaves as they are stay as they are stored.
+      refuses: the names of stages after which it would do what nobody wants, and why.
 
     Raises:
       TypeError, ValueError: these do not fit each other; names the stage.
@@ -90,6 +91,7 @@ class Stage:
     mask: PyTree | Callable[[PyTree], PyTree] | None = None
     elementwise: bool = True
     rests: bool = False
+    refuses: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def __post_init__(self) -> None:
         """Checks that its parts fit each other."""
@@ -125,7 +127,7 @@ class Stage:
                 f" {', '.join(sorted(expected)) or 'none'}, one for each of `keeps` and `start`,"
                 " and `count` and `scales` where they are wanted."
             )
-        check_moments(self.moments)
+        object.__setattr__(self, "moments", check_moments(self.moments))
         if self.moments != "float32" and not self.has_moments:
             raise ValueError(
                 f"Stage {self.name}: moments is {self.moments!r}, and it keeps"

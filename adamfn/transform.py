@@ -3,6 +3,8 @@
 Nothing here knows of Adam, nor of stages.
 """
 
+import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -27,16 +29,19 @@ class UpdateFunction(Protocol):
         ...
 
 
-class GradientTransformation(NamedTuple):
+class _InitAndUpdate(NamedTuple):
+    init: Callable[[PyTree], PyTree]
+    update: UpdateFunction
+
+
+class GradientTransformation(_InitAndUpdate):
     """A pair of pure functions that turn gradients into updates.
 
     `init(params)` makes the state; `update(updates, state, params=None, **extra)` returns the
     transformed updates, with the structure, shapes and dtypes of what came in, and the next state.
     Extra arguments that a transformation does not know are ignored.
 
-    Optax accepts it wherever it accepts its own, and the reverse. Only `optax.chain` drops the
-    extra arguments of what is not its own class: `optax.GradientTransformationExtraArgs(*tx)`
-    gives it that class.
+    Optax accepts it wherever it accepts its own, and the reverse.
 
     >>> import adamfn
     >>> import jax.numpy as jnp
@@ -48,8 +53,26 @@ class GradientTransformation(NamedTuple):
     [2.]
     """
 
-    init: Callable[[PyTree], PyTree]
-    update: UpdateFunction
+    __slots__ = ()
+
+    @property
+    def __class__(self) -> type[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Its type; to `isinstance` also optax's class, where optax is imported.
+
+        Optax's wrappers hand extra arguments on to an instance of that class, and drop them before
+        anything else.
+        """
+        theirs = getattr(sys.modules.get("optax"), "GradientTransformationExtraArgs", None)
+        takes_any = callable(self.update) and extra_arguments(self.update) is None
+        return theirs if theirs is not None and takes_any else type(self)
+
+
+def extra_arguments(update: Callable[..., Any]) -> frozenset[str] | None:
+    """The extra arguments that an `update` takes, or None if it takes any."""
+    parameters = inspect.signature(update).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return None
+    return frozenset(parameters) - {"updates", "state", "params"}
 
 
 class Transformation(Protocol):

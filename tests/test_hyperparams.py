@@ -48,8 +48,8 @@ def test_arrays_stay_arrays():
 def test_the_value_of_an_array_is_not_fetched():
     # It may be on its way, or traced; so its range is the caller's affair.
     for value in (2.0, -1.0, jnp.nan, jnp.inf):
-        adamfn.adam(*[jnp.float32(value)] * 5)
-    jax.eval_shape(lambda b: adamfn.adam(b, b, b, b, b).init(jnp.zeros(1)), jnp.float32(2))
+        adamfn.adam(*[jnp.float32(value)] * 4, eps_root=jnp.float32(value))
+    jax.eval_shape(lambda b: adamfn.adam(b, b, b, b, eps_root=b).init(jnp.zeros(1)), jnp.float32(2))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -83,7 +83,7 @@ def test_traced_and_static_hyperparameters_agree():
     g = jnp.array([1.0, -1e-3, 5.0])
 
     def three_steps(lr, b1, b2, eps, eps_root, decay):
-        tx = adamfn.adamw(lr, b1, b2, eps, eps_root, weight_decay=decay)
+        tx = adamfn.adamw(lr, b1, b2, eps, eps_root=eps_root, weight_decay=decay)
         state = tx.init(g)
         for _ in range(3):
             updates, state = tx.update(g, state, g)

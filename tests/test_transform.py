@@ -33,7 +33,10 @@ def assert_alike(found, expected):
     chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
 
 
-@pytest.mark.parametrize("order", list(permutations(STAGES)), ids="-".join)
+ORDERS = [order for order in permutations(STAGES) if order.index("decay") < order.index("lr")]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
 def test_any_order_keeps_structure_shapes_and_dtypes(order):
     params = mixed_tree()
     tx = adamfn.chain(*(STAGES[name]() for name in order))
@@ -93,9 +96,9 @@ def test_python_and_numpy_leaves(leaf):
 
 
 def test_adam_is_the_chain_of_its_three_stages():
-    adam = adamfn.adam(0.1, 0.8, 0.99, 1e-3, 1e-4, nesterov=True)
+    adam = adamfn.adam(0.1, 0.8, 0.99, 1e-3, eps_root=1e-4, nesterov=True)
     chain = adamfn.chain(
-        adamfn.scale_by_moments(0.8, 0.99, 1e-3, 1e-4, nesterov=True),
+        adamfn.scale_by_moments(0.8, 0.99, 1e-3, eps_root=1e-4, nesterov=True),
         adamfn.bias_correct(0.8, 0.99),
         adamfn.scale_by_lr(0.1),
     )

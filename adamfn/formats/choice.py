@@ -5,23 +5,26 @@ from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from adamfn.formats.base import Format
-from adamfn.formats.names import get
+from adamfn.formats.names import get, name_of
 from adamfn.trees import PyTree, path_name
 
-Moments: TypeAlias = str | Format | Callable[[str, Any], str | Format]
-"""How moments are stored: a format's name, a format, or a function that chooses one for each leaf
+Moments: TypeAlias = str | Format | DTypeLike | Callable[[str, Any], Any] | None
+"""How moments are stored: a format's name, a format, `jnp.float32` or `jnp.bfloat16`, None for
+float32, or a function that chooses one for each leaf
 from its path, such as `layers/0/kernel`, and the leaf: the parameter at `init` and its gradient at
 `update`, so path and shape are to decide."""
 
 
 def check_moments(moments: Any) -> Moments:
-    """Returns `moments` if it can be one.
+    """Returns `moments` if it can be one; a dtype or None as the format's name.
 
     Raises:
       TypeError, ValueError: it is not a name, a format or a function.
     """
+    moments = name_of(moments)
     if not callable(moments) or isinstance(moments, type):
         get(moments)
     return cast("Moments", moments)

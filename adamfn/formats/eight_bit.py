@@ -90,7 +90,7 @@ class EightBit:
         fall = 1 + levels.step.astype(jnp.float32) * 2.0**-24
         ratio = mu * jnp.where(nu == 0, 0, 1 / near_root(nu))
         largest = fall * float_of(blocks.largest(bits_of(ratio)))
-        per_code = jnp.where(largest == 0, 0, 127 / largest)
+        per_code = jnp.where(largest == 0, 0, 127 / jnp.where(largest == 0, 1, largest))
         chosen = levels.top - j * levels.step
         ratio = mu * jnp.where(nu == 0, 0, per_code / near_root(chosen))
         signed = jnp.clip(jnp.floor(ratio + threshold(mu_bits)), -127, 127)

@@ -57,7 +57,7 @@ class Factored:
         (first,) = (i for i, n in enumerate(columns.shape) if n < rows.shape[i])
         mean = rows.mean(first, keepdims=True)
         # The quotient first: the product of two small means would underflow.
-        return jnp.where(mean == 0, 0, rows / mean) * columns
+        return jnp.where(mean == 0, 0, rows / jnp.where(mean == 0, 1, mean)) * columns
 
     def holds(self, shape: tuple[int, ...]) -> bool:
         """True if two axes have 128 elements and more."""

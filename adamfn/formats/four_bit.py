@@ -90,7 +90,7 @@ class FourBit:
 
         ratio = mu * jnp.where(nu == 0, 0, 1 / near_root(nu))
         largest = float_of(blocks.largest(bits_of(ratio)))
-        per_level = jnp.where(largest == 0, 0, _MU_LARGEST / largest)
+        per_level = jnp.where(largest == 0, 0, _MU_LARGEST / jnp.where(largest == 0, 1, largest))
         # Divided anew: XLA would keep a quotient that is used twice in memory.
         ratio = mu * jnp.where(nu == 0, 0, per_level / near_root(nu))
         signed = jnp.clip(jnp.floor(ratio + 0.5), -_MU_LARGEST, _MU_LARGEST)

@@ -49,7 +49,7 @@ class Linear:
         x = blocks.split(x, size)
         # Not in denormals: their reciprocals are infinite.
         scale = float_of(blocks.largest(bits_of(x))) * (1 / 127)
-        per_code = jnp.where(scale < 2.0**-125, 0, 1 / scale)
+        per_code = jnp.where(scale < 2.0**-125, 0, 1 / jnp.maximum(scale, 2.0**-125))
         codes = jnp.clip(jnp.floor(x * per_code + place), -127, 127).astype(jnp.int8)
         return Encoded(blocks.join(codes, length), scale[..., 0])
 

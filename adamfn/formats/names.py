@@ -2,6 +2,9 @@
 
 from typing import Any, cast
 
+import jax.numpy as jnp
+import numpy as np
+
 from adamfn.formats.base import Format
 from adamfn.formats.bfloat16 import Rounded
 from adamfn.formats.blockmean import BlockMean
@@ -26,11 +29,21 @@ FORMATS: dict[str, Format] = {
 _NAMES = f"one of {', '.join(map(repr, FORMATS))}"
 
 
+def name_of(moments: Any) -> Any:
+    """The name of a format that is given as a dtype, or as None for float32; else what came."""
+    if moments is None:
+        return "float32"
+    if isinstance(moments, type | np.dtype) and moments in (jnp.float32, jnp.bfloat16):
+        return jnp.dtype(moments).name
+    return moments
+
+
 def get(name_or_format: Any) -> Format:
     """The format of a name, or a format as it came.
 
     Args:
-      name_or_format: one of `FORMATS`, or an object with `encode`, `decode` and `holds`.
+      name_or_format: one of `FORMATS`, an object with `encode`, `decode` and `holds`, or what
+        `name_of` knows.
 
     Raises:
       ValueError: no format has this name.
@@ -39,6 +52,7 @@ def get(name_or_format: Any) -> Format:
     >>> get("8bit")
     EightBit(block=256)
     """
+    name_or_format = name_of(name_or_format)
     if isinstance(name_or_format, str):
         if name_or_format not in FORMATS:
             raise ValueError(f"moments is {name_or_format!r}; expected {_NAMES}.")

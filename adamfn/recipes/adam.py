@@ -7,6 +7,7 @@ import chex
 from adamfn.chaining import chain
 from adamfn.formats import Moments
 from adamfn.hyperparams import ScalarOrSchedule
+from adamfn.naming import explained
 from adamfn.stages.bias import bias_correct
 from adamfn.stages.learning_rate import scale_by_lr
 from adamfn.stages.ratio import scale_by_moments
@@ -15,13 +16,14 @@ from adamfn.transform import GradientTransformation
 from adamfn.trees import PyTree
 
 
+@explained
 def adam(
     learning_rate: ScalarOrSchedule = 1e-3,
     b1: chex.Numeric = 0.9,
     b2: chex.Numeric = 0.999,
     eps: chex.Numeric = 1e-8,
-    eps_root: chex.Numeric = 0.0,
     *,
+    eps_root: chex.Numeric = 0.0,
     nesterov: bool = False,
     moments: Moments = "float32",
 ) -> GradientTransformation:
@@ -71,19 +73,20 @@ def adam(
     [ True  True]
     """
     return chain(
-        scale_by_moments(b1, b2, eps, eps_root, nesterov=nesterov, moments=moments),
+        scale_by_moments(b1, b2, eps, eps_root=eps_root, nesterov=nesterov, moments=moments),
         bias_correct(b1, b2),
         scale_by_lr(learning_rate),
     )
 
 
+@explained
 def adamw(
     learning_rate: ScalarOrSchedule = 1e-3,
     b1: chex.Numeric = 0.9,
     b2: chex.Numeric = 0.999,
     eps: chex.Numeric = 1e-8,
-    eps_root: chex.Numeric = 0.0,
     *,
+    eps_root: chex.Numeric = 0.0,
     weight_decay: ScalarOrSchedule = 1e-2,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     nesterov: bool = False,
@@ -131,7 +134,7 @@ def adamw(
     [-0.1]
     """
     return chain(
-        scale_by_moments(b1, b2, eps, eps_root, nesterov=nesterov, moments=moments),
+        scale_by_moments(b1, b2, eps, eps_root=eps_root, nesterov=nesterov, moments=moments),
         bias_correct(b1, b2),
         add_decayed_weights(weight_decay, mask),
         scale_by_lr(learning_rate),

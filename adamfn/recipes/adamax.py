@@ -5,12 +5,14 @@ import chex
 from adamfn.chaining import chain
 from adamfn.formats import Moments
 from adamfn.hyperparams import ScalarOrSchedule
+from adamfn.naming import explained
 from adamfn.stages.bias import bias_correct
 from adamfn.stages.infinity import scale_by_infinity_moments
 from adamfn.stages.learning_rate import scale_by_lr
 from adamfn.transform import GradientTransformation
 
 
+@explained
 def adamax(
     learning_rate: ScalarOrSchedule = 2e-3,
     b1: chex.Numeric = 0.9,

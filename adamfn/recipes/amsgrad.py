@@ -5,18 +5,21 @@ import chex
 from adamfn.chaining import chain
 from adamfn.formats import Moments
 from adamfn.hyperparams import ScalarOrSchedule
+from adamfn.naming import explained
 from adamfn.stages.bias import bias_correct
 from adamfn.stages.learning_rate import scale_by_lr
 from adamfn.stages.maximum import scale_by_max_moments
 from adamfn.transform import GradientTransformation
 
 
+@explained
 def amsgrad(
     learning_rate: ScalarOrSchedule = 1e-3,
     b1: chex.Numeric = 0.9,
     b2: chex.Numeric = 0.999,
     eps: chex.Numeric = 1e-8,
     *,
+    eps_root: chex.Numeric = 0.0,
     moments: Moments = "float32",
 ) -> GradientTransformation:
     r"""AMSGrad, by Reddi, Kale and Kumar: torch's `Adam(amsgrad=True)`.
@@ -31,6 +34,7 @@ def amsgrad(
       b1: as in `adam`.
       b2: as in `adam`.
       eps: as in `adam`.
+      eps_root: added under the root, as in `scale_by_moments`.
       moments: how the moments are stored, as in `scale_by_moments`.
 
     Returns:
@@ -52,7 +56,7 @@ def amsgrad(
     [-0.1  0.1]
     """
     return chain(
-        scale_by_max_moments(b1, b2, eps, moments=moments),
+        scale_by_max_moments(b1, b2, eps, eps_root=eps_root, moments=moments),
         bias_correct(b1, b2),
         scale_by_lr(learning_rate),
     )

@@ -5,18 +5,21 @@ import chex
 from adamfn.chaining import chain
 from adamfn.formats import Moments
 from adamfn.hyperparams import ScalarOrSchedule
+from adamfn.naming import explained
 from adamfn.stages.bias import bias_correct
 from adamfn.stages.lazy import scale_by_lazy_moments
 from adamfn.stages.learning_rate import scale_by_lr
 from adamfn.transform import GradientTransformation
 
 
+@explained
 def lazy_adam(
     learning_rate: ScalarOrSchedule = 1e-3,
     b1: chex.Numeric = 0.9,
     b2: chex.Numeric = 0.999,
     eps: chex.Numeric = 1e-8,
     *,
+    eps_root: chex.Numeric = 0.0,
     moments: Moments = "float32",
 ) -> GradientTransformation:
     r"""Adam for embeddings: rows whose gradient is all zero keep parameters and moments.
@@ -33,6 +36,7 @@ def lazy_adam(
       b1: as in `adam`.
       b2: as in `adam`.
       eps: added to the uncorrected root, as in torch.
+      eps_root: added under the root, as in `scale_by_moments`.
       moments: how the moments are stored, as in `scale_by_moments`.
 
     Returns:
@@ -53,7 +57,7 @@ def lazy_adam(
      [1.  1. ]]
     """
     return chain(
-        scale_by_lazy_moments(b1, b2, eps, moments=moments),
+        scale_by_lazy_moments(b1, b2, eps, eps_root=eps_root, moments=moments),
         bias_correct(b1, b2),
         scale_by_lr(learning_rate),
     )

@@ -5,18 +5,21 @@ import chex
 from adamfn.chaining import chain
 from adamfn.formats import Moments
 from adamfn.hyperparams import ScalarOrSchedule
+from adamfn.naming import explained
 from adamfn.stages.bias import bias_correct
 from adamfn.stages.learning_rate import scale_by_lr
 from adamfn.stages.nesterov import scale_by_nesterov_moments
 from adamfn.transform import GradientTransformation
 
 
+@explained
 def nadam(
     learning_rate: ScalarOrSchedule = 2e-3,
     b1: chex.Numeric = 0.9,
     b2: chex.Numeric = 0.999,
     eps: chex.Numeric = 1e-8,
     *,
+    eps_root: chex.Numeric = 0.0,
     momentum_decay: chex.Numeric = 4e-3,
     moments: Moments = "float32",
 ) -> GradientTransformation:
@@ -37,6 +40,7 @@ def nadam(
       b1: as in `adam`; the momentum's last value.
       b2: as in `adam`.
       eps: as in `adam`.
+      eps_root: added under the root, as in `scale_by_moments`.
       momentum_decay: how fast the momentum rises: its distance to b1 shrinks to 0.96 of itself in
         1 / momentum_decay steps.
       moments: how the moments are stored, as in `scale_by_moments`.
@@ -59,7 +63,9 @@ def nadam(
     [-0.25  0.25]
     """
     return chain(
-        scale_by_nesterov_moments(b1, b2, eps, momentum_decay, moments=moments),
+        scale_by_nesterov_moments(
+            b1, b2, eps, eps_root=eps_root, momentum_decay=momentum_decay, moments=moments
+        ),
         bias_correct(0.0, b2),
         scale_by_lr(learning_rate),
     )

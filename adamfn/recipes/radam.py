@@ -5,18 +5,21 @@ import chex
 from adamfn.chaining import chain
 from adamfn.formats import Moments
 from adamfn.hyperparams import ScalarOrSchedule
+from adamfn.naming import explained
 from adamfn.stages.bias import bias_correct
 from adamfn.stages.learning_rate import scale_by_lr
 from adamfn.stages.rectified import scale_by_rectified_moments
 from adamfn.transform import GradientTransformation
 
 
+@explained
 def radam(
     learning_rate: ScalarOrSchedule = 1e-3,
     b1: chex.Numeric = 0.9,
     b2: chex.Numeric = 0.999,
     eps: chex.Numeric = 1e-8,
     *,
+    eps_root: chex.Numeric = 0.0,
     moments: Moments = "float32",
 ) -> GradientTransformation:
     r"""RAdam, by Liu et al.: a warmup that the variance of the step asks for.
@@ -36,6 +39,7 @@ def radam(
       b1: as in `adam`.
       b2: as in `adam`; under 2/3 the second case holds for ever.
       eps: added to the uncorrected root, as in torch.
+      eps_root: added under the root, as in `scale_by_moments`.
       moments: how the moments are stored, as in `scale_by_moments`.
 
     Returns:
@@ -57,7 +61,7 @@ def radam(
     [-0.75  1.25]
     """
     return chain(
-        scale_by_rectified_moments(b1, b2, eps, moments=moments),
+        scale_by_rectified_moments(b1, b2, eps, eps_root=eps_root, moments=moments),
         bias_correct(b1, b2),
         scale_by_lr(learning_rate),
     )

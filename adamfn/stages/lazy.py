@@ -2,7 +2,7 @@
 
 import chex
 
-from adamfn.ema import decay
+from adamfn.ema import bias, decay
 from adamfn.formats import Moments
 from adamfn.formulas import lazy_ratio
 from adamfn.hyperparams import scalar
@@ -15,6 +15,7 @@ def scale_by_lazy_moments(
     b2: chex.Numeric = 0.999,
     eps: chex.Numeric = 1e-8,
     *,
+    eps_root: chex.Numeric = 0.0,
     moments: Moments = "float32",
 ) -> GradientTransformation:
     r"""Divides the average of the gradients by the root of squares, in the rows that have any.
@@ -23,7 +24,7 @@ def scale_by_lazy_moments(
     whole of a vector, a scalar by itself. With m and v as in `scale_by_moments`, where a row's
     gradient is not all zero
 
-    $$ u = \frac{m}{\sqrt v + \epsilon} $$
+    $$ u = \frac{m}{\sqrt{v + c_2\,\epsilon_\text{root}} + \epsilon}, \qquad c_2 = 1 - b_2^t $$
 
     and where it is all zero, m and v stay and $u = 0$. The gradient is dense. The count, and with
     it `bias_correct(b1, b2)` after this, goes on for all rows alike. eps is in units of the
@@ -33,6 +34,7 @@ def scale_by_lazy_moments(
       b1: decay of the gradients' average, in [0, 1); a number or a scalar array.
       b2: decay of the squares' average, likewise.
       eps: added to the root, at least 0.
+      eps_root: added under the root, as in `scale_by_moments`.
       moments: how the moments are stored, as in `scale_by_moments`.
 
     Returns:
@@ -54,11 +56,12 @@ def scale_by_lazy_moments(
      [1. 1.]
      [0. 0.]]
     """
-    mean, square, eps = decay("b1", b1), decay("b2", b2), scalar("eps", eps)
+    mean, square = decay("b1", b1), decay("b2", b2)
+    eps, eps_root = scalar("eps", eps), scalar("eps_root", eps_root)
     return from_moments(
         "scale_by_lazy_moments",
         lazy_ratio,
-        lambda _: (mean.shares, square.shares, eps),
+        lambda count: (mean.shares, square.shares, eps, bias(square, count) * eps_root),
         moments,
         elementwise=False,
         rests=True,

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from adamfn.ema import bias, decay
@@ -34,6 +35,7 @@ def scale_by_max_moments(
     b2: chex.Numeric = 0.999,
     eps: chex.Numeric = 1e-8,
     *,
+    eps_root: chex.Numeric = 0.0,
     moments: Moments = "float32",
 ) -> GradientTransformation:
     r"""Divides the average of the gradients by the root of the largest average of squares so far.
@@ -42,7 +44,7 @@ def scale_by_max_moments(
 
     $$
     v_\text{max} \leftarrow \max(v_\text{max}, v), \qquad
-    u = \frac{m}{\sqrt{v_\text{max}} + \sqrt{c_2}\,\epsilon}
+    u = \frac{m}{\sqrt{v_\text{max} + c_2\,\epsilon_\text{root}} + \sqrt{c_2}\,\epsilon}
     $$
 
     The maximum is taken of the uncorrected v, as in torch and in the paper. (`optax.amsgrad` takes
@@ -52,6 +54,7 @@ def scale_by_max_moments(
       b1: decay of the gradients' average, in [0, 1); a number or a scalar array.
       b2: decay of the squares' average, likewise.
       eps: added to the root, at least 0, in units of the gradient.
+      eps_root: added under the root, as in `scale_by_moments`.
       moments: how the moments are stored, as in `scale_by_moments`.
 
     Returns:
@@ -74,11 +77,17 @@ def scale_by_max_moments(
     >>> print(updates, state.nu, state.nu_max)
     [0.25] [1.] [16.]
     """
-    mean, square, eps = decay("b1", b1), decay("b2", b2), scalar("eps", eps)
+    mean, square = decay("b1", b1), decay("b2", b2)
+    eps, eps_root = scalar("eps", eps), scalar("eps_root", eps_root)
+
+    def scalars(count: jax.Array) -> tuple[PyTree, ...]:
+        c2 = bias(square, count)
+        return mean.shares, square.shares, jnp.sqrt(c2) * eps, c2 * eps_root
+
     return from_moments(
         "scale_by_max_moments",
         max_ratio,
-        lambda count: (mean.shares, square.shares, jnp.sqrt(bias(square, count)) * eps),
+        scalars,
         moments,
         more=("nu_max",),
         state=ScaleByMaxMomentsState,

@@ -37,8 +37,9 @@ def scale_by_nesterov_moments(
     b1: chex.Numeric = 0.9,
     b2: chex.Numeric = 0.999,
     eps: chex.Numeric = 1e-8,
-    momentum_decay: chex.Numeric = 4e-3,
     *,
+    eps_root: chex.Numeric = 0.0,
+    momentum_decay: chex.Numeric = 4e-3,
     moments: Moments = "float32",
 ) -> GradientTransformation:
     r"""Divides a momentum that looks one step ahead by the root of the average of squares.
@@ -50,7 +51,7 @@ def scale_by_nesterov_moments(
     \mu_t = b_1 (1 - \tfrac12 \cdot 0.96^{t\psi}), \qquad
     u = \Big(\frac{\mu_{t+1}\, m}{1 - \prod_{i=1}^{t+1} \mu_i}
       + \frac{(1 - \mu_t)\, g}{1 - \prod_{i=1}^{t} \mu_i}\Big)
-      \Big/ \big(\sqrt{v} + \sqrt{c_2}\,\epsilon\big)
+      \Big/ \big(\sqrt{v + c_2\,\epsilon_\text{root}} + \sqrt{c_2}\,\epsilon\big)
     $$
 
     The numerator is corrected for its beginning at zero here, by the products; the denominator by
@@ -61,6 +62,7 @@ def scale_by_nesterov_moments(
         array.
       b2: decay of the squares' average, likewise.
       eps: added to the root, at least 0, in units of the gradient.
+      eps_root: added under the root, as in `scale_by_moments`.
       momentum_decay: $\psi$, how fast the momentum rises, at least 0.
       moments: how the moments are stored, as in `scale_by_moments`.
 
@@ -81,7 +83,8 @@ def scale_by_nesterov_moments(
     >>> print(updates)
     [ 1. -1.]
     """
-    mean, square, eps = decay("b1", b1), decay("b2", b2), scalar("eps", eps)
+    mean, square = decay("b1", b1), decay("b2", b2)
+    eps, eps_root = scalar("eps", eps), scalar("eps_root", eps_root)
     log_rise = scalar("momentum_decay", momentum_decay) * math.log(0.96)
 
     def momentum(count: chex.Array) -> tuple[chex.Numeric, chex.Numeric]:
@@ -94,8 +97,9 @@ def scale_by_nesterov_moments(
         ahead, _ = momentum(increment(count))
         product = state.mu_product * now
         of_mu, of_g = ahead / (1 - product * ahead), complement / (1 - product)
-        scaled_eps = jnp.sqrt(bias(square, count)) * eps
-        return (mean.shares, square.shares, scaled_eps, of_mu, of_g), {"mu_product": product}
+        c2 = bias(square, count)
+        roots = jnp.sqrt(c2) * eps, c2 * eps_root
+        return (mean.shares, square.shares, *roots, of_mu, of_g), {"mu_product": product}
 
     return from_stage(
         Stage(

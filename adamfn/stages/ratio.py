@@ -17,8 +17,8 @@ def scale_by_moments(
     b1: chex.Numeric = 0.9,
     b2: chex.Numeric = 0.999,
     eps: chex.Numeric = 1e-8,
-    eps_root: chex.Numeric = 0.0,
     *,
+    eps_root: chex.Numeric = 0.0,
     nesterov: bool = False,
     moments: Moments = "float32",
 ) -> GradientTransformation:

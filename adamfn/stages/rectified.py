@@ -18,6 +18,7 @@ def scale_by_rectified_moments(
     b2: chex.Numeric = 0.999,
     eps: chex.Numeric = 1e-8,
     *,
+    eps_root: chex.Numeric = 0.0,
     moments: Moments = "float32",
 ) -> GradientTransformation:
     r"""Divides the average of the gradients by the root of squares once that can be trusted.
@@ -30,7 +31,7 @@ def scale_by_rectified_moments(
     r = \sqrt{\frac{(\rho - 4)(\rho - 2)\rho_\infty}{(\rho_\infty - 4)(\rho_\infty - 2)\rho}}
     $$
     $$
-    u = \frac{r\, m}{\sqrt v + \epsilon} \;\text{ if } \rho > 5, \qquad
+    u = \frac{r\, m}{\sqrt{v + c_2\,\epsilon_\text{root}} + \epsilon} \;\text{ if } \rho > 5, \qquad
     u = \frac{m}{\sqrt{c_2}} \;\text{ otherwise}
     $$
 
@@ -41,6 +42,7 @@ def scale_by_rectified_moments(
       b1: decay of the gradients' average, in [0, 1); a number or a scalar array.
       b2: decay of the squares' average, likewise; under 2/3, $\rho$ never exceeds 5.
       eps: added to the root, at least 0.
+      eps_root: added under the root, as in `scale_by_moments`.
       moments: how the moments are stored, as in `scale_by_moments`.
 
     Returns:
@@ -61,13 +63,14 @@ def scale_by_rectified_moments(
     >>> print((updates * 0.001**0.5).round(4))  # no division yet: the average of the gradients
     [ 1.5 -2.5]
     """
-    mean, square, eps = decay("b1", b1), decay("b2", b2), scalar("eps", eps)
+    mean, square = decay("b1", b1), decay("b2", b2)
+    eps, eps_root = scalar("eps", eps), scalar("eps_root", eps_root)
 
     def scalars(count: jax.Array) -> tuple[PyTree, ...]:
-        rho = _gradients_in(square, count)
-        untrusted = jax.lax.rsqrt(bias(square, count))
+        rho, c2 = _gradients_in(square, count), bias(square, count)
         rectification = jnp.where(rho > 5, _rectification(rho, square), 0)
-        return mean.shares, square.shares, eps, rectification, untrusted
+        untrusted = jax.lax.rsqrt(c2)
+        return mean.shares, square.shares, eps, c2 * eps_root, rectification, untrusted
 
     return from_moments("scale_by_rectified_moments", rectified_ratio, scalars, moments)
 

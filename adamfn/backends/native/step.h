@@ -37,6 +37,12 @@ inline float Average(float old, float fresh, float complement, float rate) {
   return rate < 0.5f ? fresh - rate * step : old + complement * step;
 }
 
+inline float Bounded(float g) {  // finite and larger than 2^48: that, with its sign
+  constexpr float kLargest = 281474976710656.0f;
+  const float size = std::fabs(g);
+  return size > kLargest && size < HUGE_VALF ? std::copysign(kLargest, g) : g;
+}
+
 // Moves p by the update, or writes the update to u.
 template <bool kNesterov, bool kDecays, bool kMoves>
 void StepRun(const Scalars& s, int64_t size, const float* g, float* mu, float* nu, float* p,
@@ -44,10 +50,11 @@ void StepRun(const Scalars& s, int64_t size, const float* g, float* mu, float* n
   const Scalars c = s;  // a copy that nothing written below can be an alias of
 #pragma GCC ivdep
   for (int64_t i = 0; i < size; ++i) {
-    mu[i] = Average(mu[i], g[i], c[kComplement1], c[kRate1]);
-    nu[i] = Average(nu[i], g[i] * g[i], c[kComplement2], c[kRate2]);
+    const float x = Bounded(g[i]);
+    mu[i] = Average(mu[i], x, c[kComplement1], c[kRate1]);
+    nu[i] = Average(nu[i], x * x, c[kComplement2], c[kRate2]);
     const float m =
-        kNesterov ? mu[i] * ((1 - c[kComplement1]) * c[kAhead]) + g[i] * c[kComplement1] : mu[i];
+        kNesterov ? mu[i] * ((1 - c[kComplement1]) * c[kAhead]) + x * c[kComplement1] : mu[i];
     const float ratio = m / (std::sqrt(nu[i] + c[kEpsRoot]) + c[kEps]) * c[kCorrection];
     const float update = (kDecays ? ratio + c[kWeightDecay] * p[i] : ratio) * c[kFactor];
     if (kMoves) {

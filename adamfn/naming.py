@@ -1,0 +1,52 @@
+"""Other libraries' names for the arguments of a recipe, explained where they are used."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+_WAYS_OUT = {
+    "mu_dtype": "how the moments are stored is moments=, such as moments='bfloat16'",
+    "lr": "the rate is learning_rate=",
+    "betas": "the decays are b1= and b2=",
+    "beta1": "it is b1=",
+    "beta2": "it is b2=",
+    "epsilon": "it is eps=",
+    "weight_decay": "decoupled decay is adamw(weight_decay=...), and an L2 penalty is"
+    " chain(add_decayed_weights(...), adam(...))",
+    "amsgrad": "it is a recipe of its own, amsgrad(...)",
+    "maximize": "negate the loss, or chain optax.scale(-1.0) before it",
+    "bias_correction": "without it the chain is chain(scale_by_moments(...), scale_by_lr(...))",
+}
+
+
+def explained(recipe: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The recipe, whose TypeError for arguments that do not fit says what to write instead."""
+    signature = inspect.signature(recipe)
+    names = list(signature.parameters)
+    positional = [
+        name
+        for name, parameter in signature.parameters.items()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+
+    @functools.wraps(recipe)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        name = recipe.__name__
+        if len(args) > len(positional):
+            raise TypeError(
+                f"{name}: found {len(args)} positional arguments, and {args[len(positional)]!r} as"
+                f" the {len(positional) + 1}th; expected at most {len(positional)}:"
+                f" {', '.join(positional)}. Libraries differ in what follows (torch has the weight"
+                " decay there, optax eps_root), so it is given by name."
+            )
+        for key, value in kwargs.items():
+            if key not in names:
+                known = _WAYS_OUT.get(key, f"it takes {', '.join(names)}")
+                raise TypeError(f"{name}: found the argument {key}={value!r}; {known}.")
+        return recipe(*args, **kwargs)
+
+    return checked

@@ -1,0 +1,176 @@
+"""Numbers that people report of Adam: huge gradients, derivatives, decays that grow weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import adamfn
+
+MEMBERS = {
+    "adam": adamfn.adam,
+    "nesterov": lambda **own: adamfn.adam(nesterov=True, **own),
+    "adamw": adamfn.adamw,
+    "amsgrad": adamfn.amsgrad,
+    "adamax": adamfn.adamax,
+    "nadam": adamfn.nadam,
+    "radam": adamfn.radam,
+    "lazy_adam": adamfn.lazy_adam,
+}
+
+
+# One gradient whose square overflows made its element NaN for ever (pytorch 40345 and its kin).
+
+
+def after_a_huge_gradient(tx, shape, huge, dtype=jnp.float32, steps=4):
+    """Parameters and state when one element's first gradient was huge, and all others are 1."""
+    params = jnp.ones(shape, dtype)
+    state = tx.init(params)
+    first = jnp.ones(shape, dtype).at[0, 0].set(huge)
+    step = jax.jit(lambda g, params, state: adamfn.step(tx, g, state, params))
+    for g in (first, *[jnp.ones(shape, dtype)] * (steps - 1)):
+        params, state = step(g, params, state)
+    return params, state
+
+
+@pytest.mark.parametrize("huge", [1e20, 1e38, -3e38])
+@pytest.mark.parametrize("name", MEMBERS)
+def test_a_huge_gradient_moves_its_element_as_in_exact_arithmetic(name, huge):
+    # radam's first steps are as long as the gradient; without them it is its peers' equal.
+    params, _ = after_a_huge_gradient(MEMBERS[name](learning_rate=1e-3), (2, 3), huge)
+    if name == "radam":
+        assert np.all(np.isfinite(params))
+        return
+    # In float64, where nothing overflows, by the same transformation: its element alone is huge.
+    with jax.enable_x64(True):
+        tx = MEMBERS[name](learning_rate=1e-3)
+        exact, _ = after_a_huge_gradient(tx, (2, 3), huge, jnp.float64)
+    np.testing.assert_allclose(params, exact, rtol=1e-6)
+    assert abs(params[0, 0] - 1) > 1e-3
+
+
+@pytest.mark.parametrize("backend", ["auto", "xla"])
+@pytest.mark.parametrize("format", adamfn.formats.FORMATS)
+def test_a_huge_gradient_in_every_format(format, backend):
+    tx = adamfn.with_backend(adamfn.adamw(1e-3, moments=format), backend)
+    for huge in (1e38, -1e20):
+        params, state = after_a_huge_gradient(tx, (128, 128), huge)
+        for leaf in jax.tree.leaves((params, state)):
+            assert np.all(np.isfinite(np.asarray(leaf, np.float32)))
+        assert not np.array_equal(params[3:, 3:], jnp.ones((125, 125)))  # the others move on
+
+
+@pytest.mark.parametrize("format", adamfn.formats.FORMATS)
+def test_a_whole_leaf_of_huge_gradients(format):
+    # Their mean, as `factored` and `blockmean` take it, would overflow too.
+    tx = adamfn.adam(1e-3, moments=format)
+    params = jnp.ones((256, 256), jnp.bfloat16)
+    state = tx.init(params)
+    for _ in range(3):
+        g = jnp.full(params.shape, 3e38, jnp.bfloat16)
+        updates, state = tx.update(g, state, params)
+        np.testing.assert_allclose(np.asarray(updates, np.float32), -1e-3, rtol=0.02)
+
+
+def test_a_huge_complex_gradient_keeps_its_direction():
+    tx = adamfn.adam(1.0)
+    g = jnp.array([3e38 - 3e38j, 1e20 + 1e10j, 1 + 1j])
+    updates, state = tx.update(g, tx.init(g), g)
+    for _ in range(2):
+        updates, state = tx.update(jnp.ones_like(g), state, g)
+    assert np.all(np.isfinite(updates))
+    first, _ = tx.update(g, tx.init(g), g)
+    np.testing.assert_allclose(
+        first, -np.array([1 - 1j, 1 + 1e-10j, 1 + 1j]) / [2**0.5, 1, 2**0.5], rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("backend", ["auto", "xla"])
+def test_what_is_not_finite_stays_visible(value, backend):
+    tx = adamfn.with_backend(adamfn.adamw(1e-3), backend)
+    params, _ = after_a_huge_gradient(tx, (2, 3), value)
+    assert np.isnan(params[0, 0])
+    assert np.isfinite(params[1:]).all()
+
+
+# The derivative of an update at a zero gradient was NaN for want of eps_root (optax 39 and kin).
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_hypergradients_at_a_zero_gradient(name):
+    with jax.enable_x64(True):
+        # adamax divides by |g| + eps, and has a kink there, so its eps does what a root does.
+        own = {"eps": 1e-2} if name == "adamax" else {"eps_root": 1e-4}
+        tx = MEMBERS[name](learning_rate=1.0, **own)
+        params = jnp.ones(3)
+
+        def moved(g):
+            state = tx.init(params)
+            _, state = tx.update(jnp.zeros(3), state, params)
+            for _ in range(6):  # radam divides from its sixth step on
+                updates, state = tx.update(g, state, params)
+            return updates[0]
+
+        # To lazy_adam a row of zeros is none, so one element is not zero.
+        at, nearby = jnp.eye(3)[2], 1e-7 * jnp.eye(3)[0]
+        slope = jax.grad(moved)(at)
+        by_differences = (moved(at + nearby) - moved(at - nearby)) / 2e-7
+        assert np.all(np.isfinite(jax.grad(moved)(jnp.zeros(3))))
+    np.testing.assert_allclose(slope[0], by_differences, rtol=1e-5)
+    assert slope[0] != 0
+    np.testing.assert_array_equal(slope[1:], 0)
+
+
+@pytest.mark.parametrize("name", sorted(MEMBERS.keys() - {"adamax"}))
+def test_eps_root_is_in_units_of_the_corrected_second_moment(name):
+    # With a constant gradient the corrected v is g^2 from the first step on.
+    g, eps_root = 0.5, 0.11
+    tx = MEMBERS[name](learning_rate=1.0, eps=0.0, eps_root=eps_root)
+    plain = MEMBERS[name](learning_rate=1.0, eps=0.0)
+    params = jnp.zeros(1)
+    state, plain_state = tx.init(params), plain.init(params)
+    for step in range(8):
+        updates, state = tx.update(jnp.array([g]), state, params)
+        without, plain_state = plain.update(jnp.array([g]), plain_state, params)
+        if name != "radam" or step >= 5:
+            np.testing.assert_allclose(
+                updates / without, g / np.sqrt(g * g + eps_root), rtol=1e-6, err_msg=str(step)
+            )
+
+
+# A decay after the rate made weights grow, without a word.
+
+
+def test_a_decay_after_the_rate_is_refused():
+    for tx in (adamfn.adam(), adamfn.scale_by_lr(0.1), adamfn.chain(adamfn.chain(adamfn.adam()))):
+        with pytest.raises(ValueError, match=r"stands after scale_by_lr: .* makes parameters grow"):
+            adamfn.chain(tx, adamfn.add_decayed_weights(0.1))
+    with pytest.raises(ValueError, match=r"scale_by_lr stands after .*independent=True"):
+        adamfn.chain(adamfn.add_decayed_weights(0.1, independent=True), adamfn.scale_by_lr(0.1))
+    adamfn.chain(adamfn.adam(), adamfn.add_decayed_weights(0.0))  # does nothing
+
+
+def test_a_decay_independent_of_the_rate():
+    # Loshchilov and Hutter 2019, algorithm 2, line 12: theta - eta (alpha m / root + lambda theta).
+    def schedule(count):
+        return 0.5 ** (count + 1.0)
+
+    decay = 0.25
+    tx = adamfn.chain(
+        adamfn.adam(lambda count: 0.125 * schedule(count)),
+        adamfn.add_decayed_weights(lambda count: decay * schedule(count), independent=True),
+    )
+    params = {"w": jnp.array([4.0, -2.0])}
+    by_step, by_update = params, params
+    state = other = tx.init(params)
+    expected = np.array([4.0, -2.0])
+    g = jnp.array([3.0, -1.0])
+    for count in range(4):
+        # A constant gradient moves every weight by the rate, against its sign.
+        expected = expected - schedule(count) * (0.125 * np.sign(g) + decay * expected)
+        by_step, state = adamfn.step(tx, {"w": g}, state, by_step)
+        updates, other = tx.update({"w": g}, other, by_update)
+        by_update = adamfn.apply_updates(by_update, updates)
+    np.testing.assert_allclose(by_step["w"], expected, rtol=1e-6)
+    np.testing.assert_allclose(by_update["w"], expected, rtol=1e-6)
