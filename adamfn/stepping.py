@@ -3,6 +3,8 @@
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, Protocol, cast
 
+import jax
+
 from adamfn.joined import Wanted
 from adamfn.transform import (
     GradientTransformation,
@@ -77,7 +79,7 @@ def step(
     tx: Transformation,
     grads: PyTree,
     state: PyTree,
-    params: PyTree,
+    params: PyTree = None,
     *,
     return_updates: bool = False,
     **extra: Any,
@@ -120,7 +122,9 @@ def step(
     >>> print(params["w"])
     [ 0.9 -1.9]
     """
-    check_transformation("step: the first argument", tx)
+    check_transformation("step(tx, grads, state, params): tx", tx)
+    if params is None and jax.tree.leaves(grads):
+        raise TypeError("step: found no params; expected step(tx, grads, state, params).")
     own = own_of(tx)
     if own is None:
         updates, state = tx.update(grads, state, params, **extra)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from adamfn.rounding import add_stochastically, wide_sum
-from adamfn.trees import PyTree, as_array, check_inexact, matching_leaves
+from adamfn.trees import PyTree, as_array, check_inexact, describe, matching_leaves
 
 _SUMS = 16
 
@@ -100,8 +100,9 @@ def check_transformation(name: str, tx: Any) -> None:
       TypeError: it is something else.
     """
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+        found = repr(tx) if len(repr(tx)) < 100 else describe(tx)  # a tree of arrays is no message
         raise TypeError(
-            f"{name} is {tx!r}; expected a transformation with `init` and `update`. Call the"
+            f"{name} is {found}; expected a transformation with `init` and `update`. Call the"
             " factory first: adamfn.adam(), not adamfn.adam."
         )
 

@@ -433,6 +433,6 @@ def test_get():
         assert hash(fmt) == hash(formats.get(name))
     with pytest.raises(ValueError, match="moments is '9bit'; expected one of 'float32'"):
         formats.get("9bit")
-    for wrong in (8, None, formats.EightBit, formats.Linear):
+    for wrong in (8, jnp.float16, formats.EightBit, formats.Linear):
         with pytest.raises(TypeError, match="expected one of 'float32'"):
             formats.get(wrong)
