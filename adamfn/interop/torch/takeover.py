@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamfn.hyperparams import ScalarOrSchedule
+from adamfn.interop.groups import by_group
 from adamfn.interop.states import fill_moments, leaves_by_path
-from adamfn.interop.torch.groups import by_group
 from adamfn.interop.torch.layouts import Layout, check_layout
 from adamfn.interop.torch.members import Member, continue_with, member_of
 from adamfn.interop.torch.parameters import (
