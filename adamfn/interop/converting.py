@@ -70,9 +70,7 @@ def _converted(node: Any, moments: Moments, to: Moments) -> Any:
     leaves = jax.tree.map(_leaf, node.mu, node.nu, is_leaf=lambda part: part is None)
     before, after = choose_formats(moments, leaves), choose_formats(to, leaves)
     rows: list[Any] = []
-    for row, old, new in zip(
-        kept_by_leaf(stage, node, leaves, before), before, after, strict=True
-    ):
+    for row, old, new in zip(kept_by_leaf(stage, node, leaves, before), before, after, strict=True):
         exact = row if old is None else decode(old, row)
         rows.append(tuple(exact) if new is None else encode(new, exact, None))
     treedef = jax.tree.structure(leaves)

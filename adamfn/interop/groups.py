@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import jax
 
+from adamfn.joined import way_out
 from adamfn.stages.learning_rate import ScaleByLrState
 from adamfn.transform import GradientTransformation, Transformation
 from adamfn.trees import PyTree, path_name
@@ -49,8 +50,8 @@ def by_group(
         if not isinstance(state, tuple) or len(cast("tuple[Any]", state)) != len(transformations):
             raise TypeError(
                 f"by_group: found a state of type {type(state).__name__}; expected a tuple of"
-                f" {len(transformations)}, one part for each group. Pass the state that came with"
-                " this transformation."
+                f" {len(transformations)}, one part for each group."
+                f" {way_out(None if isinstance(state, tuple) else state, 'transformation')}"
             )
         next_state: list[PyTree] = []
         found: dict[str, Any] = {}

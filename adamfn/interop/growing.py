@@ -99,9 +99,7 @@ def _shapes(state: PyTree) -> dict[str, tuple[int, ...] | None]:
     return shapes
 
 
-def _filled(
-    like: PyTree, state: PyTree, new: Collection[str], dropped: Collection[str]
-) -> PyTree:
+def _filled(like: PyTree, state: PyTree, new: Collection[str], dropped: Collection[str]) -> PyTree:
     """`like` with all of a state but what is kept of other leaves."""
     names, leaves = _named(state), jax.tree.leaves(state)
     found = dict(zip((name for name, _ in names), leaves, strict=True))

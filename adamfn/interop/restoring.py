@@ -34,7 +34,7 @@ def restore(tree: PyTree, into: PyTree) -> PyTree:
     >>> params = {"w": jnp.ones(2)}
     >>> tx = adamfn.adam()
     >>> _, state = tx.update(params, tx.init(params))
-    >>> plain = [{"count": state[0].count, "mu": state[0].mu, "nu": state[0].nu}, {}, tuple(state[2])]
+    >>> plain = [state[0]._asdict(), {}, tuple(state[2])]
     >>> state = restore(plain, into=tx.init(params))
     >>> print(type(state[0]).__name__, state[0].count, state[0].mu["w"])
     ScaleByMomentsState 1 [0.1 0.1]
