@@ -56,7 +56,7 @@ def check_settings(caller: str, parameter: TorchParameter, harmless: Collection[
     if group.get("amsgrad") and fused:
         raise ValueError(
             f"{caller}: the group of {parameter} has amsgrad beside {fused[0]}; no optimizer that"
-            " is known here does both, and DeepSpeed's ignores it. Set amsgrad to False in the group."
+            " is known here does both, and DeepSpeed's ignores it. Set amsgrad to False there."
         )
     if group.get("caution") and decoupled_in(group) is False:
         raise ValueError(

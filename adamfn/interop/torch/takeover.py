@@ -180,7 +180,7 @@ def _kept(
         array = array_of(_CALLER, f"{key} of {parameter}", state[key])
         if field != "mu" and np.any(array < 0):
             raise ValueError(
-                f"{_CALLER}: {key} of {parameter} has an element of {array.min()}; expected none"
+                f"{_CALLER}: {key} of {parameter} has an element of {array.min():g}; expected none"
                 " below zero, as it averages squares. Pass the state_dict() as torch wrote it."
             )
         if layout is not None:
