@@ -170,16 +170,18 @@ def test_what_cannot_be_carried_over_is_named():
     state = tx.init(FEWER)
     with pytest.raises(ValueError, match=r"at 0/mu/a the state has float32.*; expected int8"):
         carry_over(adamfn.adam(moments="8bit"), state, PARAMS)
-    with pytest.raises(ValueError, match="the state has nothing at 1/count|at 3/learning_rate"):
+    with pytest.raises(ValueError, match=r"at 3/learning_rate"):
         carry_over(adamfn.adamw(), state, PARAMS)
-    with pytest.raises(ValueError, match="float32.. at 2/learning_rate, for which the transformat"):
+    with pytest.raises(
+        ValueError, match=r"float32.. at 2/learning_rate, for which the transformat"
+    ):
         carry_over(adamfn.chain(adamfn.scale_by_moments(), adamfn.bias_correct()), state, PARAMS)
     with pytest.raises(ValueError, match="carry_over: state: found no moments"):
         carry_over(adamfn.scale_by_lr(), adamfn.scale_by_lr().init(FEWER), PARAMS)
     packed = adamfn.packed(tx)
     with pytest.raises(ValueError, match=r"carry_over: state is packed.*adamfn\.repack"):
         carry_over(packed, packed.init(FEWER), PARAMS)
-    with pytest.raises(TypeError, match="carry_over: params: the leaf at .* is int32"):
+    with pytest.raises(TypeError, match=r"carry_over: params: the leaf at .* is int32"):
         carry_over(tx, state, FEWER | {"n": jnp.ones(2, int)})
 
 

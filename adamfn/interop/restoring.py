@@ -44,8 +44,9 @@ def restore(tree: PyTree, into: PyTree) -> PyTree:
     leaves: list[Any] = []
     used: set[str] = set()
     for name, position, like in zip(_paths(into), _paths(_plain(into)), likes, strict=True):
-        # Flax's variables are restored as dictionaries that hold a value.
-        key = next((key for key in (name, f"{name}/value", position) if key in found), None)
+        # Flax's variables may have become dictionaries that hold a value.
+        keys = name, position, f"{name}/value", f"{position}/value"
+        key = next((key for key in keys if key in found), None)
         if key is None:
             raise ValueError(
                 f"restore: the tree has nothing at {name}; expected {describe(like)}, and found"
