@@ -282,8 +282,8 @@ def test_a_frozen_parameter_is_named():
 
 
 SAVED = Path(__file__).parent / "data" / "torch_adamw.pt"
-"""What torch 2.14's `torch.save({"optimizer": optimizer.state_dict(), "epoch": 3}, ...)` wrote, of an
-AdamW after three steps on a float32 parameter of shape (3, 2) and a bfloat16 one of shape (3,)."""
+"""What torch 2.14 saved of `{"optimizer": optimizer.state_dict(), "epoch": 3}`, an
+AdamW's after three steps on a float32 parameter, (3, 2), and a bfloat16 one, (3,)."""
 
 
 def test_a_saved_file_is_read_without_torch():

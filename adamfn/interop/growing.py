@@ -1,7 +1,7 @@
 """`carry_over`: a run whose model got other parameters."""
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -27,7 +27,12 @@ class CarriedOver(NamedTuple):
 
 
 def carry_over(
-    tx: Transformation, state: PyTree, params: PyTree, *, one_count: bool = False
+    tx: Transformation,
+    state: PyTree,
+    params: PyTree,
+    *,
+    one_count: bool = False,
+    late: Transformation | None = None,
 ) -> CarriedOver:
     r"""Goes on with a run after parameters were added or removed.
 
@@ -50,6 +55,8 @@ def carry_over(
       state: its state for the old parameters.
       params: the new parameters: any pytree of floating-point arrays.
       one_count: whether late parameters share the count of the others.
+      late: the transformation of the late ones, with a rate of its own; None for that of the
+        others. What `from_state_dict` made of several groups needs one.
 
     Returns:
       A `CarriedOver`: the transformation and the state that go on, and what is new and dropped.
@@ -81,9 +88,12 @@ def carry_over(
     if one_count or not new:
         return CarriedOver(tx, _filled(tx.init(params), state, new, dropped), new, dropped)
     groups = {path: int(path in new) for path in now}
-    both = by_group(groups, [tx, tx], one_rate=True)
-    others, late = both.init(params)
-    return CarriedOver(both, (_filled(others, state, (), dropped), late), new, dropped)
+    # A run that grows again: its transformation knows its own leaves alone.
+    second = late or getattr(tx.update, "late", tx)
+    both = by_group(groups, [tx, second], one_rate=late is None)
+    cast("Any", both.update).late = second
+    others, begun = both.init(params)
+    return CarriedOver(both, (_filled(others, state, (), dropped), begun), new, dropped)
 
 
 def _shapes(state: PyTree) -> dict[str, tuple[int, ...] | None]:
