@@ -207,8 +207,8 @@ def way_out(state: Any, owner: str) -> str:
     """The end of an error's message: what to do about a state that is not its owner's."""
     if isinstance(state, Mapping | list) or type(state) is tuple:
         return (
-            "A restored state with plain containers keeps its moments by"
-            " adamfn.interop.restore(state, into=tx.init(params))."
+            "Restored in plain containers, it keeps its moments by adamfn.interop.restore(state,"
+            f" into=tx.init(params)); of another {owner}, make it with this one's init(params)."
         )
     return f"The state belongs to another {owner}: make it with this one's init(params)."
 
