@@ -19,8 +19,8 @@ def gradients(steps, *shape):
     return jnp.asarray(RNG.normal(size=(steps, *shape)), jnp.float32)
 
 
-# The late leaf comes between the others: what is listed by number moves.
-SHAPES = {"a": (16, 256), "k": (32, 128), "z": (3,)}
+# The late leaf comes first: what is listed by number moves.
+SHAPES = {"k": (32, 128), "m": (16, 256), "z": (3,)}
 OLD = {name: gradients(STEPS + LATE, *shape) for name, shape in SHAPES.items() if name != "k"}
 GRADS = OLD | {"k": gradients(LATE, *SHAPES["k"])}
 PARAMS = {name: jnp.ones(shape) for name, shape in SHAPES.items()}
@@ -93,7 +93,7 @@ def test_what_fits_is_carried_to_the_bit(member, moments):
     # The run with fewer leaves, and the same leaves of the grown one: a format's noise goes by a
     # leaf's number, which has changed, so the formats that round agree within their rounding.
     tx, state, *_ = carry_over(tx, state, PARAMS)
-    same(state[0][0].mu["a"], back[0].mu["a"])
+    same(state[0][0].mu["m"], back[0].mu["m"])
     after, _ = run(tx, PARAMS, state, later())
     assert jax.tree.structure(after) == jax.tree.structure(state)
 
@@ -111,7 +111,7 @@ def test_a_run_may_grow_twice_and_shrink():
     np.testing.assert_allclose(moves["q"], reference.updates(grads["q"], 0.1), rtol=1e-5, atol=1e-7)
     expected = reference.updates(np.concatenate([GRADS["k"]] * 2), 0.1)[LATE:]
     np.testing.assert_allclose(moves["k"], expected, rtol=1e-5, atol=1e-6)
-    less = {name: more[name] for name in ("a", "q")}
+    less = {name: more[name] for name in ("m", "q")}
     tx, state, new, dropped = carry_over(tx, state, less)
     assert (new, sorted(dropped)) == ((), ["k", "z"])
     run(tx, less, state, {name: grads[name] for name in less})
@@ -178,7 +178,7 @@ def test_states_inside_wrappers(wrap):
 def test_what_cannot_be_carried_over_is_named():
     tx = adamfn.adam()
     state = tx.init(FEWER)
-    with pytest.raises(ValueError, match=r"at 0/mu/a the state has float32.*; expected int8"):
+    with pytest.raises(ValueError, match=r"at 0/mu/m the state has float32.*; expected int8"):
         carry_over(adamfn.adam(moments="8bit"), state, PARAMS)
     with pytest.raises(ValueError, match=r"at 3/learning_rate"):
         carry_over(adamfn.adamw(), state, PARAMS)
@@ -213,7 +213,7 @@ def test_a_float32_state_goes_over_into_a_format_and_back(member, moments):
     moved, after = lean.update(g, stored, FEWER)
     assert jax.tree.structure(after) == jax.tree.structure(expected)
     whole, _ = exact.update(g, state, FEWER)
-    a, b = (np.ravel(x["a"]).astype(float) for x in (moved, whole))
+    a, b = (np.ravel(x["m"]).astype(float) for x in (moved, whole))
     # Cosines of formats that keep every nu, and of those that keep means, on random gradients.
     least = 0.9 if moments in ("factored", "blockmean") else 0.99
     assert a @ b >= least * np.linalg.norm(a) * np.linalg.norm(b)
@@ -221,7 +221,7 @@ def test_a_float32_state_goes_over_into_a_format_and_back(member, moments):
 
 def test_a_format_goes_over_into_another_inside_wrappers():
     def of(path, leaf):
-        return "8bit" if path == "a" else "4bit"
+        return "8bit" if path == "m" else "4bit"
 
     wraps = [optax.MultiSteps(adamfn.adam(moments=m), 2) for m in ("8bit", of)]
     params = PARAMS | {"frozen": None}
@@ -234,7 +234,7 @@ def test_a_format_goes_over_into_another_inside_wrappers():
 def test_what_cannot_be_converted_is_named():
     state = adamfn.adam().init(PARAMS)
     with pytest.raises(
-        ValueError, match=r"convert: at a the state has mu float32.* expected mu int8"
+        ValueError, match=r"convert: at k the state has mu float32.* expected mu int8"
     ):
         convert(state, "8bit", to="4bit")
     with pytest.raises(ValueError, match="moments is '9bit'"):
