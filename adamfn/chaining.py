@@ -222,5 +222,5 @@ def flat_states(structure: Structure, state: PyTree) -> list[PyTree]:
     found = f"a tuple of {len(state)}" if is_tuple else f"a {type(state).__name__}"  # pyright: ignore[reportUnknownArgumentType]
     raise ValueError(
         f"chain: found {found} as the state, expected a tuple of {len(parts)}, one part for each"
-        " transformation. The state belongs to another chain: make it with this one's init(params)."
+        f" transformation. {joined.way_out(None if is_tuple else state, 'chain')}"
     )

@@ -199,9 +199,18 @@ def check_state(stage: Stage, state: Any, *expected: type[Any]) -> None:
     if not isinstance(state, expected):
         raise TypeError(
             f"{stage.name}: found a state of type {type(state).__name__}, expected"
-            f" {expected[0].__name__}. The state belongs to another transformation: make it with"
-            " this one's init(params)."
+            f" {expected[0].__name__}. {way_out(state, 'transformation')}"
         )
+
+
+def way_out(state: Any, owner: str) -> str:
+    """The end of an error's message: what to do about a state that is not its owner's."""
+    if isinstance(state, Mapping | list) or type(state) is tuple:
+        return (
+            "Restored in plain containers, it keeps its moments by adamfn.interop.restore(state,"
+            f" into=tx.init(params)); of another {owner}, make it with this one's init(params)."
+        )
+    return f"The state belongs to another {owner}: make it with this one's init(params)."
 
 
 def _params_of(

@@ -28,7 +28,10 @@ from adamfn.trees import (
 Kept = tuple[Any, ...]
 """What one stage keeps of one leaf: an array or None for each field, then the entry of scales."""
 
-_WAY_OUT = "Pass gradients of the parameters that `init` was given, or call `init` again."
+_WAY_OUT = (
+    "Pass gradients of the parameters that `init` was given. adamfn.interop has `restore` for a"
+    " state that lost its containers, `carry_over` for a model that has grown."
+)
 
 
 def first_kept(stage: Stage, params: PyTree) -> dict[str, PyTree]:

@@ -130,6 +130,11 @@ def _raise_not_inexact(tree: PyTree, name: str) -> NoReturn:
                 " array. Make it dense with .todense(); adamfn.lazy_adam finds its zero rows."
             )
     path, leaf = next((p, x) for p, x in _paths(tree).items() if not _is_inexact(x))
+    if hasattr(leaf, "detach"):
+        raise TypeError(
+            f"{name}: the leaf at {path} is a tensor of torch's; expected an array of JAX's or"
+            " NumPy's. Pass .detach().cpu().numpy() of it (.float() before, if it is bfloat16)."
+        )
     raise TypeError(
         f"{name}: the leaf at {path} is {describe(leaf)}; expected an array of floating-point or"
         " complex numbers. Leave out what is not trained (optax.masked;"

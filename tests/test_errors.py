@@ -14,7 +14,10 @@ import adamfn
 
 PACKAGE = Path(adamfn.__file__).parent
 PARAMS = {"dense": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, "scale": [jnp.ones(())]}
-GRADS_WAY_OUT = "Pass gradients of the parameters that `init` was given, or call `init` again."
+GRADS_WAY_OUT = (
+    "Pass gradients of the parameters that `init` was given. adamfn.interop has `restore` for a"
+    " state that lost its containers, `carry_over` for a model that has grown."
+)
 LEAF_WAY_OUT = "Leave out what is not trained (optax.masked; eqx.filter"
 STATE_WAY_OUT = "make it with this one's init(params)."
 

@@ -169,7 +169,11 @@ def test_parameters_after_different_numbers_of_steps():
 def test_a_parameter_without_a_step_begins_afresh():
     state_dict = small()
     del state_dict["state"][1]
-    tx, state = from_state_dict(state_dict, PARAMS)
+    with pytest.raises(
+        ValueError, match=r"no step was taken with torch's parameter 1, .* z: it is"
+    ):
+        from_state_dict(state_dict, PARAMS)  # most often it is frozen
+    tx, state = from_state_dict(state_dict, PARAMS, fresh=["z"])
     assert [part[0].count.item() for part in state] == [3, 0]
     updates, _ = tx.update(PARAMS, state)
     np.testing.assert_allclose(updates["z"], -0.1, rtol=1e-6)
@@ -408,11 +412,6 @@ BAD = {
         ValueError,
         "the state of torch's parameter 1 has no exp_avg_sq; found step, exp_avg, expected",
     ),
-    "no maximum": (
-        small() | {"param_groups": small(amsgrad=True)["param_groups"]},
-        ValueError,
-        "parameter 0 has no max_exp_avg_sq",
-    ),
     "a missing hyperparameter": (
         without(small(), "param_groups", 0, "lr"),
         ValueError,
@@ -541,7 +540,9 @@ def test_parameters_that_cannot_be_taken_over():
             from_state_dict(small(), PARAMS, optimizer=optimizer)
     with pytest.raises(TypeError, match="layout is 'flax'; expected a function"):
         from_state_dict(small(), PARAMS, layout="flax")
-    with pytest.raises(TypeError, match="expected an array of floating-point"):
+    with pytest.raises(
+        TypeError, match=r"a tensor of torch's; .* Pass \.detach\(\)\.cpu\(\)\.numpy"
+    ):
         from_state_dict(small(), [Tensor(np.ones((2, 3))), Tensor(np.ones(3))])
     with pytest.raises(ValueError, match="Two leaves have the path a/b"):
         from_state_dict(small(), {"a/b": jnp.ones((2, 3)), "a": {"b": jnp.ones(3)}})

@@ -40,12 +40,7 @@ def find_moments(owner: str, state: PyTree) -> dict[str, LeafMoments]:
       ValueError: there are no moments, or two states have those of one leaf, or they are stored
         in codes.
     """
-    nodes = states_of_moments(state)
-    if not any(jax.tree.leaves((node.mu, node.nu)) for node in nodes):
-        raise ValueError(
-            f"{owner}: found no moments in a {type(state).__name__}; expected the state of an Adam,"
-            " with count, mu and nu, by itself or inside a chain or a wrapper."
-        )
+    nodes = moment_states(owner, state)
     found: dict[str, LeafMoments | None] = {}
     for node in nodes:
         _check_exact(owner, node)
@@ -61,12 +56,28 @@ def find_moments(owner: str, state: PyTree) -> dict[str, LeafMoments]:
     return {path: moments for path, moments in found.items() if moments is not None}
 
 
-def _check_exact(owner: str, node: Any) -> None:
-    if "buffers" in getattr(node.mu, "_fields", ()):
+def moment_states(owner: str, state: PyTree) -> list[Any]:
+    """The states of moments in a state.
+
+    Raises:
+      ValueError: there are none, or packed ones.
+    """
+    nodes = states_of_moments(state)
+    if not any(jax.tree.leaves((node.mu, node.nu)) for node in nodes):
         raise ValueError(
-            f"{owner} is packed, with moments of several leaves in one buffer; expected the"
-            " chain's. adamfn.repack makes it of a packed one, and the reverse."
+            f"{owner}: found no moments in a {type(state).__name__}; expected the state of an Adam,"
+            " with count, mu and nu, by itself or inside a chain or a wrapper."
         )
+    for node in nodes:
+        if "buffers" in getattr(node.mu, "_fields", ()):
+            raise ValueError(
+                f"{owner} is packed, with moments of several leaves in one buffer; expected the"
+                " chain's. adamfn.repack makes it of a packed one, and the reverse."
+            )
+    return nodes
+
+
+def _check_exact(owner: str, node: Any) -> None:
     for path, parts, scales in kept_leaves(node):
         arrays = jax.tree.leaves(parts, is_leaf=lambda part: part is None)
         if jax.tree.leaves(scales) or not all(map(_is_inexact, arrays)):

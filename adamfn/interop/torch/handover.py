@@ -10,6 +10,7 @@ from adamfn.interop.states import LeafMoments, find_moments
 from adamfn.interop.torch.layouts import Layout, check_layout
 from adamfn.interop.torch.members import Member, member_of
 from adamfn.interop.torch.parameters import Paths, TorchParameter, array_of, match, parameters_of
+from adamfn.interop.torch.quantized import is_quantized
 from adamfn.trees import PyTree
 
 _CALLER = "to_state_dict"
@@ -67,7 +68,11 @@ def to_state_dict(
     # What was left out (a path of None) keeps what `like` has of it.
     rest = {p.key: dict(p.state) for p in parameters if p.state and p.key not in states}
     ordered = {p.key: (states | rest)[p.key] for p in parameters if p.key in states | rest}
-    return {"state": ordered, "param_groups": copy.deepcopy(list(like["param_groups"]))}
+    groups = copy.deepcopy(list(like["param_groups"]))
+    for parameter in parameters:
+        if "bias_correction" in parameter.group and parameter.key in states:  # apex counts there
+            groups[parameter.group_index]["step"] = states[parameter.key]["step"]
+    return {"state": ordered, "param_groups": groups}
 
 
 def _entries(
@@ -78,6 +83,11 @@ def _entries(
     layout: Layout | None,
 ) -> dict[str, Any]:
     node, kept = moments
+    if is_quantized(parameter):
+        raise ValueError(
+            f"{_CALLER}: {parameter} is bitsandbytes', which has codes and tables of its own;"
+            " expected the state_dict() of torch.optim.AdamW, which does the same in 32 bits."
+        )
     if not isinstance(node, member.state):
         raise TypeError(
             f"{_CALLER}: {parameter} is {member.optimizer}'s, which goes on from a"
@@ -90,9 +100,10 @@ def _entries(
             f"{_CALLER}: the state at {path} has a count of shape {count.shape}, as that of several"
             " runs at once; expected a scalar. Pass one run: jax.tree.map(lambda x: x[0], state)."
         )
-    # SparseAdam counts in a Python int, the others in a float32 tensor.
-    sparse = member.optimizer == "SparseAdam"
-    entries = {"step": int(count) if sparse else count.astype(np.float32)}
+    # SparseAdam and the look-alikes count in a Python int, the others in a float32 tensor.
+    whole = {"bias_correction", "correct_bias"} & set(parameter.group)
+    whole = whole or member.optimizer == "SparseAdam"
+    entries = {"step": int(count) if whole else count.astype(np.float32)}
     if "mu_product" in member.scalars:
         entries["mu_product"] = np.array(node.mu_product, np.float32)
     for field, key in member.keys.items():

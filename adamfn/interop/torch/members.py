@@ -1,20 +1,17 @@
-"""Torch's optimizers and their namesakes here: what each keeps, and the chain that goes on."""
+"""Torch's optimizers and their namesakes here, and which of them a state dict is of."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
 import adamfn
-from adamfn.chaining import from_stage
-from adamfn.hyperparams import ScalarOrSchedule
-from adamfn.interop.torch.parameters import TorchParameter, number_of
-from adamfn.stage import Stage
+from adamfn.interop.torch.parameters import TorchParameter
+from adamfn.interop.torch.quantized import is_quantized
+from adamfn.interop.torch.settings import decoupled_in
 from adamfn.stages.infinity import ScaleByInfinityMomentsState
 from adamfn.stages.maximum import ScaleByMaxMomentsState
 from adamfn.stages.nesterov import ScaleByNesterovMomentsState
 from adamfn.stages.two_moments import ScaleByMomentsState
-from adamfn.transform import GradientTransformation, Transformation
+from adamfn.transform import GradientTransformation
 
 
 class Member(NamedTuple):
@@ -78,7 +75,7 @@ def member_of(caller: str, parameter: TorchParameter, optimizer: str | None) -> 
         raise ValueError(
             f"{caller}: optimizer is {optimizer!r}; expected one of {', '.join(_OPTIMIZERS)}."
         )
-    group, possible = parameter.group, _possible(parameter)
+    group, possible = parameter.group, possible_classes(parameter)
     if optimizer and possible and optimizer not in possible:
         raise ValueError(
             f"{caller}: optimizer is {optimizer!r}, and the group of {parameter} is that of"
@@ -96,7 +93,7 @@ def member_of(caller: str, parameter: TorchParameter, optimizer: str | None) -> 
         raise ValueError(
             f"{caller}: {parameter} has a weight decay of {group['weight_decay']}, and its group"
             " does not tell Adam from AdamW, as in torch before 2.7. Pass optimizer='Adam' or"
-            " optimizer='AdamW'."
+            " optimizer='AdamW' (which apex and DeepSpeed are by default, with adam_w_mode)."
         )
     name = optimizer or next(iter(possible))
     if name in ("Adam", "AdamW"):
@@ -104,15 +101,19 @@ def member_of(caller: str, parameter: TorchParameter, optimizer: str | None) -> 
     return _MEMBERS[name]
 
 
-def _possible(parameter: TorchParameter) -> tuple[str, ...]:
+def possible_classes(parameter: TorchParameter) -> tuple[str, ...]:
     """The classes that write such a group and state."""
     group, state = parameter.group, parameter.state
     if not {"betas", "eps"} <= set(group):
         return ()
-    decoupled = group.get("decoupled_weight_decay")
+    decoupled = decoupled_in(group)
     if "momentum_decay" in group:
         return ("NAdam",)
-    if "amsgrad" in group:
+    if is_quantized(parameter) or "correct_bias" in group:  # bitsandbytes', transformers'
+        return ("AdamW",)
+    if "caution" in group and decoupled is None:  # timm's
+        return ("AdamW",) if "amsgrad" in group else ()
+    if "amsgrad" in group or "bias_correction" in group:  # apex's and DeepSpeed's have the second
         return ("Adam", "AdamW") if decoupled is None else ("AdamW",) if decoupled else ("Adam",)
     if decoupled is not None:
         return ("RAdam",)
@@ -121,61 +122,3 @@ def _possible(parameter: TorchParameter) -> tuple[str, ...]:
     if "exp_inf" in state or (not state and "foreach" in group):
         return ("Adamax",)
     return ()
-
-
-def continue_with(
-    caller: str,
-    member: Member,
-    parameter: TorchParameter,
-    optimizer: str | None,
-    learning_rate: ScalarOrSchedule | None,
-) -> GradientTransformation:
-    """The chain that does what torch does with the hyperparameters of a parameter's group.
-
-    Args:
-      caller: the function that error messages speak for.
-      member: the member of the family.
-      parameter: the parameter.
-      optimizer: the name of torch's class where the user gave it.
-      learning_rate: in place of the group's.
-    """
-    group = parameter.group
-
-    def number(key: str, value: Any) -> float:
-        return number_of(caller, f"{key} in the group of {parameter}", value)
-
-    absent = [key for key in ("lr", "betas", "eps", *member.hyperparameters) if key not in group]
-    if absent:
-        raise ValueError(
-            f"{caller}: the group of {parameter} has no {absent[0]}; found {', '.join(group)}."
-            " Pass the state_dict() of the optimizer itself."
-        )
-    try:
-        b1, b2 = (number("betas", b) for b in group["betas"])
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"{caller}: betas in the group of {parameter} is {group['betas']!r}; expected two"
-            " numbers."
-        ) from error
-    more = {key: number(key, group[key]) for key in member.hyperparameters}
-    decay = number("weight_decay", group.get("weight_decay", 0.0))
-    decoupled = group.get("decoupled_weight_decay", optimizer == "AdamW")
-
-    rate = number("lr", group["lr"]) if learning_rate is None else learning_rate
-    try:
-        stages: list[Transformation] = [
-            member.stage(b1, b2, number("eps", group["eps"]), **more),
-            adamfn.bias_correct(b1 * member.corrects[0], b2 * member.corrects[1]),
-            adamfn.scale_by_lr(rate),
-        ]
-        if decay:
-            place = 2 if decoupled else 0
-            stages.insert(place, adamfn.add_decayed_weights(decay))
-    except ValueError as error:
-        raise ValueError(f"{caller}: the group of {parameter}: {error}") from error
-    if group.get("maximize"):
-        stages.insert(0, _MAXIMIZE)
-    return adamfn.chain(*stages)
-
-
-_MAXIMIZE = from_stage(Stage("maximize", jnp.negative))

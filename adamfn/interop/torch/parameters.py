@@ -83,7 +83,7 @@ def parameters_of(caller: str, state_dict: Any) -> list[TorchParameter]:
                 f" {len(group['params'])} params; expected a name for each."
             )
         listed += [
-            TorchParameter(key, name, index, group, state.get(key, {}))
+            TorchParameter(key, name, index, group, _unwrapped(state.get(key, {})))
             for key, name in zip(group["params"], names, strict=True)
         ]
     keys = [parameter.key for parameter in listed]
@@ -95,6 +95,16 @@ def parameters_of(caller: str, state_dict: Any) -> list[TorchParameter]:
                 " of numbers: turn them back.)"
             )
     return listed
+
+
+def _unwrapped(entries: Any) -> Any:
+    """What is kept of a parameter, without the wrapper that bitsandbytes puts codes in."""
+    codes = entries.get(_WRAPPER) if isinstance(entries, Mapping) else None
+    known = cast("Mapping[str, Any]", entries)
+    return {**known, **codes} if isinstance(codes, Mapping) else entries
+
+
+_WRAPPER = "__bnb_optimizer_quant_state__"
 
 
 def match(

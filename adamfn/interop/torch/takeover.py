@@ -1,6 +1,6 @@
 """`from_state_dict`: a torch run goes on here."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamfn.hyperparams import ScalarOrSchedule
+from adamfn.interop.groups import by_group
 from adamfn.interop.states import fill_moments, leaves_by_path
-from adamfn.interop.torch.groups import by_group
+from adamfn.interop.torch.chains import continue_with
 from adamfn.interop.torch.layouts import Layout, check_layout
-from adamfn.interop.torch.members import Member, continue_with, member_of
+from adamfn.interop.torch.members import Member, member_of
 from adamfn.interop.torch.parameters import (
     Paths,
     TorchParameter,
@@ -20,6 +21,8 @@ from adamfn.interop.torch.parameters import (
     number_of,
     parameters_of,
 )
+from adamfn.interop.torch.quantized import with_plain_moments
+from adamfn.interop.torch.settings import check_settings
 from adamfn.transform import GradientTransformation
 from adamfn.trees import PyTree, check_inexact, describe, wide_dtype
 
@@ -41,13 +44,16 @@ def from_state_dict(
     layout: Layout | None = None,
     optimizer: str | None = None,
     learning_rate: ScalarOrSchedule | None = None,
+    fresh: Collection[str] = (),
+    harmless: Collection[str] = (),
 ) -> tuple[GradientTransformation, PyTree]:
     """Takes over a torch run: the transformation and the state that continue it.
 
     Args:
       state_dict: `optimizer.state_dict()` of torch.optim's `Adam`, `AdamW` (both also with
-        `amsgrad`), `NAdam`, `RAdam`, `Adamax` or `SparseAdam`, with tensors or arrays. The
-        hyperparameters of each of its groups are taken over, `maximize` too.
+        `amsgrad`), `NAdam`, `RAdam`, `Adamax` or `SparseAdam`, with tensors or arrays; or of
+        the AdamW of transformers, timm or bitsandbytes (8 bits too), or FusedAdam of apex or
+        DeepSpeed. The hyperparameters of each of its groups are taken over, `maximize` too.
       params: the parameters in JAX: any pytree of real floating-point arrays. Their values are
         not used.
       paths: which leaf each torch parameter is. None: they have one order. A sequence: the path
@@ -60,14 +66,18 @@ def from_state_dict(
         do not tell `Adam` from `AdamW`.
       learning_rate: used in place of the state dict's rates; a schedule goes on from torch's
         count.
+      fresh: paths of leaves that torch has taken no step with and that begin here. Without, they
+        are an error: torch leaves frozen parameters alone, and here they would be trained.
+      harmless: keys of groups to be ignored, such as notes of one's own.
 
     Returns:
       A `GradientTransformation`, and its state after the steps that torch took. With several
       groups or step counts, the state is a tuple with one part for each.
 
     Raises:
-      TypeError, ValueError: a state dict of another optimizer, missing keys, sparse or complex
-        tensors, parameters and leaves that do not match: the message names the parameter.
+      TypeError, ValueError: a state dict of another optimizer, missing keys, keys of groups that
+        are not known or that no chain does, sparse or complex tensors, parameters and leaves that
+        do not match, frozen parameters: the message names the parameter.
 
     >>> import numpy as np
     >>> from adamfn.interop.torch import from_state_dict
@@ -93,12 +103,15 @@ def from_state_dict(
     groups: dict[Any, tuple[GradientTransformation, Mapping[str, float]]] = {}
     for path, parameter in matched.items():
         member = member_of(_CALLER, parameter, optimizer)
-        kept[path] = _kept(parameter, member, path, leaves[path], layout)
+        check_settings(_CALLER, parameter, harmless)
+        plain = with_plain_moments(_CALLER, parameter)
+        kept[path] = _kept(plain, member, path, leaves[path], layout)
         key = (parameter.group_index, *kept[path].scalars)
         if key not in groups:
             tx = continue_with(_CALLER, member, parameter, optimizer, learning_rate)
             groups[key] = tx, dict(zip(member.scalars, kept[path].scalars, strict=True))
         group_of[path] = list(groups).index(key)
+    _check_steps(matched, fresh)
 
     def filled(state: PyTree, scalars: Mapping[str, float]) -> PyTree:
         more = {k: jnp.asarray(v, float) for k, v in scalars.items() if k != "step"}
@@ -110,6 +123,23 @@ def from_state_dict(
         return transformations[0], filled(transformations[0].init(params), scalars[0])
     tx = by_group(group_of, list(transformations))
     return tx, tuple(filled(*part) for part in zip(tx.init(params), scalars, strict=True))
+
+
+def _check_steps(matched: Mapping[str, TorchParameter], fresh: Collection[str]) -> None:
+    """Checks that every parameter has taken a step, or is to begin here, or none has."""
+    unknown = [path for path in fresh if path not in matched or isinstance(fresh, str)]
+    if unknown:
+        raise ValueError(
+            f"{_CALLER}: fresh is {fresh!r}; expected a list of some of the leaves"
+            f" {', '.join(matched)}."
+        )
+    still = [path for path in matched if not matched[path].state and path not in fresh]
+    if still and any(parameter.state for parameter in matched.values()):
+        raise ValueError(
+            f"{_CALLER}: no step was taken with {matched[still[0]]}, matched with {still[0]}: it is"
+            " frozen (requires_grad=False), or got no gradient. Leave it out of params, with a path"
+            f" of None; or, to train it from here on, pass fresh={still!r}."
+        )
 
 
 def _kept(
@@ -126,15 +156,17 @@ def _kept(
         fresh = {"step": 0.0, "mu_product": 1.0}
         zeros = {field: jnp.zeros(shape, wide) for field in member.keys}
         return _Kept(tuple(fresh[key] for key in member.scalars), zeros)
+    state = {"step": parameter.group.get("step")} | dict(parameter.state)  # apex counts in groups
+    missing = {key for key in member.keys.values() if key not in state} - {"max_exp_avg_sq"}
     for key in (*member.scalars, *member.keys.values()):
-        if key not in parameter.state:
+        if key in missing or (key in member.scalars and state.get(key) is None):
             raise ValueError(
                 f"{_CALLER}: the state of {parameter} has no {key}; found"
                 f" {', '.join(map(str, parameter.state))}, expected what {member.optimizer} keeps."
                 " Pass the state_dict() of the optimizer itself."
             )
     scalars = tuple(
-        number_of(_CALLER, f"{key} of {parameter}", parameter.state[key]) for key in member.scalars
+        number_of(_CALLER, f"{key} of {parameter}", state[key]) for key in member.scalars
     )
     if not (0 <= scalars[0] < 2**31 and scalars[0].is_integer()):
         raise ValueError(
@@ -142,7 +174,15 @@ def _kept(
         )
     arrays: dict[str, jax.Array] = {}
     for field, key in member.keys.items():
-        array = array_of(_CALLER, f"{key} of {parameter}", parameter.state[key])
+        if key not in state:  # amsgrad was turned on in mid-run: torch begins its maximum at zero
+            arrays[field] = jnp.zeros(shape, wide)
+            continue
+        array = array_of(_CALLER, f"{key} of {parameter}", state[key])
+        if field != "mu" and np.any(array < 0):
+            raise ValueError(
+                f"{_CALLER}: {key} of {parameter} has an element of {array.min():g}; expected none"
+                " below zero, as it averages squares. Pass the state_dict() as torch wrote it."
+            )
         if layout is not None:
             array = array_of(_CALLER, f"layout's result for {path}", layout(path, array))
         if np.shape(array) != shape:
