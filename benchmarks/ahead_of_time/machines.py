@@ -1,6 +1,9 @@
 """The accelerators whose compilers run here without them, and what is wrong if they cannot."""
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,7 +107,8 @@ def machine(topology: str) -> Machine:
         )
     chips = chips or kind.chips
     try:
-        made = _tpu(kind_name, chips) if kind.gpu is None else _gpu(kind, kind_name, chips)
+        with _quiet():
+            made = _tpu(kind_name, chips) if kind.gpu is None else _gpu(kind, kind_name, chips)
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         raise Unavailable(
             f"The compiler for {kind.name} does not know the topology {topology!r}; expected such"
@@ -161,3 +165,17 @@ def _gpu(kind: Kind, name: str, chips: str) -> Machine:
     folder = next(iter(spec.submodule_search_locations))
     options = {"xla_gpu_autotune_level": "0", "xla_gpu_cuda_data_dir": str(Path(folder))}
     return Machine("", "", found.devices, "gpu", options)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides what the plugins' native code prints of devices that are not there."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
