@@ -1,4 +1,4 @@
-"""The tables of what an update costs on accelerators, from `benchmarks/results/accelerators.json`."""
+"""The tables of an update's cost on accelerators, from `benchmarks/results/accelerators.json`."""
 
 import json
 from pathlib import Path
@@ -84,9 +84,7 @@ def _by_machine(way: str, machines: tuple[str, ...]) -> str:
         cells = " | ".join(map(_cell, rows))
         lines.append(f"| {_title(name)} | {least[0] if least else ''} | {cells} |")
     head = " | ".join(recorded["machines"][machine]["name"] for machine in found)
-    return "\n".join(
-        [f"| Adam by | must move | {head} |", "|---" * (2 + len(found)) + "|", *lines]
-    )
+    return "\n".join([f"| Adam by | must move | {head} |", "|---" * (2 + len(found)) + "|", *lines])
 
 
 def _by_tree(machine: str) -> str:

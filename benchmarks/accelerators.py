@@ -13,6 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ if __name__ == "__main__":
 import jax
 from ahead_of_time.candidates import FORMATS, Candidate, candidates
 from ahead_of_time.cost import Cost, cost, on, one_chip
-from ahead_of_time.machines import KINDS, Machine, Unavailable, machine, mesh_of
+from ahead_of_time.machines import KINDS, Machine, UnavailableError, machine, mesh_of
 from ahead_of_time.meshes import cost_on_mesh, split_by
 from ahead_of_time.trees import LLAMA_8B, LLAMA_8B_SPLIT, TREES, abstract
 from lean import RESULTS, version
@@ -130,14 +131,14 @@ def main(argv: list[str] | None = None) -> None:
                 params = abstract(TREES[tree], dtype)
                 for name, candidate in candidates(dtype, chips.platform).items():
                     if wanted(name):
-                        row = attempt(lambda c=candidate: update(c, params, chips))
+                        row = attempt(partial(update, candidate, params, chips))
                         record(row, "updates", topology, tree, dtype, name)
     for topology in args.meshes:
         chips = machine(topology)
         record({"name": chips.name, **versions()}, "machines", topology)
         for name, candidate in candidates("bfloat16", chips.platform).items():
             if wanted(name) and name in [f"step {moments}" for moments in FORMATS]:
-                row = attempt(lambda c=candidate: llama(c, topology))
+                row = attempt(partial(llama, candidate, topology))
                 record(row, "meshes", topology, name)
 
 
@@ -156,7 +157,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     for topology in [*args.machines, *args.meshes]:
         try:
             machine(topology)
-        except Unavailable as error:
+        except UnavailableError as error:
             parser.error(str(error))
     return args
 

@@ -14,52 +14,7 @@ from ahead_of_time import candidates, cost, hlo, machines, meshes, traffic, tree
 
 MIB = 2**20
 BUFFER = "f32[4,512,512]{2,1,0}"
-LOOP = """HloModule pieces, is_scheduled=true
-
-%sliced (p0: f32[4,512,512], p1: s32[]) -> f32[1,512,512] {
-  %p0 = f32[4,512,512]{2,1,0} parameter(0)
-  %p1 = s32[] parameter(1)
-  %zero = s32[] constant(0)
-  %piece = f32[1,512,512]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,512,512}
-  ROOT %twice = f32[1,512,512]{2,1,0} add(%piece, %piece)
-}
-
-%outer (p0: f32[4,512,512], p1: f32[4,512,512], p2: s32[]) -> f32[4,512,512] {
-  %p0 = f32[4,512,512]{2,1,0} parameter(0)
-  %p1 = f32[4,512,512]{2,1,0} parameter(1)
-  %p2 = s32[] parameter(2)
-  %zero = s32[] constant(0)
-  %inner = f32[1,512,512]{2,1,0} fusion(%p0, %p2), kind=kLoop, calls=%sliced
-  ROOT %put = f32[4,512,512]{2,1,0} dynamic-update-slice(%p1, %inner, %p2, %zero, %zero)
-}
-
-%body (carry: (s32[], f32[4,512,512], f32[4,512,512])) -> (s32[], f32[4,512,512], f32[4,512,512]) {
-  %carry = (s32[], f32[4,512,512]{2,1,0}, f32[4,512,512]{2,1,0}) parameter(0)
-  %i = s32[] get-tuple-element(%carry), index=0
-  %from = f32[4,512,512]{2,1,0} get-tuple-element(%carry), index=1
-  %to = f32[4,512,512]{2,1,0} get-tuple-element(%carry), index=2
-  %put.1 = f32[4,512,512]{2,1,0} fusion(%from, %to, %i), kind=kLoop, calls=%outer
-  %one = s32[] constant(1)
-  %next = s32[] add(%i, %one)
-  ROOT %out = (s32[], f32[4,512,512]{2,1,0}, /*index=2*/f32[4,512,512]{2,1,0}) tuple(%next, %from, %put.1)
-}
-
-%more (carry.1: (s32[], f32[4,512,512], f32[4,512,512])) -> pred[] {
-  %carry.1 = (s32[], f32[4,512,512]{2,1,0}, f32[4,512,512]{2,1,0}) parameter(0)
-  %i.1 = s32[] get-tuple-element(%carry.1), index=0
-  %end = s32[] constant(4)
-  ROOT %less = pred[] compare(%i.1, %end), direction=LT
-}
-
-ENTRY %main (from.1: f32[4,512,512], to.1: f32[4,512,512]) -> f32[4,512,512] {
-  %from.1 = f32[4,512,512]{2,1,0} parameter(0)
-  %to.1 = f32[4,512,512]{2,1,0} parameter(1)
-  %start = s32[] constant(0)
-  %init = (s32[], f32[4,512,512]{2,1,0}, f32[4,512,512]{2,1,0}) tuple(%start, %from.1, %to.1)
-  %loop = (s32[], f32[4,512,512]{2,1,0}, f32[4,512,512]{2,1,0}) while(%init), condition=%more, body=%body
-  ROOT %result = f32[4,512,512]{2,1,0} get-tuple-element(%loop), index=2
-}
-"""
+LOOP = (Path(__file__).parent / "data" / "loop_over_pieces.hlo").read_text()
 
 
 def entry(*lines, before=""):
@@ -106,9 +61,7 @@ def test_a_loop_counts_its_pieces_as_often_as_it_runs():
     # In each of four turns a slice of a MiB is read, through a fusion in a fusion, and one written.
     assert found.moved == pytest.approx(4 * 2 * MIB, rel=1e-4)
     assert found.kernels == 4
-    noted = LOOP.replace(
-        "body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}'
-    )
+    noted = LOOP.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}')
     assert traffic.traffic(noted).kernels == 3
 
 
@@ -227,27 +180,31 @@ def test_a_loop_over_pieces_shows_no_more_than_its_pieces(cpu):
 
 
 def test_unknown_topologies_are_refused_by_name():
-    with pytest.raises(machines.Unavailable, match=r"'v9x:2x2' is unknown; expected one of v5e"):
+    with pytest.raises(
+        machines.UnavailableError, match=r"'v9x:2x2' is unknown; expected one of v5e"
+    ):
         machines.machine("v9x:2x2")
 
 
 @pytest.mark.parametrize(("topology", "package"), [("v5e:2x2", "libtpu"), ("h100", "jax-cuda12")])
 def test_a_missing_compiler_is_named_with_the_way_out(monkeypatch, topology, package):
     monkeypatch.setattr(machines, "find_spec", lambda name: None)
-    with pytest.raises(machines.Unavailable, match=rf"{package}.*pip install"):
+    with pytest.raises(machines.UnavailableError, match=rf"{package}.*pip install"):
         machines.machine(topology)
 
 
 def test_a_mesh_that_does_not_fit_is_refused(cpu):
     chips = len(cpu.devices)
-    with pytest.raises(machines.Unavailable, match=f"data=3, model=5 does not fit cpu.* {chips}"):
+    with pytest.raises(
+        machines.UnavailableError, match=f"data=3, model=5 does not fit cpu.* {chips}"
+    ):
         machines.mesh_of(cpu, {"data": 3, "model": 5})
 
 
 def test_a_spec_of_an_axis_that_is_not_there_is_refused(cpu):
     mesh = machines.mesh_of(cpu, {"data": len(cpu.devices)})
     params = trees.abstract({"kernel": (64, 64)}, "float32")
-    with pytest.raises(machines.Unavailable, match="'kernel'.*'model'.*expected one of 'data'"):
+    with pytest.raises(machines.UnavailableError, match=r"'kernel'.*'model'.*'data'"):
         meshes.split_by({"kernel": (None, "model")}, params, mesh)
 
 

@@ -1,9 +1,6 @@
 """The accelerators whose compilers run here without them, and what is wrong if they cannot."""
 
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +9,8 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
+
+from .environment import quiet
 
 DEVICE = """gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -70,7 +69,7 @@ KINDS = {
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:8x8, h100:8 or b200:4"
 
 
-class Unavailable(ValueError):
+class UnavailableError(ValueError):
     """A machine that cannot be compiled for, or a mesh that it cannot be cut into."""
 
 
@@ -93,7 +92,7 @@ def machine(topology: str) -> Machine:
         process's own devices.
 
     Raises:
-      Unavailable: no such machine is known, its compiler is not installed, or the compiler knows
+      UnavailableError: no such machine is known, its compiler is not installed, or the compiler knows
         no such topology.
     """
     if topology == "cpu":
@@ -101,16 +100,16 @@ def machine(topology: str) -> Machine:
     kind_name, _, chips = topology.partition(":")
     kind = KINDS.get(kind_name)
     if kind is None:
-        raise Unavailable(
-            f"The topology {topology!r} is unknown; expected one of {', '.join(KINDS)}, alone or with"
-            f" its chips, such as {EXAMPLES}."
+        raise UnavailableError(
+            f"The topology {topology!r} is unknown; expected one of {', '.join(KINDS)}, alone or"
+            f" with its chips, such as {EXAMPLES}."
         )
     chips = chips or kind.chips
     try:
-        with _quiet():
+        with quiet():
             made = _tpu(kind_name, chips) if kind.gpu is None else _gpu(kind, kind_name, chips)
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-        raise Unavailable(
+        raise UnavailableError(
             f"The compiler for {kind.name} does not know the topology {topology!r}; expected such"
             f" as {EXAMPLES}. It says: {str(error).splitlines()[0][:160]}"
         ) from error
@@ -121,14 +120,14 @@ def mesh_of(machine: Machine, axes: dict[str, int]) -> Mesh:
     """A mesh of a machine's chips, with axes of type Auto.
 
     Raises:
-      Unavailable: the axes' sizes do not make up its number of chips.
+      UnavailableError: the axes' sizes do not make up its number of chips.
     """
     chips = len(machine.devices)
     if np.prod(list(axes.values()), dtype=int) != chips:
         sizes = ", ".join(f"{name}={size}" for name, size in axes.items())
-        raise Unavailable(
-            f"The mesh {sizes} does not fit {machine.topology}, which has {chips} chips; expected"
-            f" axes whose sizes multiply to {chips}."
+        raise UnavailableError(
+            f"The mesh {sizes} does not fit {machine.topology}, whose number of chips is {chips};"
+            f" expected axes whose sizes multiply to {chips}."
         )
     devices = np.array(machine.devices).reshape(tuple(axes.values()))
     return Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
@@ -136,7 +135,7 @@ def mesh_of(machine: Machine, axes: dict[str, int]) -> Mesh:
 
 def _tpu(kind: str, chips: str) -> Machine:
     if find_spec("libtpu") is None:
-        raise Unavailable(
+        raise UnavailableError(
             f"To compile for {kind} the package libtpu is needed, and it is not installed; install"
             ' it with pip install "jax[tpu]", or run in the environment that `make'
             " bench-accelerators` makes, .venv-tpu."
@@ -147,14 +146,16 @@ def _tpu(kind: str, chips: str) -> Machine:
 
 def _gpu(kind: Kind, name: str, chips: str) -> Machine:
     if find_spec("jax_cuda12_plugin") is None or find_spec("nvidia.cuda_nvcc") is None:
-        raise Unavailable(
+        raise UnavailableError(
             f"To compile for {name} the packages jax-cuda12-plugin and nvidia-cuda-nvcc-cu12 are"
             ' needed, and they are not installed; install them with pip install "jax[cuda12-local]"'
             " nvidia-cuda-nvcc-cu12, or run in the environment that `make bench-accelerators`"
             " makes, .venv-gpu."
         )
     if not chips.isdigit() or int(chips) == 0:
-        raise Unavailable(f"The topology {name}:{chips} is unknown; expected such as {name}:8.")
+        raise UnavailableError(
+            f"The topology {name}:{chips} is unknown; expected such as {name}:8."
+        )
     found = topologies.get_topology_desc(
         name,
         platform="cuda",
@@ -165,17 +166,3 @@ def _gpu(kind: Kind, name: str, chips: str) -> Machine:
     folder = next(iter(spec.submodule_search_locations))
     options = {"xla_gpu_autotune_level": "0", "xla_gpu_cuda_data_dir": str(Path(folder))}
     return Machine("", "", found.devices, "gpu", options)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides what the plugins' native code prints of devices that are not there."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)

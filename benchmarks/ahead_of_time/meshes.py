@@ -9,7 +9,7 @@ from adamfn.sharding import state_shardings
 
 from .candidates import Candidate
 from .cost import Cost, cost, on
-from .machines import Machine, Unavailable
+from .machines import Machine, UnavailableError
 
 
 def cost_on_mesh(
@@ -29,13 +29,13 @@ def cost_on_mesh(
     """
     placed = state_shardings(candidate, params, shardings, zero_axis)
     state = on(placed, jax.eval_shape(candidate.init, params))
-    whole = jax.tree.map(
-        lambda sharding, part: jax.tree.map(lambda _: sharding, part),
-        shardings,
-        params,
-        is_leaf=lambda node: isinstance(node, NamedSharding),
-    )
-    params = on(whole, params)
+    given = dict(jax.tree.leaves_with_path(shardings))
+
+    def where_it_lies(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        heads = (path[:length] for length in range(len(path) + 1))
+        return on(next(given[head] for head in heads if head in given), leaf)
+
+    params = jax.tree.map_with_path(where_it_lies, params)
     return cost(candidate.step, params, state, params, machine)
 
 
@@ -43,12 +43,12 @@ def split_by(specs: dict[str, tuple[str | None, ...]], params: Any, mesh: Mesh) 
     """Shardings for parameters whose names have a spec, and everywhere for the others.
 
     Raises:
-      Unavailable: a spec names an axis that the mesh does not have.
+      UnavailableError: a spec names an axis that the mesh does not have.
     """
     for name, spec in specs.items():
         for axis in spec:
             if axis is not None and axis not in mesh.axis_names:
-                raise Unavailable(
+                raise UnavailableError(
                     f"The parameter {name!r} is to be split along the axis {axis!r}, which the mesh"
                     f" does not have; expected one of {', '.join(map(repr, mesh.axis_names))}."
                 )

@@ -1,12 +1,14 @@
 """What the kernels of a compiled program read from device memory and write to it."""
 
 from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from .hlo import Computation, Instruction, Program, parse, trip_count
 
-FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "opt-barrier", "after-all"}
-FREE |= {"partition-id", "replica-id", "add-dependency"}
+FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "opt-barrier"}
+FREE |= {"after-all", "add-dependency", "partition-id", "replica-id"}
 FREE_TARGETS = ("AllocateBuffer", "ConcatBitcast", "Sharding", "SPMDFullToShardShape")
 COLLECTIVES = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
 COLLECTIVES |= {"ragged-all-to-all", "collective-broadcast"}
@@ -25,18 +27,18 @@ class Traffic(NamedTuple):
     moved: int = 0
     """Bytes read and written in device memory."""
     kernels: int = 0
-    collectives: Counter[str] = Counter()
+    collectives: Mapping[str, int] = MappingProxyType({})
     """How many of each kind run."""
     collected: int = 0
     """Bytes of what they leave on a device."""
 
     def plus(self, other: "Traffic", times: int = 1) -> "Traffic":
-        """This, and then the other so many times."""
+        """Itself, and then the other so many times."""
         more = Counter({kind: times * n for kind, n in other.collectives.items()})
         return Traffic(
             self.moved + times * other.moved,
             self.kernels + times * other.kernels,
-            self.collectives + more,
+            Counter(self.collectives) + more,
             self.collected + times * other.collected,
         )
 
@@ -77,7 +79,7 @@ def _of_instruction(program: Program, computation: Computation, one: Instruction
         return Traffic().plus(_of(program, program.computations[body]), trip_count(program, one))
     if one.opcode == "conditional":
         branches = one.named("branch_computations", "true_computation", "false_computation")
-        return max((_of(program, program.computations[name]) for name in branches))
+        return max(_of(program, program.computations[name]) for name in branches)
     if one.opcode in ("call", "async-start", "call-start"):
         called = one.named("calls", "to_apply", "called_computations")
         return _of(program, program.computations[called[0]])

@@ -30,7 +30,7 @@ def pytest_configure(config):
 def machine(request):
     try:
         return machines.machine(request.config.option.machine)
-    except machines.Unavailable as error:
+    except machines.UnavailableError as error:
         pytest.exit(str(error), returncode=2)
 
 

@@ -1,9 +1,10 @@
 """The figures show what a program does, on the compilers themselves."""
 
-import adamfn
 import jax
 import pytest
 from ahead_of_time import candidates, cost, trees
+
+import adamfn
 
 SHAPE = (16384, 16384)
 
