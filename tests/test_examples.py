@@ -145,8 +145,8 @@ def test_they_can_be_interrupted(name, tmp_path):
 
 def test_cost_on_accelerators_shows_every_format_and_draws(tmp_path, capsys):
     found = example("cost_on_accelerators")["main"](
-        ["--model", "resnet-50", "--topology", "cpu", "--mesh", "data=1", "--zero-axis", "data"]
-        + ["--moments", "float32", "bfloat16", "--out", str(tmp_path)]
+        f"--model resnet-50 --topology cpu --mesh data=1 --zero-axis data --out {tmp_path}"
+        " --moments float32 bfloat16".split()
     )
     parameters = 25557032
     assert found["float32"].state == 8 * parameters + 8  # and count and rate
@@ -185,10 +185,10 @@ def flax_model(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("function", ["shapes", "split"])
-def test_cost_on_accelerators_takes_a_flax_model(flax_model, function):
+def test_cost_on_accelerators_takes_a_flax_model(flax_model, function, tmp_path):
     found = example("cost_on_accelerators")["main"](
-        f"--model {flax_model}:{function} --topology cpu --mesh data=1".split()
-        + ["--moments", "float32", "--by", "update", "--dtype", "bfloat16"]
+        f"--model {flax_model}:{function} --topology cpu --mesh data=1 --moments float32"
+        f" --by update --dtype bfloat16 --out {tmp_path}".split()
     )
     assert found["float32"].arguments >= (2 + 2 + 8) * (512 * 256 + 256)
 

@@ -92,8 +92,8 @@ def machine(topology: str) -> Machine:
         process's own devices.
 
     Raises:
-      UnavailableError: no such machine is known, its compiler is not installed, or the compiler knows
-        no such topology.
+      UnavailableError: no such machine is known, its compiler is not installed, or knows no such
+        topology.
     """
     if topology == "cpu":
         return Machine("cpu", "CPU", jax.devices("cpu"), "cpu", {})
