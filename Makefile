@@ -60,11 +60,11 @@ bench-lean: $(VENV)-lean/.lean
 	$(VENV)-lean/bin/python benchmarks/lean_quality.py
 	$(VENV)-lean/bin/python benchmarks/readme_tables.py
 
-bench-accelerators: $(VENV)-tpu/.tpu $(VENV)-gpu/.gpu
+bench-accelerators: $(VENV)-tpu/.tpu $(VENV)-gpu/.gpu $(VENV)/.examples
 	$(VENV)-tpu/bin/python benchmarks/accelerators.py --machines v5e v5p v6e \
 		--meshes v5e:16x16 v5p:4x4x4 $(ARGS)
 	$(VENV)-gpu/bin/python benchmarks/accelerators.py --machines h100 b200 --meshes h100:8 $(ARGS)
-	$(VENV)-tpu/bin/python benchmarks/readme_tables.py
+	$(BIN)/python benchmarks/readme_tables.py
 
 # One stamp for each extra, so that an extra is installed once and again when it changes.
 $(VENV)/.% $(VENV)-bench/.% $(VENV)-lean/.% $(VENV)-tpu/.% $(VENV)-gpu/.%: pyproject.toml

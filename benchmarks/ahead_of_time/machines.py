@@ -137,8 +137,7 @@ def _tpu(kind: str, chips: str) -> Machine:
     if find_spec("libtpu") is None:
         raise UnavailableError(
             f"To compile for {kind} the package libtpu is needed, and it is not installed; install"
-            ' it with pip install "jax[tpu]", or run in the environment that `make'
-            " bench-accelerators` makes, .venv-tpu."
+            ' it with pip install "jax[tpu]".'
         )
     found = topologies.get_topology_desc(f"{kind}:{chips}", platform="tpu")
     return Machine("", "", found.devices, "tpu", {})
@@ -149,8 +148,7 @@ def _gpu(kind: Kind, name: str, chips: str) -> Machine:
         raise UnavailableError(
             f"To compile for {name} the packages jax-cuda12-plugin and nvidia-cuda-nvcc-cu12 are"
             ' needed, and they are not installed; install them with pip install "jax[cuda12-local]"'
-            " nvidia-cuda-nvcc-cu12, or run in the environment that `make bench-accelerators`"
-            " makes, .venv-gpu."
+            " nvidia-cuda-nvcc-cu12."
         )
     if not chips.isdigit() or int(chips) == 0:
         raise UnavailableError(
