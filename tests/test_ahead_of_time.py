@@ -193,6 +193,13 @@ def test_a_missing_compiler_is_named_with_the_way_out(monkeypatch, topology, pac
         machines.machine(topology)
 
 
+def test_a_plugin_without_its_assembler_is_refused_too(monkeypatch):
+    found = {"jax_cuda12_plugin": object()}
+    monkeypatch.setattr(machines, "find_spec", found.get)
+    with pytest.raises(machines.UnavailableError, match="nvidia-cuda-nvcc-cu12"):
+        machines.machine("b200")
+
+
 def test_a_mesh_that_does_not_fit_is_refused(cpu):
     chips = len(cpu.devices)
     with pytest.raises(

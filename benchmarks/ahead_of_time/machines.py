@@ -144,7 +144,8 @@ def _tpu(kind: str, chips: str) -> Machine:
 
 
 def _gpu(kind: Kind, name: str, chips: str) -> Machine:
-    if find_spec("jax_cuda12_plugin") is None or find_spec("nvidia.cuda_nvcc") is None:
+    packages = ("jax_cuda12_plugin", "nvidia", "nvidia.cuda_nvcc")  # a parent before its child
+    if any(find_spec(package) is None for package in packages):
         raise UnavailableError(
             f"To compile for {name} the packages jax-cuda12-plugin and nvidia-cuda-nvcc-cu12 are"
             ' needed, and they are not installed; install them with pip install "jax[cuda12-local]"'
