@@ -2,12 +2,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-peers lint format bench bench-lean clean
+.PHONY: help demo test test-peers test-accelerators test-accelerators-quick lint format bench
+.PHONY: bench-lean bench-accelerators clean
 
 help:
 	@echo "make demo    train a small network on handwritten digits (ARGS=--help for its options)"
 	@echo "make test    all tests and every example in the documentation"
 	@echo "make test-peers  the installed torch and optax beside adamfn, live (installs torch)"
+	@echo "make test-accelerators  programs compiled for a TPU and a GPU that are not at hand, held to"
+	@echo "             their bounds (installs the compilers in environments of their own)"
+	@echo "make test-accelerators-quick  a small choice of them"
 	@echo "make lint    ruff and pyright"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make bench   measure exactness, tracing and a step's speed, beside optax and torch, and draw"
@@ -15,6 +19,8 @@ help:
 	@echo "             own; about 15 minutes, 16 GB)"
 	@echo "make bench-lean  measure moments in fewer bytes, beside torchao and bitsandbytes (installs"
 	@echo "             them in an environment of their own; about 40 minutes)"
+	@echo "make bench-accelerators  measure what an update costs on TPUs and GPUs that are not at hand, by"
+	@echo "             their compilers"
 	@echo "make clean   remove the virtual environment and what was built"
 
 demo: $(VENV)/.examples
@@ -25,6 +31,13 @@ test: $(VENV)/.test
 
 test-peers: $(VENV)/.peers
 	$(BIN)/python -m pytest -q -n auto tests/peers $(ARGS)
+
+test-accelerators: $(VENV)-tpu/.tpu $(VENV)-gpu/.gpu
+	$(VENV)-tpu/bin/python -m pytest -q tests/accelerators --machine v5e $(ARGS)
+	$(VENV)-gpu/bin/python -m pytest -q tests/accelerators --machine h100 $(ARGS)
+
+test-accelerators-quick:
+	$(MAKE) test-accelerators ARGS="-m quick $(ARGS)"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -47,11 +60,17 @@ bench-lean: $(VENV)-lean/.lean
 	$(VENV)-lean/bin/python benchmarks/lean_quality.py
 	$(VENV)-lean/bin/python benchmarks/readme_tables.py
 
+bench-accelerators: $(VENV)-tpu/.tpu $(VENV)-gpu/.gpu $(VENV)/.examples
+	$(VENV)-tpu/bin/python benchmarks/accelerators.py --machines v5e v5p v6e \
+		--meshes v5e:16x16 v5p:4x4x4 $(ARGS)
+	$(VENV)-gpu/bin/python benchmarks/accelerators.py --machines h100 b200 --meshes h100:8 $(ARGS)
+	$(BIN)/python benchmarks/readme_tables.py
+
 # One stamp for each extra, so that an extra is installed once and again when it changes.
-$(VENV)/.% $(VENV)-bench/.% $(VENV)-lean/.%: pyproject.toml
+$(VENV)/.% $(VENV)-bench/.% $(VENV)-lean/.% $(VENV)-tpu/.% $(VENV)-gpu/.%: pyproject.toml
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-bench $(VENV)-lean build dist out .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-bench $(VENV)-lean $(VENV)-tpu $(VENV)-gpu build dist out .ruff_cache .hypothesis

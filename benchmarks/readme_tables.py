@@ -1,6 +1,6 @@
 """Draws the tables of README.md and docs/ from `benchmarks/results/`, between their markers.
 
-python benchmarks/readme_tables.py           # rewrites the pages, and docs/step_speed.png
+python benchmarks/readme_tables.py           # rewrites the pages and their pictures
 python benchmarks/readme_tables.py --check   # exits 1 if it would change
 """
 
@@ -11,6 +11,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 
+from accelerator_tables import (
+    accelerators,
+    accelerators_gpu,
+    accelerators_mesh,
+    accelerators_step,
+    accelerators_tpu,
+    accelerators_update,
+    accelerators_versions,
+)
 from step_tables import step_cost, step_goals, step_limits, step_speed, step_variants
 
 ROOT = Path(__file__).parent.parent
@@ -88,7 +97,15 @@ def lean_speed() -> str:
 
 
 TABLES = {
-    "README.md": (exactness, step_speed, trace_cost, lean_quality),
+    "README.md": (exactness, step_speed, trace_cost, accelerators, lean_quality),
+    "docs/accelerators.md": (
+        accelerators_versions,
+        accelerators_step,
+        accelerators_update,
+        accelerators_tpu,
+        accelerators_gpu,
+        accelerators_mesh,
+    ),
     "docs/lean_moments.md": (lean_fidelity, lean_speed),
     "docs/speed.md": (step_goals, step_speed, step_variants, step_limits, step_cost),
 }
@@ -118,9 +135,15 @@ def main(argv: list[str] | None = None) -> None:
         if not args.check:
             page.write_text(drawn)
     if not args.check:
-        from step_picture import draw  # matplotlib is for this alone
+        import accelerator_picture  # matplotlib is for these alone
+        import step_picture
 
-        draw(json.loads((RESULTS / "step_speed.json").read_text()), ROOT / "docs/step_speed.png")
+        for draw, name in (
+            (step_picture.draw, "step_speed"),
+            (accelerator_picture.draw, "accelerators"),
+        ):
+            recorded = json.loads((RESULTS / f"{name}.json").read_text())
+            draw(recorded, ROOT / "docs" / f"{name}.png")
 
 
 if __name__ == "__main__":

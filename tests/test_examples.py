@@ -141,3 +141,88 @@ def test_they_can_be_interrupted(name, tmp_path):
     assert b"Traceback" not in printed, printed.decode()
     assert b"Interrupted." in printed
     assert process.returncode == 130
+
+
+def test_cost_on_accelerators_shows_every_format_and_draws(tmp_path, capsys):
+    found = example("cost_on_accelerators")["main"](
+        f"--model resnet-50 --topology cpu --mesh data=1 --zero-axis data --out {tmp_path}"
+        " --moments float32 bfloat16".split()
+    )
+    parameters = 25557032
+    assert found["float32"].state == 8 * parameters + 8  # and count and rate
+    assert found["bfloat16"].state < 0.51 * found["float32"].state
+    assert (tmp_path / "cost_on_accelerators.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    for word in ("25,557,032 parameters", "float32", "bfloat16", "collectives", "nothing ran"):
+        assert word in printed
+
+
+FLAX_MODEL = """
+import jax
+from flax import nnx
+
+def shapes():
+    return jax.eval_shape(lambda: nnx.as_pure(nnx.state(nnx.Linear(512, 256, rngs=nnx.Rngs(0)))))
+
+def split(axis="data"):
+    return shapes(), {"kernel": jax.P(None, axis), "bias": jax.P()}
+
+def wrongly_split():
+    return split("model")
+
+def another_tree():
+    return shapes(), {"weights": jax.P(), "bias": jax.P()}
+"""
+
+
+@pytest.fixture
+def flax_model(tmp_path, monkeypatch):
+    name = f"model_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(FLAX_MODEL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return name
+
+
+@pytest.mark.parametrize("function", ["shapes", "split"])
+def test_cost_on_accelerators_takes_a_flax_model(flax_model, function, tmp_path):
+    found = example("cost_on_accelerators")["main"](
+        f"--model {flax_model}:{function} --topology cpu --mesh data=1 --moments float32"
+        f" --by update --dtype bfloat16 --out {tmp_path}".split()
+    )
+    assert found["float32"].arguments >= (2 + 2 + 8) * (512 * 256 + 256)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--topology", "v9"], ["'v9' is unknown", "v5e:16x16"]),
+        (["--topology", "v5e"], ["libtpu", 'pip install "jax[tpu]"']),
+        (["--topology", "cpu", "--mesh", "data=3"], ["data=3", "chips is 1;"]),
+        (["--topology", "cpu", "--mesh", "data=1", "--zero-axis", "fsdp"], ["'fsdp'", "'data'"]),
+        (["--topology", "cpu", "--zero-axis", "data"], ["give --mesh too"]),
+        (["--model", "gpt3"], ["'gpt3' is unknown", "module:function"]),
+        (["--model", "not_there:shapes"], ["not_there", "the name of a module here"]),
+        (["--model", "MODEL:missing"], ["missing", "a function in it"]),
+        (
+            ["--topology", "cpu", "--mesh", "data=1", "--model", "MODEL:wrongly_split"],
+            ["'model'", "'data'", "give --mesh that axis"],
+        ),
+        (
+            ["--topology", "cpu", "--mesh", "data=1", "--model", "MODEL:another_tree"],
+            ["['kernel']", "expected a NamedSharding there or above it"],
+        ),
+    ],
+)
+def test_cost_on_accelerators_says_what_will_not_do(
+    arguments, words, flax_model, capsys, monkeypatch
+):
+    main = example("cost_on_accelerators")["main"]
+    monkeypatch.setattr(main.__globals__["machines"], "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as exit_:
+        main([argument.replace("MODEL", flax_model) for argument in arguments])
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    for word in words:
+        assert word in said

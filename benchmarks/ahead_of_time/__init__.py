@@ -1,0 +1,1 @@
+"""What a program costs on an accelerator that is not at hand, by the accelerator's own compiler."""

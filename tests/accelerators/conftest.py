@@ -1,0 +1,60 @@
+"""Programs compiled for a TPU or a GPU that is not at hand: `make test-accelerators`.
+
+They need that machine's compiler, in an environment of its own, so nothing else collects them.
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from ahead_of_time import environment
+
+environment.prepare()
+
+import jax  # noqa: E402
+from ahead_of_time import candidates, cost, machines, trees  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption("--machine", default="v5e", help="whose compiler is asked, such as v5e, h100")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "quick: the choice that make test-accelerators-quick runs")
+
+
+@pytest.fixture(scope="session")
+def machine(request):
+    try:
+        return machines.machine(request.config.option.machine)
+    except machines.UnavailableError as error:
+        pytest.exit(str(error), returncode=2)
+
+
+@pytest.fixture(scope="session")
+def measure(machine):
+    """The cost of a step over one leaf, or over a tree, of this shape and dtype."""
+
+    @functools.cache
+    def one_leaf(way, moments, shape, dtype):
+        return measured(way, moments, {"leaf": shape}, dtype)
+
+    def measured(way, moments, shapes, dtype="float32"):
+        import adamfn
+
+        tx = adamfn.adam(1e-3, moments=moments)
+        candidate = {"step": candidates.by_step, "update": candidates.by_update}[way](tx)
+        chip = cost.one_chip(machine)
+        params = cost.on(chip, trees.abstract(shapes, dtype))
+        state = cost.on(chip, jax.eval_shape(tx.init, params))
+        return cost.cost(candidate.step, params, state, params, machine)
+
+    def call(way, moments, shapes, dtype="float32"):
+        if isinstance(shapes, tuple):
+            return one_leaf(way, moments, shapes, dtype)
+        return measured(way, moments, shapes, dtype)
+
+    return call

@@ -1,0 +1,106 @@
+"""What a step moves, needs and launches on an accelerator, held to the bounds that are promised.
+
+All leaves are larger than the nearer memory of a TPU. Bytes are of each parameter.
+"""
+
+import math
+
+import pytest
+
+MATRIX = (16384, 16384)
+SHAPES = {
+    "vector": (2**28,),
+    "matrix": MATRIX,
+    "rows that no tile divides": (16387, 16384),
+    "a last axis that no block divides": (4096, 50257),
+    "an embedding": (250002, 1024),
+    "layers in a stack": (24, 1024, 8192),
+    "a convolution": (3, 3, 2048, 8192),
+}
+PADDING = 1.005  # of rows of 50257 and the like to whole tiles
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+lean = pytest.mark.parametrize("moments", ["8bit", "4bit"])
+ways = pytest.mark.parametrize("way", ["step", "update"])
+
+
+def of_parameters(found, shape):
+    """Bytes moved, the least, and temporary ones, of each parameter."""
+    parameters = math.prod(shape)
+    return (x / parameters for x in (found.moved, found.least, found.temporary))
+
+
+def check_one_pass(found, shape, dtype, way):
+    moved, least, temporary = of_parameters(found, shape)
+    if way == "step":
+        assert moved <= 1.05 * least
+        assert temporary <= 0.05
+        assert found.kernels == 1
+    else:
+        update = {"float32": 4, "bfloat16": 2}[dtype]  # written, and read by apply_updates
+        assert moved <= PADDING * (least + 2 * update)
+        assert temporary <= 0.05 + PADDING * update
+        assert found.kernels <= 2
+
+
+@pytest.mark.quick
+@ways
+def test_float32_moves_the_least(measure, way):
+    moved, _, temporary = of_parameters(measure(way, "float32", MATRIX), MATRIX)
+    assert moved == pytest.approx(28, rel=1e-4)
+    assert temporary < 0.001
+
+
+@pytest.mark.quick
+@ways
+def test_bfloat16_moves_twenty_bytes_in_one_kernel(measure, way):
+    found = measure(way, "bfloat16", MATRIX)
+    moved, _, temporary = of_parameters(found, MATRIX)
+    assert moved == pytest.approx(20, rel=1e-3)
+    assert temporary < 0.001
+    assert found.kernels == 1
+
+
+@pytest.mark.quick
+@lean
+@ways
+def test_a_matrix_takes_one_pass(measure, moments, way):
+    check_one_pass(measure(way, moments, MATRIX), MATRIX, "float32", way)
+
+
+@lean
+@ways
+@dtypes
+@shapes
+def test_every_shape_takes_one_pass(measure, moments, way, dtype, shape):
+    check_one_pass(measure(way, moments, shape, dtype), shape, dtype, way)
+
+
+@lean
+def test_a_tree_takes_a_kernel_a_leaf(measure, moments):
+    leaves = {name: shape for name, shape in SHAPES.items() if name in ("vector", "a convolution")}
+    assert measure("step", moments, leaves).kernels == len(leaves)
+
+
+@lean
+def test_llamas_leaves_compile_within_a_minute(measure, moments):
+    leaves = {
+        "norm": (4096,),
+        "embedding": (128256, 4096),
+        "query": (4096, 4096),
+        "key": (4096, 1024),
+        "up": (4096, 14336),
+        "down": (14336, 4096),
+        "head": (4096, 128256),
+    }
+    assert measure("step", moments, leaves, "bfloat16").seconds < 60
+
+
+@pytest.mark.parametrize("moments", ["factored", "blockmean"])
+@pytest.mark.parametrize("name", ["matrix", "layers in a stack", "a convolution"])
+@ways
+def test_shared_moments_move_24_bytes(measure, moments, name, way):
+    shape = SHAPES[name]
+    moved, _, temporary = of_parameters(measure(way, moments, shape), shape)
+    assert moved <= 24
+    assert temporary <= 0.3

@@ -1,0 +1,47 @@
+"""Leaves that no kernel serves go through XLA in pieces, and need little memory besides."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from adamfn import formats
+
+MIB = 2**20
+SHAPE = (16384, 8192)
+
+
+@dataclass(frozen=True)
+class TwiceRounded:
+    """A user's own: blocks of 32 along the last axis, each with its largest."""
+
+    def encode(self, mu, nu, noise):
+        blocks = mu.reshape(*mu.shape[:-1], -1, 32)
+        scale = jnp.max(jnp.abs(blocks), -1, keepdims=True)
+        codes = jnp.round(blocks / jnp.where(scale > 0, scale, 1) * 127).astype(jnp.int8)
+        return formats.Stored(codes.reshape(mu.shape), jnp.sqrt(nu).astype(jnp.bfloat16), scale)
+
+    def decode(self, stored):
+        blocks = stored.mu.reshape(*stored.mu.shape[:-1], -1, 32).astype(jnp.float32)
+        mu = (blocks / 127 * stored.scales).reshape(stored.mu.shape)
+        return mu, stored.nu.astype(jnp.float32) ** 2
+
+    def holds(self, shape, dtype):
+        return len(shape) > 1 and shape[-1] % 32 == 0
+
+
+def check_memory(found, leaf):
+    assert found.temporary <= max(64 * MIB, 0.05 * leaf)
+
+
+@pytest.mark.parametrize("way", ["step", "update"])
+def test_a_users_own_format(measure, way):
+    leaf = 4 * SHAPE[0] * SHAPE[1]
+    check_memory(measure(way, TwiceRounded(), SHAPE), leaf)
+
+
+@pytest.mark.parametrize("moments", ["8bit", "4bit", "factored"])
+def test_float64(measure, moments):
+    with jax.enable_x64(True):
+        check_memory(measure("step", moments, {"leaf": SHAPE}, "float64"), 8 * SHAPE[0] * SHAPE[1])
