@@ -8,6 +8,7 @@ from typing import Any, TypeAlias, cast
 from adamfn import joined
 from adamfn.backends.primitive import BACKENDS, Backend
 from adamfn.joined import Wanted
+from adamfn.order import check_order
 from adamfn.stage import Stage
 from adamfn.stepping import assemble, own_of
 from adamfn.transform import (
@@ -71,7 +72,8 @@ def chain(*transformations: Transformation) -> GradientTransformation:
 
     Raises:
       TypeError: an argument has no `init` and `update`.
-      ValueError: at `update`, the state has another number of parts than the chain.
+      ValueError: stages that contradict one another, such as two weight decays; at `update`, the
+        state has another number of parts than the chain.
 
     >>> import adamfn
     >>> import jax.numpy as jnp
@@ -83,7 +85,9 @@ def chain(*transformations: Transformation) -> GradientTransformation:
     """
     for position, tx in enumerate(transformations):
         check_transformation(f"chain: argument {position}", tx)
-    return _compose(tuple(map(structure_of, transformations)))
+    structure = tuple(map(structure_of, transformations))
+    check_order(list(elements(structure)))
+    return _compose(structure)
 
 
 def with_backend(tx: GradientTransformation, backend: Backend) -> GradientTransformation:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from adamfn.chaining import from_stage
-from adamfn.formulas import add_multiple
+from adamfn.formulas import add_agreeing_multiple, add_multiple
 from adamfn.hyperparams import ScalarOrSchedule, scheduled, value_at
 from adamfn.stage import Stage
 from adamfn.transform import GradientTransformation
@@ -13,6 +13,8 @@ from adamfn.trees import PyTree
 def add_decayed_weights(
     weight_decay: ScalarOrSchedule = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    *,
+    cautious: bool = False,
 ) -> GradientTransformation:
     r"""Adds a multiple of the parameters to the updates.
 
@@ -22,11 +24,17 @@ def add_decayed_weights(
     $\alpha\lambda$ a step; before `scale_by_moments` it is an L2 penalty, as in torch's
     `Adam(weight_decay=...)`.
 
+    A cautious decay shrinks only what the update shrinks too, $u \leftarrow u + \lambda
+    \mathbb 1(u \theta \ge 0)\, \theta$, element by element. It reads the update with its sign
+    as a gradient has it, and so belongs before `scale_by_lr`.
+
     Args:
       weight_decay: a number at least 0, a scalar array, or a function of the number of steps
         taken so far, such as any optax schedule.
       mask: which parameters decay, None for all: a tree of bools of the parameters' structure or
-        a prefix of it, or a function that makes one from the parameters.
+        a prefix of it, or a function that makes one from the parameters, such as
+        `adamfn.masks.matrices()`.
+      cautious: whether to leave out what the update would make larger in size.
 
     Returns:
       A `GradientTransformation` that keeps structure, shapes and dtypes. Its `update` needs
@@ -38,7 +46,8 @@ def add_decayed_weights(
 
     References:
       Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2
-      (arXiv 1711.05101).
+      (arXiv 1711.05101). Chen et al., Cautious Weight Decay, 2025, algorithm 1 (arXiv 2510.12402);
+      of complex numbers, which it does not treat, those agree whose angle is at most a right one.
 
     >>> import adamfn
     >>> import jax.numpy as jnp
@@ -52,7 +61,7 @@ def add_decayed_weights(
     return from_stage(
         Stage(
             "add_decayed_weights",
-            add_multiple,
+            add_agreeing_multiple if cautious else add_multiple,
             reads=("params",),
             scalars=lambda count, state, extra: (
                 (value_at("weight_decay", configured, count - 1),),
