@@ -121,7 +121,7 @@ def atan2_ratio(
 
 def add_agreeing_multiple(u: jax.Array, p: jax.Array, rate: jax.Array) -> jax.Array:
     """The formula of a cautious `add_decayed_weights`."""
-    return u + jnp.where(_inner(u, p) >= 0, rate * p, 0)
+    return u + jnp.where(_inner(u, p) >= 0, rate, 0) * p
 
 
 def where_agreeing(u: jax.Array, g: jax.Array, floor: jax.Array) -> jax.Array:
