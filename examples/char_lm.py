@@ -134,6 +134,7 @@ def train(
     steps: int = 800,
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
+    recipe: Callable[[optax.Schedule], Any] | None = None,
 ) -> Run:
     """Trains a new model.
 
@@ -142,6 +143,7 @@ def train(
       steps: training steps.
       seed: of weights and batches.
       progress: called with the steps made so far and the loss of the last ones.
+      recipe: makes the optimizer from the learning rate's schedule; None for AdamW.
     """
     key, batches = jax.random.split(jax.random.key(seed))
     schedule = optax.warmup_cosine_decay_schedule(
@@ -152,7 +154,10 @@ def train(
         end_value=PEAK_RATE / 10,
     )
     chosen = {} if moments == "float32" else {"moments": moments}
-    tx = adamfn.adamw(schedule, weight_decay=WEIGHT_DECAY, **chosen)
+    if recipe is None:
+        tx = adamfn.adamw(schedule, weight_decay=WEIGHT_DECAY, **chosen)
+    else:
+        tx = recipe(schedule)
     params = init(key)
     state = tx.init(params)
 
