@@ -7,6 +7,7 @@ scalars. `backends/native` repeats some in C++, and a test holds it to them.
 import jax
 import jax.numpy as jnp
 
+from adamfn.angle import angle
 from adamfn.ema import Shares, average, average_moments
 
 
@@ -114,9 +115,8 @@ def atan2_ratio(
 ) -> tuple[jax.Array, ...]:
     """The formula of `scale_by_atan2_moments`: `(u, mu, nu)`."""
     mu, nu = average_moments(g, mu, nu, b1, b2)
-    size = jnp.abs(mu)
-    angle = a * jnp.arctan2(size * correction, b * jnp.sqrt(nu))
-    return angle * jnp.sign(mu), mu, nu  # the sign of a complex number is its direction
+    size = a * angle(jnp.abs(mu) * correction, b * jnp.sqrt(nu))
+    return size * jnp.sign(mu), mu, nu  # the sign of a complex number is its direction
 
 
 def add_agreeing_multiple(u: jax.Array, p: jax.Array, rate: jax.Array) -> jax.Array:
@@ -131,12 +131,13 @@ def where_agreeing(u: jax.Array, g: jax.Array, floor: jax.Array) -> jax.Array:
 
 
 def clip_outgrown(
-    u: jax.Array, g: jax.Array, nu: jax.Array, root: jax.Array, eps: jax.Array
+    u: jax.Array, g: jax.Array, nu: jax.Array, root: jax.Array, least: jax.Array
 ) -> jax.Array:
     """The formula of `clip_updates`."""
-    # The square of a ratio, and no ratio of squares: those may overflow.
-    ratio = jnp.abs(g) / jnp.maximum(jnp.sqrt(nu) * root, eps)
-    return u / jnp.maximum(jnp.sqrt(_mean(ratio * ratio)), 1)
+    # The square of a ratio, and no ratio of squares: those may overflow. The root is not that of
+    # the update's own denominator, which XLA would write to memory for both.
+    ratio = jnp.abs(g) / jnp.sqrt(jnp.maximum(nu, least))
+    return u / jnp.maximum(jnp.sqrt(_mean(ratio * ratio)) * root, 1)
 
 
 def if_taken(u: jax.Array, taken: jax.Array) -> jax.Array:

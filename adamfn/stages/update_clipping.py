@@ -1,15 +1,17 @@
 """`clip_updates`: smaller steps of a leaf whose gradients have outgrown their average."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
 
 from adamfn.chaining import from_stage
 from adamfn.ema import bias, decay
 from adamfn.formulas import clip_outgrown
 from adamfn.hyperparams import scalar
-from adamfn.stage import Stage
+from adamfn.stage import Scalars, Stage
 from adamfn.transform import GradientTransformation
 from adamfn.trees import PyTree
 
@@ -63,12 +65,18 @@ def clip_updates(
     [ 1. -1.]
     """
     square, eps = decay("b2", b2), scalar("eps", eps)
+
+    def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
+        c2 = bias(square, count)
+        least = jnp.maximum(c2 * eps * eps, jnp.finfo(jnp.float32).tiny)
+        return (jnp.sqrt(c2), least), {}
+
     return from_stage(
         Stage(
             "clip_updates",
             clip_outgrown,
             reads=("grads", "nu"),
-            scalars=lambda count, state, extra: ((1 / jnp.sqrt(bias(square, count)), eps), {}),
+            scalars=scalars,
             elementwise=False,
             stacked=stacked,
         )
