@@ -25,7 +25,7 @@ from optax.contrib import (
 
 import adamfn
 
-SEEDS, STEPS = (0, 1, 2), 200
+SEEDS, STEPS = (0, 1, 2), 100
 EXAMPLE = BENCHMARKS.parent / "examples" / "char_lm.py"
 PEAK, DECAY, B1, B2, EPS = 3e-3, 0.1, 0.9, 0.99, 1e-8
 MATRICES = adamfn.masks.matrices()
