@@ -2,6 +2,7 @@
 
 import chex
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -141,3 +142,11 @@ def test_a_stage_that_counts_nothing_behind_it():
     params, state = train(tx, usual(66))
     _, held = train(tx, [9.0], params, state)
     assert (held[0].count, held[0].stage.skipped, held[1].learning_rate) == (66, 1, 65)
+
+
+def test_its_state_is_exported():
+    tx = adamfn.chain(adamfn.skip_outliers(["grad_norm"]), adamfn.clip_by_global_norm(1.0))
+    state = tx.init(PARAMS)
+    exported = jax.export.export(jax.jit(tx.update))(GRADS, state, PARAMS)
+    read = jax.export.deserialize(exported.serialize())
+    chex.assert_trees_all_close(read.call(GRADS, state, PARAMS), tx.update(GRADS, state, PARAMS))
