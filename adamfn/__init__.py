@@ -1,6 +1,6 @@
 """Adam for JAX: pure functions over pytrees, exact from the first step on."""
 
-from adamfn import exports, formats, sharding
+from adamfn import exports, formats, masks, sharding
 from adamfn.backends.report import backend
 from adamfn.chaining import chain, from_stage, with_backend
 from adamfn.packing import packed, repack
@@ -11,14 +11,20 @@ from adamfn.recipes.lazy_adam import lazy_adam
 from adamfn.recipes.nadam import nadam
 from adamfn.recipes.radam import radam
 from adamfn.stage import CountedState, EmptyState, Stage
+from adamfn.stages.atan2 import scale_by_atan2_moments
 from adamfn.stages.bias import bias_correct
+from adamfn.stages.cautious import cautious_updates
+from adamfn.stages.corrected_decay import add_corrected_decay
 from adamfn.stages.infinity import scale_by_infinity_moments
 from adamfn.stages.lazy import scale_by_lazy_moments
 from adamfn.stages.learning_rate import scale_by_lr
 from adamfn.stages.maximum import scale_by_max_moments
 from adamfn.stages.nesterov import scale_by_nesterov_moments
+from adamfn.stages.norm_clipping import clip_by_global_norm
 from adamfn.stages.ratio import scale_by_moments
 from adamfn.stages.rectified import scale_by_rectified_moments
+from adamfn.stages.skipping import skip_outliers
+from adamfn.stages.update_clipping import clip_updates
 from adamfn.stages.weight_decay import add_decayed_weights
 from adamfn.stepping import step
 from adamfn.transform import GradientTransformation, apply_updates
@@ -35,19 +41,25 @@ __all__ = [
     "adam",
     "adamax",
     "adamw",
+    "add_corrected_decay",
     "add_decayed_weights",
     "amsgrad",
     "apply_updates",
     "backend",
     "bias_correct",
+    "cautious_updates",
     "chain",
+    "clip_by_global_norm",
+    "clip_updates",
     "formats",
     "from_stage",
     "lazy_adam",
+    "masks",
     "nadam",
     "packed",
     "radam",
     "repack",
+    "scale_by_atan2_moments",
     "scale_by_infinity_moments",
     "scale_by_lazy_moments",
     "scale_by_lr",
@@ -56,6 +68,7 @@ __all__ = [
     "scale_by_nesterov_moments",
     "scale_by_rectified_moments",
     "sharding",
+    "skip_outliers",
     "step",
     "with_backend",
 ]

@@ -47,6 +47,7 @@ def leaf_programs(
     stages: Sequence[Stage],
     formats: Sequence[Sequence[Format | None]],
     masks: Sequence[Sequence[bool]],
+    stacked: Sequence[Sequence[bool]],
     scalars: PyTree,
     grads: Sequence[Any],
     params: Sequence[Any],
@@ -61,17 +62,22 @@ def leaf_programs(
       stages: the stages that are joined.
       formats: of each stage, the format of every leaf.
       masks: of each stage, whether it changes each leaf.
+      stacked: of each stage, whether each leaf holds layers along its first axis.
       scalars: what the stages need at this step; its structure counts.
       grads: the gradient of every leaf.
       params: its parameter, or None.
       kept: what is kept of it.
       returns: whether the program returns the update.
       moves: whether it moves the parameter.
+
+    Raises:
+      ValueError: a stage reads moments that no stage before it keeps.
     """
     structure = jax.tree.structure(scalars)
     known: dict[Any, Program] = {}
     programs: list[Program] = []
-    rows = zip(*(zip(*own, strict=True) for own in zip(formats, masks, strict=True)), strict=True)
+    columns = zip(formats, masks, stacked, strict=True)
+    rows = zip(*(zip(*own, strict=True) for own in columns), strict=True)
     for g, p, own, of_stages in zip(grads, params, kept, rows, strict=True):
         key = _computed_in(g, p, own), _update_dtype(g, p) if returns else None, of_stages
         if key not in known:
@@ -80,17 +86,35 @@ def leaf_programs(
                     stage.name,
                     stage.formula,
                     tuple(stage.reads),
-                    len(stage.keeps),
+                    tuple(stage.keeps),
                     format,
                     stage.rests,
                     stage.elementwise,
                     active,
+                    layered,
+                    stage.holds,
                 )
-                for stage, (format, active) in zip(stages, of_stages, strict=True)
+                for stage, (format, active, layered) in zip(stages, of_stages, strict=True)
             )
+            _check_reads(parts)
             known[key] = Program(parts, structure, key[0], moves, key[1])
         programs.append(known[key])
     return programs
+
+
+def _check_reads(parts: Sequence[Part]) -> None:
+    """Checks that what formulas read is known by then."""
+    known = {"params", "grads"}
+    for part in parts:
+        if not part.active:
+            continue
+        for name in part.reads:
+            if name not in known:
+                raise ValueError(
+                    f"{part.name}: it reads {name}, which no stage of ours just before it keeps;"
+                    " expected one that does, such as scale_by_moments, earlier in the same chain."
+                )
+        known |= {*part.keeps}
 
 
 def _update_dtype(g: Any, p: Any) -> Any:

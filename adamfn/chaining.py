@@ -7,6 +7,7 @@ from typing import Any, TypeAlias, cast
 from adamfn import joined
 from adamfn.backends.primitive import BACKENDS, Backend
 from adamfn.joined import Wanted
+from adamfn.order import check_order
 from adamfn.stage import Stage
 from adamfn.stepping import assemble, own_of
 from adamfn.transform import (
@@ -71,8 +72,8 @@ def chain(*transformations: Transformation) -> GradientTransformation:
 
     Raises:
       TypeError: an argument has no `init` and `update`.
-      ValueError: a stage stands after one that it refuses, such as a decay after the rate; at
-        `update`, the state has another number of parts than the chain.
+      ValueError: stages that contradict one another, such as two weight decays; at `update`, the
+        state has another number of parts than the chain.
 
     >>> import adamfn
     >>> import jax.numpy as jnp
@@ -85,12 +86,7 @@ def chain(*transformations: Transformation) -> GradientTransformation:
     for position, tx in enumerate(transformations):
         check_transformation(f"chain: argument {position}", tx)
     structure = tuple(map(structure_of, transformations))
-    before: set[str] = set()
-    for stage in elements(structure):
-        if isinstance(stage, Stage):
-            for name in before & {*stage.refuses}:
-                raise ValueError(f"chain: {stage.name} stands after {name}: {stage.refuses[name]}")
-            before.add(stage.name)
+    check_order(list(elements(structure)))
     return _compose(structure)
 
 

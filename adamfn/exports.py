@@ -11,9 +11,12 @@ from adamfn.stages.infinity import ScaleByInfinityMomentsState
 from adamfn.stages.learning_rate import ScaleByLrState
 from adamfn.stages.maximum import ScaleByMaxMomentsState
 from adamfn.stages.nesterov import ScaleByNesterovMomentsState
+from adamfn.stages.norm_clipping import ClipByGlobalNormState
+from adamfn.stages.skipping import SkipOutliersState
 from adamfn.stages.two_moments import ScaleByMomentsState
 
 _TYPES = (
+    ClipByGlobalNormState,
     CountedState,
     EightBitScales,
     EmptyState,
@@ -25,6 +28,7 @@ _TYPES = (
     ScaleByMaxMomentsState,
     ScaleByMomentsState,
     ScaleByNesterovMomentsState,
+    SkipOutliersState,
 )
 
 

@@ -1,12 +1,13 @@
 """The formulas of Adam and its kin for one leaf: the mathematics, each written once.
 
 They are those of `Stage`: functions of the updates, of what the stage reads and keeps, and of its
-scalars. `backends/native` repeats the first three in C++, and a test holds it to them.
+scalars. `backends/native` repeats some in C++, and a test holds it to them.
 """
 
 import jax
 import jax.numpy as jnp
 
+from adamfn.angle import angle
 from adamfn.ema import Shares, average, average_moments, bounded
 
 
@@ -116,3 +117,55 @@ def lazy_ratio(
     next_mu, next_nu = average_moments(g, mu, nu, b1, b2)
     u = jnp.where(active, next_mu / (jnp.sqrt(next_nu + eps_root) + eps), 0)
     return u, jnp.where(active, next_mu, mu), jnp.where(active, next_nu, nu)
+
+
+def atan2_ratio(
+    g: jax.Array,
+    mu: jax.Array,
+    nu: jax.Array,
+    b1: Shares,
+    b2: Shares,
+    correction: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """The formula of `scale_by_atan2_moments`: `(u, mu, nu)`."""
+    g = bounded(g)
+    mu, nu = average_moments(g, mu, nu, b1, b2)
+    size = a * angle(jnp.abs(mu) * correction, b * jnp.sqrt(nu))
+    return size * jnp.sign(mu), mu, nu  # the sign of a complex number is its direction
+
+
+def add_agreeing_multiple(u: jax.Array, p: jax.Array, rate: jax.Array) -> jax.Array:
+    """The formula of a cautious `add_decayed_weights`."""
+    return u + jnp.where(_inner(u, p) >= 0, rate, 0) * p
+
+
+def where_agreeing(u: jax.Array, g: jax.Array, floor: jax.Array) -> jax.Array:
+    """The formula of `cautious_updates`."""
+    agrees = _inner(u, g) > 0
+    return jnp.where(agrees, u / jnp.maximum(_mean(agrees.astype(floor.dtype)), floor), 0)
+
+
+def clip_outgrown(
+    u: jax.Array, g: jax.Array, nu: jax.Array, root: jax.Array, least: jax.Array
+) -> jax.Array:
+    """The formula of `clip_updates`."""
+    # The square of a ratio, and no ratio of squares: those may overflow. The root is not that of
+    # the update's own denominator, which XLA would write to memory for both.
+    ratio = jnp.abs(g) / jnp.sqrt(jnp.maximum(nu, least))
+    return u / jnp.maximum(jnp.sqrt(_mean(ratio * ratio)) * root, 1)
+
+
+def if_taken(u: jax.Array, taken: jax.Array) -> jax.Array:
+    """The formula of `skip_outliers`: the program holds back what `taken` says."""
+    return u
+
+
+def _inner(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The product of two real numbers; positive where two complex ones point the same way."""
+    return jnp.real(x * jnp.conj(y))
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    return jnp.sum(x) / max(x.size, 1)  # 0 of an empty leaf

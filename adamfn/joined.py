@@ -10,7 +10,10 @@ from adamfn import calls
 from adamfn.backends.primitive import Backend
 from adamfn.ema import increment
 from adamfn.formats import choose_formats
+from adamfn.holding import held_back
+from adamfn.layers import layers_of
 from adamfn.masks import broadcast_mask
+from adamfn.measures import measured
 from adamfn.stage import CountedState, EmptyState, Scalars, Stage
 from adamfn.storage import as_fields, first_kept, kept_by_leaf
 from adamfn.trees import PyTree, as_array, check_inexact, describe, matching_leaves
@@ -72,6 +75,7 @@ def run(
     Raises:
       TypeError, ValueError: trees or states that do not fit; names the stage and the leaf.
     """
+    before = states
     count, states = count_of(stages, states)
     check_inexact(updates, f"{stages[0].name}: updates")
     leaves, treedef = jax.tree.flatten(updates)
@@ -83,11 +87,13 @@ def run(
         for stage, state, own in zip(stages, states, formats, strict=True)
     ]
     kept: list[Any] = [list(row) for row in zip(*columns, strict=True)]
+    extra = measured(stages, leaves, extra)
     scalars, remembered = scalars_at(stages, states, count, extra)
     programs = calls.leaf_programs(
         stages,
         formats,
         masks_of(stages, updates, params),
+        layers_of(stages, updates, params),
         scalars,
         gs,
         ps,
@@ -119,10 +125,11 @@ def run(
     ):
         fields = as_fields(stage, [row[place] for row in kept], treedef, own)
         next_states.append(state._replace(**fields, **remembered_as(state, new)))
+    next_states = counted(stages, next_states, count)
     return (
         treedef.unflatten(moved) if wanted.updates else None,
         treedef.unflatten(next_ps) if wanted.params else None,
-        counted(stages, next_states, count),
+        held_back(stages, before, next_states, scalars),
     )
 
 

@@ -1,11 +1,87 @@
-"""Masks: which leaves a stage changes."""
+"""Masks: which leaves a stage changes, by their paths and axes or by a tree of bools.
 
-from collections.abc import Callable
+`matrices()` has what is usually decayed, and `named("layers")` what lies under a name. Both are
+functions of parameters, for plain trees, `nnx.State`, Linen's and Equinox's modules alike.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from adamfn.trees import PyTree
+from adamfn.trees import PyTree, path_name
+
+__all__ = ["matrices", "named"]
+
+
+def matrices(
+    but: Sequence[str] = ("bias", "norm", "embed"), stacked: Sequence[str] = ()
+) -> Callable[[PyTree], PyTree]:
+    """A mask of the matrices of a model: what is usually decayed.
+
+    Those are the leaves of two axes at least, without those that have one of some names anywhere in
+    their paths, such as `embed` in `token_embedding/kernel`, in upper case or lower. A table of
+    embeddings is named, as its rows are vectors of their own; a bias of several axes, as attention
+    has one, too.
+
+    Args:
+      but: names, or parts of names, of what is left out.
+      stacked: those of what holds layers along its first axis, which is then not counted.
+
+    Returns:
+      A function from parameters, or from a module, to a tree of bools of their structure.
+
+    Raises:
+      TypeError: names are no list of strings.
+
+    >>> import adamfn
+    >>> import jax.numpy as jnp
+    >>> params = {
+    ...     "embedding": jnp.ones((9, 4)),
+    ...     "layers": {"kernel": jnp.ones((3, 4, 4)), "scale": jnp.ones((3, 4))},
+    ...     "head": jnp.ones((4, 9)),
+    ... }
+    >>> adamfn.masks.matrices(stacked=["layers"])(params)
+    {'embedding': False, 'head': True, 'layers': {'kernel': True, 'scale': False}}
+    >>> tx = adamfn.adamw(weight_decay=0.1, mask=adamfn.masks.matrices(stacked=["layers"]))
+    """
+    left_out, layered = _has(but, "but"), _has(stacked, "stacked")
+
+    def mask(params: PyTree) -> PyTree:
+        return jax.tree.map_with_path(
+            lambda path, leaf: jnp.ndim(leaf) - layered(path) >= 2 and not left_out(path), params
+        )
+
+    return mask
+
+
+def named(*names: str) -> Callable[[PyTree], PyTree]:
+    """A mask of the leaves that have one of some names in their paths.
+
+    Args:
+      *names: names, or parts of names, in upper case or lower.
+
+    Returns:
+      A function from parameters, or from a module, to a tree of bools of their structure.
+
+    Raises:
+      TypeError: a name is no string.
+
+    >>> import adamfn
+    >>> adamfn.masks.named("layers")({"layers": {"kernel": 1.0}, "head": 1.0})
+    {'head': False, 'layers': {'kernel': True}}
+    """
+    has = _has(names, "named")
+    return lambda params: jax.tree.map_with_path(lambda path, leaf: has(path), params)
+
+
+def _has(names: Sequence[str], what: str) -> Callable[[Any], bool]:
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{what} is {names!r}; expected names, a list of strings.")
+    parts = [name.lower() for name in names]
+    return lambda path: any(part in path_name(path).lower() for part in parts)
 
 
 def broadcast_mask(

@@ -29,14 +29,17 @@ class Part:
     name: str
     formula: Callable[..., Any]
     reads: tuple[str, ...]
-    keeps: int
-    """How many arrays the formula is given of what the stage keeps."""
+    keeps: tuple[str, ...]
+    """The names of what the stage keeps, which the formula is given."""
     format: Format | None
     """How they are stored; None for as they are."""
     rests: bool
     elementwise: bool
     active: bool
     """Whether the stage's mask has this leaf."""
+    stacked: bool = False
+    """Whether the leaf holds layers along its first axis, to each of which the formula applies."""
+    holds: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,20 +92,24 @@ class Program:
         """
         u = grad = _widened(g, self.dtype)
         param = None if p is None else _widened(p, self.dtype)
+        known = {"params": param, "grads": grad}
         next_kept: list[Kept] = []
+        taken: jax.Array | None = None
         for part, own, old in zip(
             self.parts, jax.tree.unflatten(self.scalars, scalars), kept, strict=True
         ):
             if not part.active:
                 next_kept.append(old)
                 continue
-            read = [param if name == "params" else grad for name in part.reads]
+            read = [known[name] for name in part.reads]
             live = (
                 [_widened(x, self.dtype) for x in old]
                 if part.format is None
                 else decode(part.format, old)
             )
-            u, *new = _checked(part, u, live, part.formula(u, *read, *live, *own))
+            taken = own[0] if part.holds else taken
+            u, *new = _checked(part, u, live, _applied(part, [u, *read, *live], own))
+            known |= zip(part.keeps, new, strict=True)
             if part.format is None:
                 stored: Kept = tuple(x.astype(was.dtype) for x, was in zip(new, old, strict=True))
             else:
@@ -117,6 +124,10 @@ class Program:
                 moved = jnp.any(moved, axis=-1, keepdims=True) if moved.ndim else moved
                 stored = jax.tree.map(partial(jnp.where, moved), stored, old)
             next_kept.append(stored)
+        if taken is not None:
+            # A select: what is held back may be NaN.
+            u = jnp.where(taken > 0, u, 0)
+            next_kept = jax.tree.map(partial(jnp.where, taken > 0), next_kept, list(kept))
         results = [] if self.update_dtype is None else [u.astype(self.update_dtype)]
         if self.moves:
             results.append((param + u).astype(p.dtype))  # pyright: ignore[reportOptionalOperand, reportOptionalMemberAccess]
@@ -200,15 +211,23 @@ def _widened(x: jax.Array, real: Any) -> jax.Array:
     return x.astype(complex_of if jnp.iscomplexobj(x) else real)
 
 
+def _applied(part: Part, arrays: Sequence[Any], scalars: Sequence[Any]) -> Any:
+    """What a formula returns, for each layer of a stacked leaf by itself."""
+    if not part.stacked:
+        return part.formula(*arrays, *scalars)
+    return jax.vmap(lambda *layer: part.formula(*layer, *scalars))(*arrays)
+
+
 def _checked(part: Part, u: jax.Array, live: Sequence[jax.Array], returned: Any) -> Sequence[Any]:
     """What a formula returned, if it is an update and what its stage keeps."""
     results = returned if isinstance(returned, tuple | list) else (returned,)
-    if len(results) != 1 + part.keeps:
+    keeps = len(part.keeps)
+    if len(results) != 1 + keeps:
         raise ValueError(
-            f"{part.name}: its formula returned {len(results)} results; expected {1 + part.keeps},"
-            f" the updates and the {part.keeps} that the stage keeps."
+            f"{part.name}: its formula returned {len(results)} results; expected {1 + keeps},"
+            f" the updates and the {keeps} that the stage keeps."
         )
-    names = ("u", *["what it keeps"] * part.keeps)
+    names = ("u", *["what it keeps"] * keeps)
     for what, result, like in zip(names, results, (u, *live), strict=True):
         narrower = jnp.iscomplexobj(result) and not jnp.iscomplexobj(like)
         if jnp.shape(result) != jnp.shape(like) or narrower:

@@ -46,8 +46,9 @@ class Stage:
       formula: the formula for one leaf, a function of a module:
         `(u, *reads, *keeps, *scalars) -> (u, *keeps)`, or `-> u` where it keeps nothing. Arrays
         come in float32 at least, and complex for complex leaves.
-      reads: what it reads besides the updates u: `"params"`, and `"grads"`, which the first of the
-        stages joined with this one was given.
+      reads: what it reads besides the updates u: `"params"`; `"grads"`, which the first of the
+        stages joined with this one was given; and `"mu"` and `"nu"`, as a stage before it, joined
+        with it, keeps them after this step.
       keeps: what it keeps of each leaf, by the fields of its state, and the function of the
         parameter that makes the first of it, such as `jnp.zeros_like`.
       scalars: a function `(count, state, extra) -> (scalars, remembered)` of the step's number (1
@@ -60,10 +61,16 @@ class Stage:
         and any of `count` (the steps taken) and `scales` (what moments in a format need besides).
       moments: how `mu` and `nu`, the first two that it keeps, are stored.
       takes: the extra arguments of `update` that `scalars` looks at.
+      measures: what `scalars` needs to know of all gradients: by name, a function of the list of
+        them, such as their norm. `scalars` finds it among the extra arguments, where what `update`
+        was given under that name wins.
       mask: which leaves it changes, as in `add_decayed_weights`; None for all.
       elementwise: whether an element of the results depends on no other element of the leaf.
+      stacked: which leaves hold layers along their first axis, given like `mask`: the formula is
+        given each layer by itself. None for none.
+      holds: whether its one scalar says if the step is taken: where it is 0, the updates are 0, and
+        the stages joined with this one keep and remember what they had, their counts too.
       rests: whether rows whose moments the formula leaves as they are stay as they are stored.
-      refuses: the names of stages after which it would do what nobody wants, and why.
 
     Raises:
       TypeError, ValueError: these do not fit each other; names the stage.
@@ -81,17 +88,21 @@ class Stage:
 
     name: str
     formula: Callable[..., Any]
-    reads: Sequence[Literal["params", "grads"]] = ()
+    reads: Sequence[Literal["params", "grads", "mu", "nu"]] = ()
     keeps: Mapping[str, Callable[[Any], jax.Array]] = field(default_factory=dict[str, Any])
     scalars: Callable[[jax.Array, Any, Mapping[str, Any]], Scalars] = no_scalars
     start: Mapping[str, Callable[[], jax.Array] | None] = field(default_factory=dict[str, Any])
     state: type[Any] = EmptyState
     moments: Moments = "float32"
     takes: Sequence[str] = ()
+    measures: Mapping[str, Callable[[Sequence[Any]], jax.Array]] = field(
+        default_factory=dict[str, Any]
+    )
     mask: PyTree | Callable[[PyTree], PyTree] | None = None
     elementwise: bool = True
+    stacked: PyTree | Callable[[PyTree], PyTree] | None = None
+    holds: bool = False
     rests: bool = False
-    refuses: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def __post_init__(self) -> None:
         """Checks that its parts fit each other."""
@@ -108,10 +119,16 @@ class Stage:
                 " a function of a module, as compiled programs are kept by it."
             ) from error
         for read in self.reads:
-            if read not in ("params", "grads"):
+            if read not in ("params", "grads", "mu", "nu"):
                 raise ValueError(
-                    f"Stage {self.name}: reads has {read!r}; expected 'params', 'grads', or both."
+                    f"Stage {self.name}: reads has {read!r}; expected any of 'params', 'grads',"
+                    " 'mu' and 'nu'."
                 )
+        if self.stacked is not None and self.elementwise:
+            raise ValueError(
+                f"Stage {self.name}: stacked is given, and each element is taken by itself, layer"
+                " or no; expected elementwise=False, or stacked left out."
+            )
         fields = getattr(self.state, "_fields", None)
         if fields is None:
             raise TypeError(

@@ -96,6 +96,34 @@ def lean_speed() -> str:
     return "\n".join([head, "|---|---|---|", *rows])
 
 
+def recipes_effect() -> str:
+    """Validation losses, and how far they lie from AdamW's of the same seed."""
+    runs = json.loads((RESULTS / "recipes_effect.json").read_text())["runs"]
+    losses = {(run["recipe"], run["seed"]): run["validation_loss"] for run in runs}
+    rows = []
+    for name in dict.fromkeys(run["recipe"] for run in runs):
+        own = [run for run in runs if run["recipe"] == name]
+        beside = [run["validation_loss"] - losses["AdamW", run["seed"]] for run in own]
+        shown = ", ".join(f"{run['validation_loss']:.3f}" for run in own)
+        rows.append(
+            f"| {name} | {shown} | {mean(beside):+.3f} ({min(beside):+.3f} to {max(beside):+.3f}) |"
+        )
+    head = "| recipe | validation loss of each seed | above AdamW's: mean, least and most |"
+    return "\n".join([head, "|---|---|---|", *rows])
+
+
+def stage_cost() -> str:
+    """A step with each stage, in times of AdamW's."""
+    results = json.loads((RESULTS / "stage_cost.json").read_text())["results"]
+    rows = [
+        f"| `{name}` | {r['ratio']['median']:.2f} ({r['ratio']['min']:.2f} to"
+        f" {r['ratio']['max']:.2f}) | {r['temporary_bytes_a_parameter']:.1f} |"
+        for name, r in results.items()
+    ]
+    head = "| AdamW with | times AdamW's step | temporary bytes a parameter |"
+    return "\n".join([head, "|---|---|---|", *rows])
+
+
 TABLES = {
     "README.md": (exactness, step_speed, trace_cost, accelerators, lean_quality),
     "docs/accelerators.md": (
@@ -107,7 +135,8 @@ TABLES = {
         accelerators_mesh,
     ),
     "docs/lean_moments.md": (lean_fidelity, lean_speed),
-    "docs/speed.md": (step_goals, step_speed, step_variants, step_limits, step_cost),
+    "docs/recipes.md": (recipes_effect,),
+    "docs/speed.md": (step_goals, step_speed, step_variants, step_limits, step_cost, stage_cost),
 }
 """The tables of each page."""
 

@@ -134,6 +134,8 @@ def train(
     steps: int = 800,
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
+    recipe: Callable[[optax.Schedule], Any] | None = None,
+    evaluated: Callable[[Any, dict], dict] | None = None,
 ) -> Run:
     """Trains a new model.
 
@@ -142,6 +144,8 @@ def train(
       steps: training steps.
       seed: of weights and batches.
       progress: called with the steps made so far and the loss of the last ones.
+      recipe: makes the optimizer from the learning rate's schedule; None for AdamW.
+      evaluated: what is validated, from state and parameters; None for the parameters.
     """
     key, batches = jax.random.split(jax.random.key(seed))
     schedule = optax.warmup_cosine_decay_schedule(
@@ -152,7 +156,8 @@ def train(
         end_value=PEAK_RATE / 10,
     )
     chosen = {} if moments == "float32" else {"moments": moments}
-    tx = adamfn.adamw(schedule, weight_decay=WEIGHT_DECAY, **chosen)
+    recipe = recipe or functools.partial(adamfn.adamw, weight_decay=WEIGHT_DECAY, **chosen)
+    tx = recipe(schedule)
     params = init(key)
     state = tx.init(params)
 
@@ -178,6 +183,7 @@ def train(
         if progress:
             progress(len(losses), float(new.mean()))
 
+    params = evaluated(state, params) if evaluated else params
     starts = np.linspace(0, len(held_out) - CONTEXT - 1, VALIDATION_WINDOWS).astype(int)
     windows = held_out[starts[:, None] + np.arange(CONTEXT + 1)].astype(jnp.int32)
     loss = validate(params, windows.reshape(-1, 64, CONTEXT + 1))

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         warmup_steps=max(args.steps // 10, 1),
         decay_steps=max(args.steps, 2),
     )
-    tx = adamfn.chain(optax.clip_by_global_norm(1.0), adamfn.adamw(schedule))
+    tx = adamfn.chain(adamfn.clip_by_global_norm(1.0), adamfn.adamw(schedule))
     params = {"weights": jnp.zeros(x.shape[1]), "bias": jnp.zeros(())}
     state = tx.init(params)
 

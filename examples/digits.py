@@ -43,6 +43,7 @@ import adamfn
 from adamfn.interop.flax import Optimizer
 
 BATCH, EVALUATE_EVERY, PEAK_RATE, WEIGHT_DECAY = 64, 20, 4e-3, 1e-2
+MATRICES = adamfn.masks.matrices()  # what decays
 console = Console()
 
 
@@ -257,8 +258,8 @@ def main(argv: list[str] | None = None) -> dict[str, Run]:
         decay_steps=max(args.steps, 2),
     )
     optimizers = {
-        "adamfn.adamw": adamfn.adamw(schedule, weight_decay=WEIGHT_DECAY),
-        "optax.adamw": optax.adamw(schedule, weight_decay=WEIGHT_DECAY),
+        "adamfn.adamw": adamfn.adamw(schedule, weight_decay=WEIGHT_DECAY, mask=MATRICES),
+        "optax.adamw": optax.adamw(schedule, weight_decay=WEIGHT_DECAY, mask=MATRICES),
     }
     runs = {
         name: train(name, tx, schedule, train_set, test_set, args.steps, args.seed)

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     state = TrainState.create(
         apply_fn=model.apply,
         params=model.init(jax.random.key(args.seed), x)["params"],
-        tx=adamfn.adamw(1e-2),
+        tx=adamfn.adamw(1e-2, mask=adamfn.masks.matrices()),
     )
 
     losses = []

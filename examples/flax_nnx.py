@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> list[float]:
     x = jnp.asarray((features - features.mean(0)) / features.std(0), jnp.float32)
     y = jnp.asarray(labels)
     model = Classifier(nnx.Rngs(args.seed))
-    optimizer = Optimizer(model, adamfn.adamw(1e-2), wrt=nnx.Param)
+    tx = adamfn.adamw(1e-2, mask=adamfn.masks.matrices())
+    optimizer = Optimizer(model, tx, wrt=nnx.Param)
 
     losses = [float(train_step(model, optimizer, x, y)) for _ in range(args.steps)]
     accuracy = jnp.mean(model(x).argmax(-1) == y)

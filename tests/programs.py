@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from adamfn import calls, joined
 from adamfn.chaining import elements, structure_of
 from adamfn.formats import choose_formats
+from adamfn.layers import layers_of
 from adamfn.program import Call
 from adamfn.storage import kept_by_leaf
 
@@ -26,6 +27,7 @@ def call_of(tx, g, p):
         stages,
         formats,
         joined.masks_of(stages, g, p),
+        layers_of(stages, g, p),
         scalars,
         [g],
         [p],

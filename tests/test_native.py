@@ -59,13 +59,25 @@ def special_leaf(seed, size):
     return jnp.asarray(x, jnp.float32)
 
 
+def adamw(**arguments):
+    return adamfn.adamw(0.1, **arguments)
+
+
+def cautious(**arguments):
+    return adamfn.chain(
+        adamfn.scale_by_moments(**arguments),
+        adamfn.bias_correct(),
+        adamfn.add_decayed_weights(0.1, cautious=True),
+        adamfn.scale_by_lr(0.1),
+    )
+
+
 @pytest.mark.parametrize("moments", MOMENTS)
-@pytest.mark.parametrize("eps", [1e-8, 0.0])
-def test_the_same_numbers_as_xla_whatever_they_are(moments, eps):
+@pytest.mark.parametrize("make", [adamw, partial(adamw, eps=0.0), cautious])
+def test_the_same_numbers_as_xla_whatever_they_are(moments, make):
     params = {"w": special_leaf(0, 64 * 300).reshape(64, 300), "b": special_leaf(1, 1001)}
     found, expected = (
-        adamfn.with_backend(adamfn.adamw(0.1, eps=eps, moments=moments), backend)
-        for backend in ("auto", "xla")
+        adamfn.with_backend(make(moments=moments), backend) for backend in ("auto", "xla")
     )
     states = [tx.init(params) for tx in (found, expected)]
     trees = [params, params]
@@ -84,6 +96,44 @@ def test_the_same_numbers_as_xla_whatever_they_are(moments, eps):
         else:
             # A fused multiply-add cancels otherwise, at most by a rounding of what is subtracted.
             np.testing.assert_allclose(a, b, rtol=5e-6, atol=3e-8)
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize("way", ["update", "step"])
+def test_clipped_and_held_back_as_by_xla(moments, way):
+    tx = adamfn.chain(
+        adamfn.skip_outliers(["grad_norm"], window=20),
+        adamfn.clip_by_global_norm(30.0),
+        cautious(moments=moments),
+    )
+    params = jnp.asarray(np.random.default_rng(0).standard_normal((64, 300)), jnp.float32)
+    states = []
+    for backend in ("auto", "xla"):
+        own = adamfn.with_backend(tx, backend)
+
+        def body(carry, scale, own=own):
+            p, state = carry
+            g = jnp.sin(p * 7) * scale
+            if way == "step":
+                p, state = adamfn.step(own, g, state, p)
+            else:
+                updates, state = own.update(g, state, p)
+                p = adamfn.apply_updates(p, updates)
+            return (p, state), None
+
+        run = jax.jit(lambda carry, scales, body=body: jax.lax.scan(body, carry, scales)[0])
+        scales = jnp.ones(24).at[21].set(50.0).at[22].set(jnp.nan)
+        assert ("adamfn_step" in run.lower((params, tx.init(params)), scales).as_text()) == (
+            backend == "auto" and (way == "step" or moments != "float32")
+        )
+        states.append(run((params, tx.init(params)), scales))
+    (found, state), (expected, _) = states
+    assert state[0].skipped == 2
+    distance = np.linalg.norm(expected - params)
+    assert (
+        np.linalg.norm(found - expected)
+        < {"float32": 1e-5, "bfloat16": 1e-2, "8bit": 3e-2}[moments] * distance
+    )
 
 
 def test_noise_and_codes_are_those_of_the_format():
@@ -133,7 +183,15 @@ def test_parts_of_adam_are_native():
         (adamfn.chain(moments, adamfn.bias_correct()), True),
         (adamfn.chain(moments, adamfn.scale_by_lr(0.1)), True),
         (adamfn.chain(moments, adamfn.add_decayed_weights(0.1)), True),
-        (adamfn.chain(adamfn.scale_by_lr(0.1), moments), False),
+        (adamfn.chain(adamfn.scale_by_lr(0.1), moments), True),
+        (adamfn.chain(adamfn.clip_by_global_norm(1.0), adamfn.adamw(0.1)), True),
+        (adamfn.chain(moments, adamfn.add_decayed_weights(0.1, cautious=True)), True),
+        (adamfn.chain(moments, adamfn.add_corrected_decay(0.1, 1e-3, 1e-3)), True),
+        (adamfn.chain(adamfn.skip_outliers(["grad_norm"]), adamfn.adamw(0.1)), True),
+        (adamfn.chain(moments, moments), False),
+        (adamfn.chain(moments, adamfn.cautious_updates()), False),
+        (adamfn.chain(moments, adamfn.clip_updates()), False),
+        (adamfn.chain(moments, adamfn.bias_correct(), adamfn.scale_by_lr(), moments), False),
         (adamfn.amsgrad(), False),
     ):
         step = jax.jit(partial(adamfn.step, tx))
@@ -174,7 +232,7 @@ def native_call(operands, results, **attributes):
     return jax.block_until_ready(call(*operands, **attributes))
 
 
-PLACES = np.array([0, 1, -1, -1, 2, 3, -1, 4, 5, 6], np.int64)
+PLACES = np.array([0, 1, -1, -1, 2, 3, -1, 4, 5, 6, -1, 5, -1], np.int64)
 """Of seven scalars: 1 - b1, 1 - b2, eps, eps_root, the correction, the decay and minus the rate."""
 
 

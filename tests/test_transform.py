@@ -165,7 +165,8 @@ def test_a_transformation_that_takes_one_extra_argument():
 
 
 def test_params_reach_every_part():
-    tx = adamfn.chain(adamfn.add_decayed_weights(1.0), adamfn.chain(adamfn.add_decayed_weights(1)))
+    decay = adamfn.add_decayed_weights(1.0, mask=True)
+    tx = adamfn.chain(decay, adamfn.chain(decay))
     params = jnp.array([2.0])
     updates, _ = tx.update(jnp.zeros(1), tx.init(params), params)
     np.testing.assert_array_equal(updates, [4.0])

@@ -10,7 +10,7 @@ import numpy as np
 from adamfn.backends.native import loader
 from adamfn.formats import EightBit, Format, Pair, Rounded
 from adamfn.formats.blocks import size_for
-from adamfn.formulas import add_multiple, multiply, ratio
+from adamfn.formulas import add_agreeing_multiple, add_multiple, if_taken, multiply, ratio
 from adamfn.program import Call, Program
 
 _TARGET = "adamfn_step"
@@ -27,24 +27,35 @@ def scalar_places(program: Program) -> list[int] | None:
     """Where the scalars of Adam's formulas lie in the program's vector, in the native code's order.
 
     Those are 1 - b1, 1 - b2, b1, b2, eps, eps_root, Nesterov's factor, the bias correction, the
-    weight decay and minus the learning rate; -1 stands for one that the program lacks.
+    weight decay, minus the learning rate, the factor of clipping, the decay of what the update
+    makes larger, and whether the step is taken; -1 stands for one that the program lacks.
 
     Returns:
       The places, or None if the program is not of these formulas in this order.
     """
     numbers = jax.tree.unflatten(program.scalars, range(program.scalars.num_leaves))
-    active = [(p, own) for p, own in zip(program.parts, numbers, strict=True) if p.active]
-    if not active or active[0][0].formula is not ratio:
+    left = [(p, own) for p, own in zip(program.parts, numbers, strict=True) if p.active]
+
+    def place_of(*formulas: Callable[..., Any]) -> int:
+        """Where the scalar of a formula lies, if it is the next."""
+        found = bool(left) and left[0][0].formula in formulas
+        return left.pop(0)[1][0] if found else -1
+
+    taken, clipping = place_of(if_taken), place_of(multiply)
+    if not left or left[0][0].formula is not ratio:
         return None
-    b1, b2, eps, eps_root, ahead = active[0][1]
+    b1, b2, eps, eps_root, ahead = left.pop(0)[1]
     of_ratio = [b1.complement, b2.complement, b1.rate, b2.rate, eps, eps_root, ahead]
-    rest: list[int] = []
-    wanted: list[Callable[..., Any]] = [multiply, add_multiple, multiply]
-    following = active[1:]
-    for formula in wanted:
-        found = bool(following) and following[0][0].formula is formula
-        rest.append(following.pop(0)[1][0] if found else -1)
-    return None if following else [-1 if k is None else k for k in (*of_ratio, *rest)]
+    correction = place_of(multiply)
+    cautious = bool(left) and left[0][0].formula is add_agreeing_multiple
+    decay = place_of(add_multiple, add_agreeing_multiple)
+    rest = [correction, decay, place_of(multiply), clipping, -1 if cautious else decay, taken]
+    return None if left else [-1 if k is None else k for k in (*of_ratio, *rest)]
+
+
+def format_of(program: Program) -> Format | None:
+    """How a program of Adam's formulas stores moments."""
+    return next((part.format for part in program.parts if part.formula is ratio), None)
 
 
 def knows_format(format: Format | None) -> bool:
@@ -56,11 +67,12 @@ def knows_format(format: Format | None) -> bool:
 def can_run(call: Call, avals: Any) -> bool:
     """Whether a call can run in native code here, and gains by it. Builds it at the first call."""
     # Of a float32 update alone XLA makes as few passes, with the parameters' sum in the last.
-    if not call.program.moves and call.program.parts[0].format is None:
+    format = format_of(call.program)
+    if not call.program.moves and format is None:
         return False
     leaves = avals[3 + call.arrays_kept :]
     return (
-        knows_format(call.program.parts[0].format)
+        knows_format(format)
         and call.program.dtype == jnp.float32
         and all(aval.dtype in (jnp.float32, jnp.bfloat16) for aval in leaves)
         and scalar_places(call.program) is not None
@@ -71,7 +83,7 @@ def can_run(call: Call, avals: Any) -> bool:
 def lower(ctx: Any, *operands: Any, call: Call) -> Any:
     """The lowering rule: one call of native code, whose results lie where its operands do."""
     program, first, leaves = call.program, 3 + call.arrays_kept, call.leaves
-    format = program.parts[0].format
+    format = format_of(program)
     aliases = {3 + k: k for k in range(call.arrays_kept)}
     if program.moves:
         updates = 0 if program.update_dtype is None else leaves

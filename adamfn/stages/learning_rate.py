@@ -11,7 +11,6 @@ from adamfn.chaining import from_stage
 from adamfn.formulas import multiply
 from adamfn.hyperparams import ScalarOrSchedule, scheduled, value_at
 from adamfn.stage import Scalars, Stage
-from adamfn.stages.weight_decay import INDEPENDENT
 from adamfn.transform import GradientTransformation
 
 
@@ -74,9 +73,5 @@ def scale_by_lr(learning_rate: ScalarOrSchedule = 1e-3) -> GradientTransformatio
             start={"learning_rate": None if isinstance(configured, jax.Array) else first},
             state=ScaleByLrState,
             takes=("learning_rate",),
-            refuses={
-                INDEPENDENT: "the rate would multiply that decay and turn its sign. Put it last, or"
-                " leave out independent=True: the rate then multiplies it, as in AdamW."
-            },
         )
     )

@@ -7,19 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from adamfn.chaining import from_stage
-from adamfn.formulas import add_multiple
+from adamfn.formulas import add_agreeing_multiple, add_multiple
 from adamfn.hyperparams import ScalarOrSchedule, scheduled, value_at
+from adamfn.order import INDEPENDENT
 from adamfn.stage import Scalars, Stage
 from adamfn.transform import GradientTransformation
 from adamfn.trees import PyTree
-
-INDEPENDENT = "add_decayed_weights(independent=True)"
-"""The name of the stage whose decay is independent of the rate."""
-
-_GROWS = (
-    "added to updates that have their sign already, a decay makes parameters grow. Put it before"
-    " the rate, as adamw does, or pass independent=True for a decay that no rate multiplies."
-)
 
 
 def add_decayed_weights(
@@ -27,6 +20,7 @@ def add_decayed_weights(
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     *,
     independent: bool = False,
+    cautious: bool = False,
 ) -> GradientTransformation:
     r"""Adds a multiple of the parameters to the updates.
 
@@ -42,24 +36,31 @@ def add_decayed_weights(
 
     That is the decay of the paper, which only its schedule scales.
 
+    A cautious decay shrinks only what the update shrinks too, $u \leftarrow u + \lambda
+    \mathbb 1(u \theta \ge 0)\, \theta$, element by element. It reads the update with its sign
+    as a gradient has it, and so belongs before `scale_by_lr`.
+
     Args:
       weight_decay: a number at least 0, a scalar array, or a function of the number of steps
         taken so far, such as any optax schedule.
       mask: which parameters decay, None for all: a tree of bools of the parameters' structure or
-        a prefix of it, or a function that makes one from the parameters.
+        a prefix of it, or a function that makes one from the parameters, such as
+        `adamfn.masks.matrices()`.
       independent: whether the decay is independent of the rate.
+      cautious: whether to leave out what the update would make larger in size.
 
     Returns:
       A `GradientTransformation` that keeps structure, shapes and dtypes. Its `update` needs
       `params`.
 
     Raises:
-      TypeError, ValueError: not a decay; at `update`, `params` missing or unlike the
-        updates, a mask that does not fit, a state of another transformation.
+      TypeError, ValueError: not a decay; independent and cautious at once; at `update`, `params`
+        missing or unlike the updates, a mask that does not fit, a state of another transformation.
 
     References:
       Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2
-      (arXiv 1711.05101).
+      (arXiv 1711.05101). Chen et al., Cautious Weight Decay, 2025, algorithm 1 (arXiv 2510.12402);
+      of complex numbers, which it does not treat, those agree whose angle is at most a right one.
 
     >>> import adamfn
     >>> import jax.numpy as jnp
@@ -71,19 +72,22 @@ def add_decayed_weights(
     >>> tx = adamfn.chain(adamfn.adam(1e-3), adamfn.add_decayed_weights(1e-4, independent=True))
     """
     configured = scheduled("weight_decay", weight_decay)
+    if independent and cautious:
+        raise ValueError(
+            "add_decayed_weights: both independent and cautious are True; expected one of them: a"
+            " cautious decay compares signs, which the rate before an independent one turns around."
+        )
 
     def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
         rate = value_at("weight_decay", configured, count - 1)
         return (jnp.negative(rate) if independent else rate,), {}
 
-    grows = not independent and (not isinstance(configured, float) or configured > 0)
     return from_stage(
         Stage(
             INDEPENDENT if independent else "add_decayed_weights",
-            add_multiple,
+            add_agreeing_multiple if cautious else add_multiple,
             reads=("params",),
             scalars=scalars,
             mask=mask,
-            refuses={"scale_by_lr": _GROWS} if grows else {},
         )
     )

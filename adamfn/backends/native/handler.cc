@@ -145,6 +145,12 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remainin
     if (places[i] >= static_cast<int64_t>(operands[0].element_count())) return Wrong("other scalars");
     if (places[i] >= 0) group.scalars.value[i] = vector[places[i]];
   }
+  if (group.scalars[kTaken] == 0) {
+    for (size_t i = 0; i < updates; ++i) {
+      std::memset(kept[moments + i], 0, operands[first + i].size_bytes());
+    }
+    return ffi::Error::Success();
+  }
   std::memcpy(&group.count, operands[1].untyped_data(), sizeof group.count);
   const auto* numbers = static_cast<const uint32_t*>(operands[2].untyped_data());
   group.format = format;

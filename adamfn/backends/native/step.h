@@ -24,11 +24,14 @@ enum Scalar : size_t {
   kCorrection,   // sqrt(c2) / c1
   kWeightDecay,
   kFactor,       // minus the learning rate
+  kGradientFactor,     // of clipping by the norm
+  kWeightDecayAgainst,  // the decay of what the update makes larger
+  kTaken,               // 0 in a step that is held back
   kScalars
 };
 
 struct Scalars {
-  float value[kScalars] = {0, 0, 1, 1, 0, 0, 1, 1, 0, 1};  // of those that a program lacks
+  float value[kScalars] = {0, 0, 1, 1, 0, 0, 1, 1, 0, 1, 1, 0, 1};  // of those that a program lacks
   float operator[](Scalar scalar) const { return value[scalar]; }
 };
 
@@ -50,13 +53,15 @@ void StepRun(const Scalars& s, int64_t size, const float* g, float* mu, float* n
   const Scalars c = s;  // a copy that nothing written below can be an alias of
 #pragma GCC ivdep
   for (int64_t i = 0; i < size; ++i) {
-    const float x = Bounded(g[i]);
+    const float x = Bounded(g[i] * c[kGradientFactor]);
     mu[i] = Average(mu[i], x, c[kComplement1], c[kRate1]);
     nu[i] = Average(nu[i], x * x, c[kComplement2], c[kRate2]);
     const float m =
         kNesterov ? mu[i] * ((1 - c[kComplement1]) * c[kAhead]) + x * c[kComplement1] : mu[i];
     const float ratio = m / (std::sqrt(nu[i] + c[kEpsRoot]) + c[kEps]) * c[kCorrection];
-    const float update = (kDecays ? ratio + c[kWeightDecay] * p[i] : ratio) * c[kFactor];
+    const float decay =
+        kDecays ? (ratio * p[i] >= 0 ? c[kWeightDecay] : c[kWeightDecayAgainst]) * p[i] : 0;
+    const float update = (kDecays ? ratio + decay : ratio) * c[kFactor];
     if (kMoves) {
       p[i] += update;
     } else {

@@ -1,0 +1,77 @@
+"""Stages that contradict one another, or stand where they do something else than they say."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from adamfn.formulas import add_agreeing_multiple, where_agreeing
+from adamfn.stage import Stage
+
+INDEPENDENT = "add_decayed_weights(independent=True)"
+"""The name of the stage whose decay no rate multiplies."""
+
+_DECAYS = ("add_decayed_weights", "add_corrected_decay", INDEPENDENT)
+
+
+def check_order(elements: Sequence[Any]) -> None:
+    """Checks the stages of a chain, in their order.
+
+    Args:
+      elements: stages of ours, and transformations of others.
+
+    Raises:
+      ValueError: two contradict one another; says why, and what to do.
+    """
+    stages = [element for element in elements if isinstance(element, Stage)]
+    for place, element in enumerate(elements):
+        if not isinstance(element, Stage):
+            continue
+        before = elements[place - 1] if place else None
+        if element.measures and isinstance(before, Stage) and not before.measures:
+            rate = " The rate of a step after it would no longer be the one that was set."
+            raise ValueError(
+                f"chain: {element.name} stands after {before.name}. It looks at the gradients that"
+                " the chain is given, and acts on them before any average is taken."
+                f"{rate if before.name == 'scale_by_lr' else ''} Put it first; to clip updates,"
+                " optax.clip_by_global_norm may stand anywhere."
+            )
+        after = [other for other in elements[place:] if not isinstance(other, Stage)]
+        if element.holds and after:
+            raise ValueError(
+                f"chain: {element.name} stands before {after[0]!r}, which is not ours and goes on"
+                " in a step that is not taken. Put what is not ours first, or hold the whole back"
+                " with optax.apply_if_finite or a condition of your own."
+            )
+    names = [stage.name for stage in stages]
+    if "scale_by_lr" in names[_place(names, INDEPENDENT) :]:
+        raise ValueError(
+            f"chain: scale_by_lr stands after {INDEPENDENT}: the rate would multiply that decay and"
+            " turn its sign. Put it last, or leave out independent=True: the rate then multiplies"
+            " it, as in AdamW."
+        )
+    for stage in stages[_place(names, "scale_by_lr") :]:
+        if stage.name == "add_decayed_weights":
+            raise ValueError(
+                "chain: add_decayed_weights stands after scale_by_lr: added to updates that have"
+                " their sign already, it makes parameters grow. Put it before the rate, as adamw"
+                " does, or pass independent=True for a decay that no rate multiplies."
+            )
+        if stage.formula in (add_agreeing_multiple, where_agreeing):
+            raise ValueError(
+                f"chain: {stage.name} stands after scale_by_lr, which turns the signs around that"
+                " it compares: it would leave out what it is to keep. Put it before."
+            )
+    if "bias_correct" in names[_place(names, "scale_by_atan2_moments") :]:
+        raise ValueError(
+            "chain: bias_correct stands after scale_by_atan2_moments, whose averages are corrected"
+            " inside of the angle. Leave bias_correct out."
+        )
+    decays = [stage for stage in stages if stage.name in _DECAYS]
+    if len(decays) > 1 and any(stage.mask is None for stage in decays):
+        raise ValueError(
+            f"chain: {decays[0].name} and {decays[1].name} would both decay the same parameters."
+            " Leave one out, or give each a mask of its own parameters."
+        )
+
+
+def _place(names: Sequence[str], name: str) -> int:
+    return names.index(name) if name in names else len(names)

@@ -1,0 +1,100 @@
+"""adamfn.masks: matrices and names, in every library's containers."""
+
+import equinox as eqx
+import flax.linen as linen
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+import adamfn
+from adamfn.trees import path_name
+
+
+def chosen(mask, params):
+    return {path_name(path) for path, yes in jax.tree.leaves_with_path(mask(params)) if yes}
+
+
+def test_plain_trees():
+    params = {
+        "token_embedding": jnp.ones((9, 4)),
+        "layers": [
+            {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)},
+            {"conv": jnp.ones((3, 3, 4, 4))},
+        ],
+        "norm": {"w": jnp.ones((1, 4))},
+        "Attention": {"BIAS": jnp.ones((2, 4))},
+        "none": None,
+    }
+    assert chosen(adamfn.masks.matrices(), params) == {"layers/0/kernel", "layers/1/conv"}
+    assert "token_embedding" in chosen(adamfn.masks.matrices(but=["bias"]), params)
+    assert chosen(adamfn.masks.named("conv", "attention"), params) == {
+        "layers/1/conv",
+        "Attention/BIAS",
+    }
+
+
+def test_linen():
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, tokens):
+            x = linen.Embed(9, 8)(tokens)
+            x = linen.LayerNorm()(x)
+            x = linen.MultiHeadDotProductAttention(2)(x)
+            return linen.Dense(3)(x)
+
+    params = Model().init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    found = chosen(adamfn.masks.matrices(), params)
+    attention = "MultiHeadDotProductAttention_0"
+    kernels = {f"{attention}/{name}/kernel" for name in ("query", "key", "value", "out")}
+    assert found == {"Dense_0/kernel", *kernels}
+
+
+def test_nnx():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(9, 8, rngs=rngs)
+            self.norm = nnx.RMSNorm(8, rngs=rngs)
+            self.dense = nnx.Linear(8, 3, rngs=rngs)
+
+    params = nnx.state(Model(nnx.Rngs(0)), nnx.Param)
+    assert chosen(adamfn.masks.matrices(), params) == {"dense/kernel"}
+    tx = adamfn.adamw(0.1, weight_decay=0.5, mask=adamfn.masks.matrices())
+    grads = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    moved = {path_name(path) for path, u in jax.tree.leaves_with_path(updates) if jnp.any(u != 0)}
+    assert moved == {"dense/kernel"}
+
+
+def test_equinox():
+    class Model(eqx.Module):
+        embedding: eqx.nn.Embedding
+        layers: eqx.nn.Linear
+        norm: eqx.nn.LayerNorm
+
+        def __init__(self, key):
+            self.embedding = eqx.nn.Embedding(9, 8, key=key)
+            keys = jax.random.split(key, 3)
+            self.layers = eqx.filter_vmap(lambda k: eqx.nn.Linear(8, 8, key=k))(keys)
+            self.norm = eqx.nn.LayerNorm(8)
+
+    params = eqx.filter(Model(jax.random.key(0)), eqx.is_inexact_array)
+    assert chosen(adamfn.masks.matrices(but=["embed"]), params) == {"layers/weight", "layers/bias"}
+    mask = adamfn.masks.matrices(but=["embed"], stacked=["layers"])
+    assert chosen(mask, params) == {"layers/weight"}
+
+
+def test_in_optax():
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    tx = optax.masked(optax.scale(0.0), adamfn.masks.matrices())
+    updates, _ = tx.update(params, tx.init(params))
+    assert jnp.all(updates["kernel"] == 0)
+    assert jnp.all(updates["bias"] == 1)
+
+
+def test_names_are_a_list():
+    with pytest.raises(TypeError, match="but is 'bias'; expected names"):
+        adamfn.masks.matrices("bias")
+    with pytest.raises(TypeError, match="named is"):
+        adamfn.masks.named(3)

@@ -1,0 +1,71 @@
+"""clip_by_global_norm: as optax's, and its norm readable."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import adamfn
+
+
+def gradients(scale=1.0):
+    rng = np.random.default_rng(0)
+    shapes = {"w": (7, 5), "b": (5,), "s": ()}
+    return {name: jnp.float32(scale * rng.normal(size=shape)) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("bound", [0.5, 1e3, lambda count: 0.5 + count])
+@pytest.mark.parametrize("scale", [1.0, 0.0, 1e-20, 1e15])
+def test_clips_as_optax(bound, scale):
+    grads = gradients(scale)
+    tx = adamfn.clip_by_global_norm(bound)
+    found, state = tx.update(grads, tx.init(grads))
+    expected, _ = optax.clip_by_global_norm(bound(0) if callable(bound) else bound).update(
+        grads, optax.EmptyState()
+    )
+    chex.assert_trees_all_close(found, expected, rtol=3e-7, atol=0)
+    np.testing.assert_allclose(state.stage.grad_norm, optax.tree.norm(grads), rtol=3e-7)
+
+
+@pytest.mark.parametrize("make", [lambda tx: tx, adamfn.packed], ids=["plain", "packed"])
+def test_a_chain_that_begins_with_it(make):
+    grads, params = gradients(), gradients(0.1)
+    ours = make(adamfn.chain(adamfn.clip_by_global_norm(0.5), adamfn.adamw(0.1)))
+    theirs = adamfn.chain(optax.clip_by_global_norm(0.5), adamfn.adamw(0.1))
+    states, moved = [ours.init(params), theirs.init(params)], [params, params]
+    for k in range(3):
+        scaled = jax.tree.map(lambda g, k=k: (-2.0) ** k * g, grads)
+        for i, tx in enumerate((ours, theirs)):
+            moved[i], states[i] = adamfn.step(tx, scaled, states[i], moved[i])
+    chex.assert_trees_all_close(*moved, atol=5e-7)  # a rounding of parameters up to 1, and steps
+
+
+def test_a_norm_that_is_given_wins():
+    grads = {"w": jnp.array([3.0, 4.0])}
+    tx = adamfn.chain(adamfn.clip_by_global_norm(1.0), adamfn.scale_by_lr(1.0))
+    params, state = adamfn.step(tx, grads, tx.init(grads), grads, grad_norm=10.0)
+    np.testing.assert_allclose(params["w"], [2.7, 3.6], rtol=1e-6)
+    assert state[0].stage.grad_norm == 10
+
+
+def test_narrow_and_complex_gradients():
+    grads = {"a": jnp.full(4096, 2.0, jnp.bfloat16), "c": jnp.array([3 + 4j])}
+    tx = adamfn.clip_by_global_norm(1.0)
+    _, state = tx.update(grads, tx.init(grads))
+    np.testing.assert_allclose(state.stage.grad_norm, np.sqrt(4 * 4096 + 25), rtol=1e-6)
+
+
+def test_what_is_not_finite_stays_visible():
+    grads = {"w": jnp.array([jnp.nan, 1.0])}
+    tx = adamfn.clip_by_global_norm(1.0)
+    updates, _ = tx.update(grads, tx.init(grads))
+    assert jnp.all(jnp.isnan(updates["w"]))
+
+
+def test_no_leaves():
+    tx = adamfn.chain(adamfn.clip_by_global_norm(1.0), adamfn.adam())
+    updates, state = tx.update({}, tx.init({}), {})
+    assert updates == {}
+    assert state[0].grad_norm == 0

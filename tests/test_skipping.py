@@ -1,0 +1,152 @@
+"""skip_outliers: what is not taken, and what stays as it was."""
+
+import chex
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import adamfn
+
+PARAMS = {"w": jnp.ones((3, 4)), "b": jnp.ones(())}
+GRADS = jax.tree.map(lambda p: 0.1 + jnp.arange(p.size, dtype=p.dtype).reshape(p.shape), PARAMS)
+
+
+def train(tx, losses, params=PARAMS, state=None, scale=lambda k: 1.0):
+    step = jax.jit(lambda g, s, p, extra: adamfn.step(tx, g, s, p, **extra))
+    state = tx.init(params) if state is None else state
+    for k, loss in enumerate(losses):
+        grads = jax.tree.map(lambda g, k=k: g * scale(k), GRADS)
+        params, state = step(grads, state, params, {} if loss is None else {"loss": loss})
+    return params, state
+
+
+def usual(number):
+    return [2 + 0.1 * (k % 3) for k in range(number)]
+
+
+INNER = {
+    "adamw": adamfn.adamw(0.1),
+    "nadam": adamfn.nadam(0.1),
+    "amsgrad": adamfn.amsgrad(0.1),
+    "lazy": adamfn.lazy_adam(0.1),
+    "8bit": adamfn.adamw(0.1, moments="8bit"),
+    "schedule": adamfn.adam(optax.linear_schedule(0.1, 0.0, 100)),
+}
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_a_step_that_is_not_taken_leaves_everything(name):
+    tx = adamfn.chain(adamfn.skip_outliers(), INNER[name])
+    params = {**PARAMS, "large": jnp.ones((32, 256))} if name == "8bit" else PARAMS
+    grads = jax.tree.map(jnp.ones_like, params)
+    state = tx.init(params)
+    step = jax.jit(lambda s, p, loss: adamfn.step(tx, grads, s, p, loss=loss))
+    for loss in usual(66):
+        params, state = step(state, params, loss)
+    assert state[0].skipped == 0
+    after, held = step(state, params, 9.0)
+    assert held[0].skipped == 1
+    assert not held[0].taken
+    chex.assert_trees_all_equal(after, params)
+    chex.assert_trees_all_equal(held[1], state[1])
+    # And goes on as if it had not been: the bound is a little wider.
+    chex.assert_trees_all_equal(step(held, after, 2.0)[0], step(state, params, 2.0)[0])
+
+
+def test_update_gives_zeros():
+    tx = adamfn.chain(adamfn.skip_outliers(["loss"]), adamfn.adam())
+    _, state = train(tx, usual(66))
+    updates, _ = tx.update(GRADS, state, PARAMS, loss=9.0)
+    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, PARAMS))
+
+
+@pytest.mark.parametrize(("last", "skipped"), [(2.1, 0), (2.5, 0), (2.7, 1), (0.0, 0)])
+def test_the_bound_is_of_one_side(last, skipped):
+    losses = usual(66)
+    bound = np.mean(losses) + 6 * np.std(losses, ddof=1)
+    assert 2.5 < bound < 2.7
+    _, state = train(adamfn.chain(adamfn.skip_outliers(["loss"]), adamfn.adam()), [*losses, last])
+    assert state[0].skipped == skipped
+
+
+def test_the_first_steps_are_taken():
+    tx = adamfn.chain(adamfn.skip_outliers(["loss"], window=40), adamfn.adam())
+    _, state = train(tx, [*usual(18), 1e6])
+    assert state[0].skipped == 0
+    _, state = train(tx, [*usual(19), 1e6])
+    assert state[0].skipped == 1
+
+
+def test_the_window_forgets():
+    tx = adamfn.chain(adamfn.skip_outliers(["loss"], window=20), adamfn.adam())
+    _, state = train(tx, [9.0] * 10 + usual(20) + [9.0])
+    assert state[0].skipped == 1
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_skipped_and_enters_no_window(loss):
+    tx = adamfn.chain(adamfn.skip_outliers(["loss"]), adamfn.adam())
+    _, state = train(tx, [*usual(3), loss])
+    assert state[0].skipped == 1
+    assert state[0].seen == 3
+    assert jnp.all(jnp.isfinite(state[0].recent))
+
+
+def test_gradients_that_are_nan_leave_no_trace():
+    tx = adamfn.chain(adamfn.skip_outliers(["grad_norm"]), adamfn.adamw())
+    params, state = train(tx, [None] * 2, scale=lambda k: np.nan if k else 1.0)
+    assert state[0].skipped == 1
+    chex.assert_tree_all_finite((params, state))
+
+
+def test_packed():
+    plain = adamfn.chain(adamfn.skip_outliers(["grad_norm"]), adamfn.adamw(0.1))
+    kept = adamfn.packed(plain)
+
+    def scale(k):
+        return 100.0 if k == 68 else 1 + 0.1 * (k % 3)
+
+    params, state = train(plain, [None] * 70, scale=scale)
+    found, packed_state = train(kept, [None] * 70, scale=scale)
+    assert state[0].skipped == packed_state[0].skipped == 1
+    chex.assert_trees_all_close(found, params, rtol=1e-5)
+
+
+def test_a_loss_is_asked_for():
+    tx = adamfn.chain(adamfn.skip_outliers(), adamfn.adam())
+    with pytest.raises(ValueError, match="skip_outliers: update got no loss"):
+        tx.update(GRADS, tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"watched": []}, "watched is []"),
+        ({"watched": "loss"}, "watched is 'loss'"),
+        ({"watched": ["loss", "time"]}, "watched is ['loss', 'time']"),
+        ({"window": 1}, "window is 1"),
+        ({"sigmas": -1}, "sigmas is -1"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError) as caught:
+        adamfn.skip_outliers(**arguments)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_stage_that_counts_nothing_behind_it():
+    tx = adamfn.chain(adamfn.skip_outliers(["loss"]), adamfn.scale_by_lr(lambda count: count))
+    params, state = train(tx, usual(66))
+    _, held = train(tx, [9.0], params, state)
+    assert (held[0].count, held[0].stage.skipped, held[1].learning_rate) == (66, 1, 65)
+
+
+def test_its_state_is_exported():
+    tx = adamfn.chain(adamfn.skip_outliers(["grad_norm"]), adamfn.clip_by_global_norm(1.0))
+    state = tx.init(PARAMS)
+    exported = jax.export.export(jax.jit(tx.update))(GRADS, state, PARAMS)
+    read = jax.export.deserialize(exported.serialize())
+    chex.assert_trees_all_close(read.call(GRADS, state, PARAMS), tx.update(GRADS, state, PARAMS))
