@@ -217,10 +217,17 @@ class OnesOwn(formats.EightBit):
         return super().encode(mu, nu, noise)
 
 
-@pytest.mark.parametrize("shape", [(64, 300), (3, 5, 31, 300), (256, 160), (2, 128, 160)])
-def test_pieces_are_the_whole_to_the_bit(monkeypatch, shape):
+@pytest.mark.parametrize(
+    ("tx", "shape"),
+    [
+        (adamfn.adamw(0.1, moments=OnesOwn()), (64, 300)),
+        (adamfn.adamw(0.1, moments=OnesOwn()), (3, 5, 31, 300)),
+        (adamfn.adamw(0.1, moments=OnesOwn()), (2, 128, 160)),
+        (adamfn.lazy_adam(0.1, moments="8bit"), (256, 160)),
+    ],
+)
+def test_pieces_are_the_whole_to_the_bit(monkeypatch, tx, shape):
     monkeypatch.setattr(pieces, "ELEMENTS", 5000)
-    tx = adamfn.adamw(0.1, moments=OnesOwn())
     p, g = (special(np.random.default_rng(seed), shape, jnp.float32) for seed in (0, 1))
     call, operands = call_of(tx, g, p)
     assert pallas.kernel_for(call, operands, "tpu", asked=True) is None

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from adamfn.backends.tile import block_of, factor_places, results_of
+from adamfn.formulas import lazy_ratio  # looks at other elements of its row alone
 from adamfn.program import Call
 from adamfn.varying import vary_together
 
@@ -26,7 +27,7 @@ def can_run(call: Call, avals: Sequence[Any]) -> bool:
         any(block_of(part.format) != 0 for part in call.program.parts)
         and not call.packed
         and call.leaves == 1
-        and all(part.elementwise for part in call.program.parts)
+        and all(part.elementwise or part.formula is lazy_ratio for part in call.program.parts)
         and not factor_places(call)  # a sum is rounded otherwise in another shape
         and leaf.ndim > 1
         and leaf.size > 2 * ELEMENTS
