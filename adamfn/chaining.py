@@ -95,9 +95,9 @@ def with_backend(tx: GradientTransformation, backend: Backend) -> GradientTransf
 
     Args:
       tx: a recipe, a chain of stages, or what `packed` made of one.
-      backend: `"auto"`, the fastest known where it is lowered; `"xla"`, no native code; or
-        `"pallas"`, Pallas kernels, which were run in interpret mode on CPU only, and for GPU and
-        TPU no more than compiled, so that whether they beat XLA there is not known.
+      backend: `"auto"`, the fastest known where it is lowered; `"xla"`, no native code and no
+        kernel; or `"pallas"`, Pallas kernels also where XLA makes one kernel by itself, and on CPU
+        interpreted, which is slow.
 
     Returns:
       A `GradientTransformation` with the same state. In a `chain` it is not joined with others.

@@ -174,6 +174,25 @@ def run_call(call: Call, *operands: jax.Array) -> list[jax.Array]:
     return [*jax.tree.leaves([own for own, _ in rows]), *(x for column in columns for x in column)]
 
 
+def by_leaf(
+    run: Callable[..., list[jax.Array]], call: Call, *operands: jax.Array
+) -> list[jax.Array]:
+    """Runs a call of several leaves as a call of each, unless they are packed."""
+    if call.packed or call.leaves == 1:
+        return run(call, *operands)
+    vector, count, numbers, *arrays = operands
+    rows = jax.tree.unflatten(call.kept, arrays[: call.arrays_kept])
+    columns = [arrays[call.arrays_kept :][k :: call.leaves] for k in range(call.leaves)]
+    kept: list[jax.Array] = []
+    moved: list[list[jax.Array]] = []
+    for k, (row, column) in enumerate(zip(rows, columns, strict=True)):
+        one = Call(call.program, 1, jax.tree.structure([row]))
+        results = run(one, vector, count, numbers[k : k + 1], *jax.tree.leaves(row), *column)
+        kept += results[: one.arrays_kept]
+        moved.append(results[one.arrays_kept :])
+    return [*kept, *(x for column in zip(*moved, strict=True) for x in column)]
+
+
 @partial(jax.jit, static_argnums=0)
 def _run_leaf(program: Program, *operands: Any) -> tuple[list[Kept], list[jax.Array]]:
     return program(*operands)  # traced once for all leaves of one signature

@@ -1,4 +1,4 @@
-"""The Pallas backend: its kernels interpreted on CPU, and lowered for GPU and TPU."""
+"""Pallas kernels: interpreted on CPU beside XLA's program, and lowered for GPU and TPU."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from programs import call_of
 
 import adamfn
 from adamfn import formats
-from adamfn.backends import pallas
+from adamfn.backends import mosaic, pallas, pieces, triton
 from adamfn.program import run_call
 
 TPU = AbstractDevice(device_kind="TPU v5e", num_cores=1, platform="tpu")
@@ -19,14 +19,12 @@ LEAVES = {
     "scalar": jax.ShapeDtypeStruct((), jnp.float32),
     "empty": jax.ShapeDtypeStruct((0, 256), jnp.float32),
     "vector": jax.ShapeDtypeStruct((2048,), jnp.bfloat16),
-    "edges": jax.ShapeDtypeStruct((70, 1100), jnp.float32),  # four tiles of 64 by 1024
+    "edges": jax.ShapeDtypeStruct((70, 1100), jnp.float32),  # blocks of 160, seven to a row
     "cube": jax.ShapeDtypeStruct((3, 32, 200), jnp.bfloat16),
-    "odd cube": jax.ShapeDtypeStruct((3, 31, 50), jnp.float32),
+    "odd cube": jax.ShapeDtypeStruct((3, 31, 150), jnp.float32),
     "blocks": jax.ShapeDtypeStruct((24, 768), jnp.float32),
     "half blocks": jax.ShapeDtypeStruct((8, 1024), jnp.bfloat16),
 }
-KERNELS = {"vector", "edges", "cube", "blocks", "half blocks"}
-"""What of these is cut into tiles on CPU."""
 
 
 def tree(seed, leaves):
@@ -38,13 +36,15 @@ def tree(seed, leaves):
 
 def counted(monkeypatch):
     """The shapes that kernels were made for from here on."""
-    shapes, make = [], pallas.run_leaf
+    shapes, choose = [], pallas.kernel_for
 
-    def run_leaf(call, platform, *operands, **options):
-        shapes.append(operands[-1].shape)
-        return make(call, platform, *operands, **options)
+    def kernel_for(call, avals, platform, *, asked):
+        kernel = choose(call, avals, platform, asked=asked)
+        if kernel is not None:
+            shapes.append(avals[-1].shape)
+        return kernel
 
-    monkeypatch.setattr(pallas, "run_leaf", run_leaf)
+    monkeypatch.setattr(pallas, "kernel_for", kernel_for)
     return shapes
 
 
@@ -80,43 +80,74 @@ def check_close(found, expected):
 
 
 @pytest.mark.parametrize(
-    ("moments", "leaves", "kernels", "nesterov"),
+    ("moments", "nesterov"), [("float32", False), ("bfloat16", True), ("8bit", True)]
+)
+def test_same_as_the_reference(monkeypatch, moments, nesterov):
+    made = counted(monkeypatch)
+    found = trained("pallas", moments, sorted(LEAVES), nesterov=nesterov)
+    shapes = {LEAVES[name].shape for name in LEAVES} - {LEAVES["empty"].shape}
+    assert set(made) == shapes
+    check_close(found, trained("xla", moments, sorted(LEAVES), nesterov=nesterov))
+
+
+def special(rng, shape, dtype):
+    """Numbers of all sizes, denormals, zeros, infinities, NaN, the largest."""
+    x = rng.standard_normal(shape) * 10.0 ** rng.integers(-12, 3, shape)
+    odd = [0.0, -0.0, 1e-42, -1e-40, 1.2e-38, 3e38, np.inf, -np.inf, np.nan, 1e-20, 1e-19]
+    x.reshape(-1)[::97] = rng.choice(odd, x.reshape(-1)[::97].shape)
+    x[..., :1] = 0
+    return jnp.asarray(np.float32(x), dtype)
+
+
+def check_same(found, expected, bfloat16):
+    """Equal to the bit, but for a few whose rounding hung on a product contracted into a sum."""
+    for a, b in zip(found, expected, strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        differ = ~((a == b) | ((a != a) & (b != b)))
+        if a.dtype in (np.int8, np.uint8):
+            assert differ.mean() < 1e-4
+        else:
+            assert differ.mean() < 0.1
+            a, b = (np.float64(x[differ]) for x in (a, b))
+            # Of the update and the parameter, of which little may be left.
+            np.testing.assert_allclose(a, b, rtol=2.0**-7 if bfloat16 else 2.0**-22, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "moments", "shape"),
     [
-        ("float32", LEAVES.keys(), KERNELS, False),
-        ("bfloat16", LEAVES.keys(), KERNELS, True),
-        # A vector of 2048 stays float32; the cube's rows of 200 are no whole blocks.
-        ("8bit", KERNELS - {"edges"}, KERNELS - {"edges", "cube"}, True),
+        (mosaic, "8bit", (64, 300)),  # blocks of 160, the second one not full
+        (mosaic, "4bit", (3, 2, 9, 300)),  # slabs, bfloat16
+        (mosaic, "8bit", (3, 31, 150)),  # the rows are its first axis
+        (mosaic, "4bit", (130, 4, 128)),
+        (mosaic, "8bit", (2, 32, 256)),  # slabs are so many more rows
+        (mosaic, "8bit", (128, 150)),  # lies the other way round
+        (mosaic, "4bit", (8, 2500)),  # two tiles to a row
+        (mosaic, "factored", (130, 300)),
+        (mosaic, "factored", (128, 32, 128)),  # its longest axes are not the last two
+        (mosaic, "blockmean", (3, 40, 150)),
+        (triton, "8bit", (64, 300)),
+        (triton, "4bit", (3, 2, 9, 300)),
+        (triton, "8bit", (5000,)),
+        (triton, "bfloat16", (77, 130)),
     ],
 )
-def test_same_as_the_reference(monkeypatch, moments, leaves, kernels, nesterov):
-    made, leaves = counted(monkeypatch), sorted(leaves)
-    found = trained("pallas", moments, leaves, nesterov=nesterov)
-    assert sorted(made) == sorted(LEAVES[name].shape for name in kernels)
-    check_close(found, trained("xla", moments, leaves, nesterov=nesterov))
-
-
-@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
-def test_tiles_for_gpu(moments):
-    format = None if moments == "float32" else formats.get(moments)
-    shape = 50, 3, 128  # 19200 elements: 75 rows of 256
-    assert pallas.tiling(shape, format, "cuda") == ((75, 256), (1, 256))
-    keys = jax.random.split(jax.random.key(0), 4)
-    mu, nu, g, p = (jax.random.normal(key, shape) for key in keys)
-    call, operands = call_of(adamfn.adamw(0.01, moments=moments), g, p)
-    operands[3:5] = (x.astype(operands[3].dtype) for x in (mu, nu**2))
-    found = jax.jit(partial(pallas.run_leaf, call, "cuda", interpret=True))(*operands)
-    check_close(found, jax.jit(partial(run_call, call))(*operands))
-
-
-def test_tiles_never_reach_over_the_edge_on_gpu():
-    for shape in [(128,), (1024, 3), (50257, 768), (7, 11, 512), (3, 3, 64, 128)]:
-        for format in (None, formats.EightBit(), formats.EightBit(block=1024)):
-            cut = pallas.tiling(shape, format, "cuda")
-            if cut is not None:
-                (rows, columns), (height, width) = cut
-                assert (rows % height, columns % width) == (0, 0), shape
-                assert (height * width).bit_count() == 1, shape
-                assert height * width <= 1024, shape
+def test_codes_are_those_of_xla_to_the_bit(kernel, moments, shape):
+    rng = np.random.default_rng(0)
+    dtype = jnp.bfloat16 if len(shape) == 4 else jnp.float32
+    tx = adamfn.adamw(0.1, moments=moments)
+    p = special(rng, shape, dtype)
+    call, operands = call_of(tx, p, p)
+    assert kernel.can_run(call, operands)
+    run = jax.jit(partial(kernel.run_leaf, call, interpret=True))
+    reference = jax.jit(partial(run_call, call))
+    for count in (1, 2**31 - 1):
+        operands[1], operands[-2] = jnp.int32(count), special(rng, shape, dtype)
+        found, expected = run(*operands), reference(*operands)
+        check_same(found, expected, dtype == jnp.bfloat16)
+        operands[3 : 3 + call.arrays_kept] = expected[: call.arrays_kept]
+        operands[-1] = expected[-1]
 
 
 @pytest.mark.parametrize(
@@ -128,27 +159,94 @@ def test_tiles_never_reach_over_the_edge_on_gpu():
         ("rocm", "bfloat16", 2, False),
         ("tpu", "float32", 2, False),
         ("tpu", "bfloat16", 2, True),
-        ("tpu", "8bit", 0, False),
+        ("tpu", "8bit", 2, False),
+        ("tpu", "4bit", 2, True),
     ],
 )
 def test_lowers_without_the_device(platform, moments, kernels, x64):
     params = {
         "kernel": jax.ShapeDtypeStruct((64, 768), jnp.float32),
         "filter": jax.ShapeDtypeStruct((3, 64, 256), jnp.bfloat16),
-        "odd": jax.ShapeDtypeStruct((33, 125), jnp.float32),
         "half": jax.ShapeDtypeStruct((64, 768), jnp.float16),
     }
     mesh = AbstractMesh((1,), ("x",), abstract_device=TPU if platform == "tpu" else None)
     target = "tpu_custom_call" if platform == "tpu" else "__gpu$xla.gpu.triton"
-    arrays = 6 if moments == "8bit" else 3  # of the moments, and the parameter
+    arrays = {"8bit": 6, "4bit": 5}.get(moments, 3)  # of the moments, and the parameter
+    unasked = kernels if moments in ("8bit", "4bit") else 0
     with jax.enable_x64(x64), jax.sharding.use_abstract_mesh(mesh):
-        for backend, expected in (("pallas", kernels), ("auto", 0)):
+        for backend, expected in (("pallas", kernels), ("auto", unasked)):
             tx = adamfn.with_backend(adamfn.adam(moments=moments), backend)
             state = jax.eval_shape(tx.init, params)
             traced = jax.jit(partial(adamfn.step, tx)).trace(params, state, params)
             text = traced.lower(lowering_platforms=(platform,)).as_text()
             assert text.count(target) == expected
             assert text.count("output_operand_alias<") == expected * arrays  # in place
+
+
+def where_signs_agree(u, g):
+    return jnp.where(u * g > 0, u, 0)
+
+
+def with_a_stage_of_ones_own(moments):
+    own = adamfn.from_stage(adamfn.Stage("agree", where_signs_agree, reads=("grads",)))
+    return adamfn.chain(adamfn.scale_by_moments(moments=moments), own, adamfn.scale_by_lr(0.1))
+
+
+def lowered(tx, params, platform):
+    mesh = AbstractMesh((1,), ("x",), abstract_device=TPU if platform == "tpu" else None)
+    with jax.sharding.use_abstract_mesh(mesh):
+        state = jax.eval_shape(tx.init, params)
+        traced = jax.jit(partial(adamfn.step, tx)).trace(params, state, params)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("moments", ["8bit", "4bit", "factored", "blockmean"])
+def test_every_recipe_and_a_stage_of_ones_own_has_a_kernel(moments):
+    params = jax.ShapeDtypeStruct((200, 768), jnp.float32)
+    recipes = [adamfn.adam, adamfn.adamw, adamfn.amsgrad, adamfn.nadam, adamfn.radam]
+    makes = [*(partial(recipe, 0.1) for recipe in [*recipes, adamfn.adamax])]
+    for make in (*makes, with_a_stage_of_ones_own):
+        tx = make(moments=moments)
+        assert lowered(tx, params, "tpu").count("tpu_custom_call") == 1
+        if moments in ("8bit", "4bit"):
+            assert lowered(tx, params, "cuda").count("__gpu$xla.gpu.triton") == 1
+
+
+class OnesOwn(formats.EightBit):
+    def encode(self, mu, nu, noise):
+        return super().encode(mu, nu, noise)
+
+
+@pytest.mark.parametrize(
+    ("tx", "shape"),
+    [
+        (adamfn.adamw(0.1, moments=OnesOwn()), (64, 300)),
+        (adamfn.adamw(0.1, moments=OnesOwn()), (3, 5, 31, 300)),
+        (adamfn.adamw(0.1, moments=OnesOwn()), (2, 128, 160)),
+        (adamfn.lazy_adam(0.1, moments="8bit"), (256, 160)),
+    ],
+)
+def test_pieces_are_the_whole_to_the_bit(monkeypatch, tx, shape):
+    monkeypatch.setattr(pieces, "ELEMENTS", 5000)
+    p, g = (special(np.random.default_rng(seed), shape, jnp.float32) for seed in (0, 1))
+    call, operands = call_of(tx, g, p)
+    assert pallas.kernel_for(call, operands, "tpu", asked=True) is None
+    assert pieces.can_run(call, operands)
+    text = jax.jit(partial(pieces.run_leaf, call)).lower(*operands).as_text()
+    assert "while" in text
+    whole = jax.jit(partial(run_call, call))(*operands)
+    found = jax.jit(partial(pieces.run_leaf, call))(*operands)
+    for a, b in zip(found, whole, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_large_leaves_without_a_kernel_are_cut():
+    tx, params = adamfn.adam(moments=OnesOwn()), jax.ShapeDtypeStruct((4096, 1024), jnp.float32)
+    for platform in ("tpu", "cuda"):
+        assert "stablehlo.while" in lowered(tx, params, platform)
+    state = jax.eval_shape(tx.init, params)
+    text = jax.jit(partial(adamfn.step, tx)).lower(params, state, params).as_text()
+    assert "stablehlo.while" not in text  # on CPU
 
 
 def test_sharded_leaves_go_through_xla():

@@ -9,7 +9,7 @@ from jax.interpreters import ad, batching, mlir
 
 from adamfn.backends import cpu
 from adamfn.backends.native import loader
-from adamfn.program import Call, run_call
+from adamfn.program import Call, by_leaf, run_call
 from adamfn.varying import vary_together
 
 Backend = Literal["auto", "xla", "pallas"]
@@ -21,11 +21,11 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 def bind(call: Call, backend: Backend, operands: list[Any]) -> list[jax.Array]:
     """The results of a call.
 
-    With `"auto"` it is lowered for CPU in native code if that can be had, and with `"pallas"` into
-    a kernel where there is one for it (on CPU interpreted). Else it is `run_call`: under `vmap` and
-    `jvp`; where XLA is to partition it over the devices of a mesh, since its operations are
-    partitioned without a copy and a custom call could not be; and in what is exported. Inside
-    `jax.shard_map` every shard is whole, and native.
+    With `"auto"` it is lowered for CPU in native code if that can be had, and for GPU and TPU into
+    a kernel where the moments' format needs one; with `"pallas"` into one wherever it can be, on
+    CPU interpreted. Else it is `run_call`: under `vmap` and `jvp`; in what is exported; and where
+    XLA is to partition it over the devices of a mesh, since its operations are partitioned without
+    a copy and a custom call could not be. Inside `jax.shard_map` every shard is whole.
 
     Results vary over every mesh axis that an operand varies over.
     """
@@ -66,16 +66,30 @@ def _jvp(primals: Any, tangents: Any, *, call: Call, pallas: bool) -> Any:
 
 def _lower_for(platform: str, ctx: Any, *operands: Any, call: Call, pallas: bool) -> Any:
     module = ctx.module_context
+    run = run_call
     if _is_whole(module.axis_context) and not module.lowering_parameters.for_export:
-        if pallas:
-            from adamfn.backends import pallas as kernels  # slow to import
+        if platform == "cpu" and not pallas:
+            if cpu.can_run(call, ctx.avals_in):
+                return cpu.lower(ctx, *operands, call=call)
+        else:
+            run = partial(_run_by_kernels, platform, pallas)
+    return mlir.lower_fun(partial(run, call), multiple_results=True)(ctx, *operands)
 
-            if kernels.can_run(call, ctx.avals_in, platform):
-                step = partial(kernels.run_leaf, call, platform, interpret=platform == "cpu")
-                return mlir.lower_fun(step, multiple_results=True)(ctx, *operands)
-        elif platform == "cpu" and cpu.can_run(call, ctx.avals_in):
-            return cpu.lower(ctx, *operands, call=call)
-    return _lower(ctx, *operands, call=call, pallas=pallas)
+
+def _run_by_kernels(
+    platform: str, asked: bool, call: Call, *operands: jax.Array
+) -> list[jax.Array]:
+    """`run_call`, with a kernel for each leaf that has one, and large leaves without in pieces."""
+    from adamfn.backends import pallas, pieces  # slow to import
+
+    def run_one(call: Call, *operands: jax.Array) -> list[jax.Array]:
+        kernel = pallas.kernel_for(call, operands, platform, asked=asked)
+        if kernel is not None:
+            return kernel(*operands)
+        run = pieces.run_leaf if pieces.can_run(call, operands) else run_call
+        return run(call, *operands)
+
+    return by_leaf(run_one, call, *operands)
 
 
 def _is_whole(axis_context: Any) -> bool:

@@ -15,6 +15,7 @@ Bytes are those of GPT-2 small, small leaves in float32 included.
 from adamfn.formats.base import Format, Stored, noise
 from adamfn.formats.bfloat16 import Rounded
 from adamfn.formats.blockmean import BlockMean
+from adamfn.formats.blockwise import Blockwise
 from adamfn.formats.choice import Moments, check_moments, choose_formats
 from adamfn.formats.codec import Codec, Encoded
 from adamfn.formats.description import describe
@@ -29,6 +30,7 @@ from adamfn.formats.pair import Pair
 __all__ = [
     "FORMATS",
     "BlockMean",
+    "Blockwise",
     "Codec",
     "EightBit",
     "Encoded",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from adamfn.formats.base import is_large
 from adamfn.formats.codec import Encoded
-from adamfn.formats.floats import INFINITY
+from adamfn.formats.floats import INFINITY, float_of
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Rounded:
         if bits is None or not self.stochastic:
             return Encoded(x.astype(jnp.bfloat16))
         word = jax.lax.bitcast_convert_type(x, jnp.int32)
-        quiet = jnp.where((word & 0x7FFFFF) == 0, 0, 0x400000)  # NaN's lower bits may be all it has
+        # In float32, which holds the upper half as it is: halves of words cost a TPU a copy.
+        rounded = float_of((word + bits) & ~0xFFFF)
         finite = (word & INFINITY) != INFINITY
-        upper = jnp.where(finite, word + bits, word | quiet) >> 16
-        return Encoded(jax.lax.bitcast_convert_type(upper.astype(jnp.int16), jnp.bfloat16))
+        return Encoded(jnp.where(finite, rounded, x).astype(jnp.bfloat16))
 
     def decode(self, codes: jax.Array, scales: Any) -> jax.Array:
         """Returns it in float32."""

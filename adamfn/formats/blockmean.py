@@ -48,6 +48,10 @@ class BlockMean:
         """Returns the means, which broadcast to the leaf's shape."""
         return scales
 
+    def factors(self, scales: Any) -> tuple[jax.Array, ...]:
+        """The means: `Factored` has two such."""
+        return (scales,)
+
     def holds(self, shape: tuple[int, ...]) -> bool:
         """True for 4096 elements and more in at least two axes, the averaged one among them."""
         has_axis = -len(shape) <= self.axis < len(shape)

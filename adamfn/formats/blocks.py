@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,14 +49,32 @@ def join(x: jax.Array, length: int) -> jax.Array:
     return x.reshape(*x.shape[:-2], -1)[..., :length]
 
 
-def _over_blocks(x: jax.Array, reduction: Callable[..., jax.Array]) -> jax.Array:
-    # x holds the bits of numbers, none below zero.
-    # In two stages: the first runs over whole vectors. On CPU, XLA would merge them and then cut
-    # the reduction into windows, for which it writes all of x to memory: twice as slow. The maximum
-    # changes nothing, and keeps them apart where a barrier would do so too, but not in a kernel.
+class Extremes(NamedTuple):
+    """The largest and the smallest of each block of bits of numbers not below zero.
+
+    Both keep the axis that they run along, as 1. What computes them differs, and no bit of theirs.
+    """
+
+    largest: Callable[[jax.Array], jax.Array]
+    smallest: Callable[[jax.Array], jax.Array]
+
+
+def along(axis: int) -> Extremes:
+    """Those of blocks that an axis of a kernel's tile spans."""
+    return Extremes(
+        partial(jnp.max, axis=axis, keepdims=True), partial(jnp.min, axis=axis, keepdims=True)
+    )
+
+
+def _in_two_stages(x: jax.Array, reduction: Callable[..., jax.Array]) -> jax.Array:
+    # The first runs over whole vectors. On CPU, XLA would merge them and then cut the reduction
+    # into windows, for which it writes all of x to memory: twice as slow. The maximum changes
+    # nothing, and keeps them apart as a barrier would.
     x = x.reshape(*x.shape[:-1], -1, 16)
     return reduction(jnp.maximum(reduction(x, axis=-2), 0), axis=-1, keepdims=True)
 
 
-largest = partial(_over_blocks, reduction=jnp.max)
-smallest = partial(_over_blocks, reduction=jnp.min)
+BY_XLA = Extremes(
+    partial(_in_two_stages, reduction=jnp.max), partial(_in_two_stages, reduction=jnp.min)
+)
+"""Those of blocks along the last axis, as XLA is quick to compute them."""

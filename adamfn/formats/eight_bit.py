@@ -6,8 +6,9 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from adamfn.formats import blocks
-from adamfn.formats.base import Stored, halves, is_large, is_narrow, threshold
+from adamfn.formats.base import Stored, halves, threshold
+from adamfn.formats.blocks import Extremes
+from adamfn.formats.blockwise import Blockwise
 from adamfn.formats.floats import bits_of, float_of, near_root
 from adamfn.formats.levels import round_to_level, spanning
 
@@ -26,7 +27,7 @@ class EightBitScales(NamedTuple):
 
 
 @dataclass(frozen=True)
-class EightBit:
+class EightBit(Blockwise):
     r"""Two bytes a parameter, and 12 for each block of up to 256 along the last axis.
 
     mu's codes are int8, -127 to 127; nu's are uint8, 0 for zero and 1 to 255 for the levels,
@@ -68,20 +69,19 @@ class EightBit:
 
     block: int = 256
 
-    def __post_init__(self) -> None:
-        """Checks the block size."""
-        blocks.check_size("EightBit", self.block)
+    @property
+    def dtypes(self) -> tuple[Any, Any]:
+        """int8 for mu, uint8 for nu."""
+        return jnp.int8, jnp.uint8
 
-    def encode(self, mu: jax.Array, nu: jax.Array, noise: jax.Array | None) -> Stored:
+    def encode_blocks(
+        self, mu: jax.Array, nu: jax.Array, noise: jax.Array | None, over: Extremes
+    ) -> Stored:
         """Returns codes for both, and `EightBitScales`."""
-        length = mu.shape[-1]
-        size = blocks.size_for(length, self.block)
-        if noise is not None:
-            noise = blocks.split(noise, size)
         mu_bits, nu_bits = halves(noise)
-        mu, nu = blocks.split(mu, size), bits_of(blocks.split(nu, size))
+        nu = bits_of(nu)
 
-        levels = spanning(nu, _LEVELS)
+        levels = spanning(nu, _LEVELS, over)
         j = round_to_level(nu, levels, _LEVELS, threshold(nu_bits), unbiased=True)
         codes = jnp.where(nu == 0, 0, _LEVELS - j)
 
@@ -89,31 +89,17 @@ class EightBit:
         # below has a root smaller by this factor at most.
         fall = 1 + levels.step.astype(jnp.float32) * 2.0**-24
         ratio = mu * jnp.where(nu == 0, 0, 1 / near_root(nu))
-        largest = fall * float_of(blocks.largest(bits_of(ratio)))
+        largest = fall * float_of(over.largest(bits_of(ratio)))
         per_code = jnp.where(largest == 0, 0, 127 / jnp.where(largest == 0, 1, largest))
         chosen = levels.top - j * levels.step
         ratio = mu * jnp.where(nu == 0, 0, per_code / near_root(chosen))
         signed = jnp.clip(jnp.floor(ratio + threshold(mu_bits)), -127, 127)
-        return Stored(
-            blocks.join(signed.astype(jnp.int8), length),
-            blocks.join(codes.astype(jnp.uint8), length),
-            EightBitScales(
-                (largest * (1 / 127))[..., 0], float_of(levels.top)[..., 0], levels.step[..., 0]
-            ),
-        )
+        scales = EightBitScales(largest * (1 / 127), float_of(levels.top), levels.step)
+        return Stored(signed, codes, scales)
 
-    def decode(self, stored: Stored) -> tuple[jax.Array, jax.Array]:
+    def decode_blocks(self, stored: Stored) -> tuple[jax.Array, jax.Array]:
         """Returns both moments in float32."""
         mu_codes, nu_codes, (scale, top, step) = cast("tuple[Any, Any, EightBitScales]", stored)
-        length = nu_codes.shape[-1]
-        size = blocks.size_for(length, self.block)
-        codes = blocks.split(nu_codes, size).astype(jnp.int32)
-        below = (_LEVELS - codes) * step[..., None]
-        nu = jnp.where(codes == 0, 0, bits_of(top)[..., None] - below)
-        signed = blocks.split(mu_codes, size).astype(jnp.float32)
-        mu = signed * scale[..., None] * near_root(nu)
-        return blocks.join(mu, length), blocks.join(float_of(nu), length)
-
-    def holds(self, shape: tuple[int, ...], dtype: Any) -> bool:
-        """True for real leaves of at most 32 bits, with 4096 elements, half a block in a row."""
-        return is_narrow(dtype) and is_large(shape, last=self.block // 2)
+        codes = nu_codes.astype(jnp.int32)
+        nu = jnp.where(codes == 0, 0, bits_of(top) - (_LEVELS - codes) * step)
+        return mu_codes.astype(jnp.float32) * scale * near_root(nu), float_of(nu)

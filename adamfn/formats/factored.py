@@ -53,11 +53,16 @@ class Factored:
 
     def decode(self, codes: None, scales: Any) -> jax.Array:
         """Returns it in float32."""
+        rows, columns = self.factors(scales)
+        return rows * columns
+
+    def factors(self, scales: Any) -> tuple[jax.Array, ...]:
+        """What `decode` multiplies, with an axis of 1 where all elements share a factor."""
         rows, columns = scales
         (first,) = (i for i, n in enumerate(columns.shape) if n < rows.shape[i])
         mean = rows.mean(first, keepdims=True)
         # The quotient first: the product of two small means would underflow.
-        return jnp.where(mean == 0, 0, rows / jnp.where(mean == 0, 1, mean)) * columns
+        return jnp.where(mean == 0, 0, rows / jnp.where(mean == 0, 1, mean)), columns
 
     def holds(self, shape: tuple[int, ...]) -> bool:
         """True if two axes have 128 elements and more."""

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from adamfn.formats import blocks
-from adamfn.formats.base import Stored, halves, is_large, is_narrow, threshold
+from adamfn.formats.base import Stored, halves, threshold
+from adamfn.formats.blocks import Extremes
+from adamfn.formats.blockwise import Blockwise
 from adamfn.formats.floats import bits_of, float_of, near_root
 from adamfn.formats.levels import round_to_level, spanning
 
@@ -30,7 +31,7 @@ class FourBitScales(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FourBit:
+class FourBit(Blockwise):
     r"""One byte a parameter, and 12 for each block of up to 128 along the last axis.
 
     The byte, uint8, stands in nu's place: 0 where nu is zero; else 1 + 15 j + (l + 7), for a level
@@ -72,51 +73,39 @@ class FourBit:
 
     block: int = 128
 
-    def __post_init__(self) -> None:
-        """Checks the block size."""
-        blocks.check_size("FourBit", self.block)
+    @property
+    def dtypes(self) -> tuple[Any, Any]:
+        """None for mu, uint8 for both in nu's place."""
+        return None, jnp.uint8
 
-    def encode(self, mu: jax.Array, nu: jax.Array, noise: jax.Array | None) -> Stored:
+    def encode_blocks(
+        self, mu: jax.Array, nu: jax.Array, noise: jax.Array | None, over: Extremes
+    ) -> Stored:
         """Returns the codes of both in nu's place, and `FourBitScales`."""
-        length = mu.shape[-1]
-        size = blocks.size_for(length, self.block)
-        if noise is not None:
-            noise = blocks.split(noise, size)
         _, nu_bits = halves(noise)
-        mu, nu = blocks.split(mu, size), bits_of(blocks.split(nu, size))
+        nu = bits_of(nu)
 
-        levels = spanning(nu, _NU_LEVELS, _OCTAVES)
+        levels = spanning(nu, _NU_LEVELS, over, _OCTAVES)
         j = round_to_level(nu, levels, _NU_LEVELS, threshold(nu_bits), unbiased=False)
 
         ratio = mu * jnp.where(nu == 0, 0, 1 / near_root(nu))
-        largest = float_of(blocks.largest(bits_of(ratio)))
+        largest = float_of(over.largest(bits_of(ratio)))
         per_level = jnp.where(largest == 0, 0, _MU_LARGEST / jnp.where(largest == 0, 1, largest))
         # Divided anew: XLA would keep a quotient that is used twice in memory.
         ratio = mu * jnp.where(nu == 0, 0, per_level / near_root(nu))
         signed = jnp.clip(jnp.floor(ratio + 0.5), -_MU_LARGEST, _MU_LARGEST)
         codes = 1 + _MU_LEVELS * j + (signed.astype(jnp.int32) + _MU_LARGEST)
-        codes = jnp.where(nu == 0, 0, codes).astype(jnp.uint8)
-        scale = (largest * (1 / _MU_LARGEST))[..., 0]
-        return Stored(
-            None,
-            blocks.join(codes, length),
-            FourBitScales(scale, float_of(levels.top)[..., 0], levels.step[..., 0]),
-        )
+        codes = jnp.where(nu == 0, 0, codes)
+        scales = FourBitScales(largest * (1 / _MU_LARGEST), float_of(levels.top), levels.step)
+        return Stored(None, codes, scales)
 
-    def decode(self, stored: Stored) -> tuple[jax.Array, jax.Array]:
+    def decode_blocks(self, stored: Stored) -> tuple[jax.Array, jax.Array]:
         """Returns both moments in float32."""
         _, codes, (scale, top, step) = cast("tuple[None, Any, FourBitScales]", stored)
-        length = codes.shape[-1]
-        size = blocks.size_for(length, self.block)
-        codes = blocks.split(codes, size).astype(jnp.int32)
+        codes = codes.astype(jnp.int32)
         # A quotient by 15. XLA keeps what was divided in memory, and makes a product again.
         j = (codes - 1) * _RECIPROCAL >> 16
         signed = codes - 1 - _MU_LEVELS * j - _MU_LARGEST
-        level = bits_of(top)[..., None] - j * step[..., None]
-        nu = jnp.where(codes == 0, 0, level)
-        ratio = jnp.where(codes == 0, 0, signed).astype(jnp.float32) * scale[..., None]
-        return blocks.join(ratio * near_root(nu), length), blocks.join(float_of(nu), length)
-
-    def holds(self, shape: tuple[int, ...], dtype: Any) -> bool:
-        """True for real leaves of at most 32 bits, with 4096 elements, half a block in a row."""
-        return is_narrow(dtype) and is_large(shape, last=self.block // 2)
+        nu = jnp.where(codes == 0, 0, bits_of(top) - j * step)
+        ratio = jnp.where(codes == 0, 0, signed).astype(jnp.float32) * scale
+        return ratio * near_root(nu), float_of(nu)

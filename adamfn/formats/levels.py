@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamfn.formats import blocks
+from adamfn.formats.blocks import Extremes
 from adamfn.formats.floats import INFINITY, SMALLEST_NORMAL, float_of
 
 
@@ -19,20 +19,21 @@ class Levels(NamedTuple):
     """int32, (..., 1), at least 1."""
 
 
-def spanning(bits: jax.Array, number: int, octaves: int = 256) -> Levels:
+def spanning(bits: jax.Array, number: int, over: Extremes, octaves: int = 256) -> Levels:
     """The levels that span a block's nonzero elements.
 
     Args:
       bits: int32, (..., size): bits of numbers not negative.
       number: how many levels.
+      over: the extremes of blocks.
       octaves: the widest range they may span, from the largest down.
 
     Returns:
       The `Levels`. The last is above 2^-126, so that no device takes it for zero.
     """
     least = SMALLEST_NORMAL + number  # the last may come out as much below the smallest element
-    top = jnp.maximum(blocks.largest(bits), least)
-    bottom = jnp.maximum(blocks.smallest(jnp.where(bits == 0, INFINITY, bits)), least)
+    top = jnp.maximum(over.largest(bits), least)
+    bottom = jnp.maximum(over.smallest(jnp.where(bits == 0, INFINITY, bits)), least)
     span = jnp.clip(top - bottom, 0, min(octaves << 23, INFINITY))
     return Levels(top, jnp.maximum(jax.lax.div(span + (number - 2), np.int32(number - 1)), 1))
 

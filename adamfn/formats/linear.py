@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from adamfn.formats import blocks
 from adamfn.formats.base import is_large, threshold
+from adamfn.formats.blocks import Extremes
 from adamfn.formats.codec import Encoded
 from adamfn.formats.floats import bits_of, float_of
 
@@ -45,19 +46,28 @@ class Linear:
         """Returns codes and the scales of their blocks."""
         length = x.shape[-1]
         size = blocks.size_for(length, self.block)
-        place = threshold(None if bits is None else blocks.split(bits, size))
-        x = blocks.split(x, size)
+        bits = None if bits is None else blocks.split(bits, size)
+        codes, scale = self.encode_blocks(blocks.split(x, size), bits, blocks.BY_XLA)
+        return Encoded(blocks.join(codes.astype(jnp.int8), length), scale[..., 0])
+
+    def encode_blocks(
+        self, x: jax.Array, bits: jax.Array | None, over: Extremes
+    ) -> tuple[jax.Array, jax.Array]:
+        """Codes of whole blocks in float32, and scales with 1 where a block was."""
         # Not in denormals: their reciprocals are infinite.
-        scale = float_of(blocks.largest(bits_of(x))) * (1 / 127)
+        scale = float_of(over.largest(bits_of(x))) * (1 / 127)
         per_code = jnp.where(scale < 2.0**-125, 0, 1 / jnp.maximum(scale, 2.0**-125))
-        codes = jnp.clip(jnp.floor(x * per_code + place), -127, 127).astype(jnp.int8)
-        return Encoded(blocks.join(codes, length), scale[..., 0])
+        return jnp.clip(jnp.floor(x * per_code + threshold(bits)), -127, 127), scale
 
     def decode(self, codes: jax.Array, scales: Any) -> jax.Array:
         """Returns it in float32."""
         length = codes.shape[-1]
-        codes = blocks.split(codes, blocks.size_for(length, self.block)).astype(jnp.float32)
-        return blocks.join(codes * scales[..., None], length)
+        codes = blocks.split(codes, blocks.size_for(length, self.block))
+        return blocks.join(self.decode_blocks(codes, scales[..., None]), length)
+
+    def decode_blocks(self, codes: jax.Array, scale: jax.Array) -> jax.Array:
+        """The inverse of `encode_blocks`."""
+        return codes.astype(jnp.float32) * scale
 
     def holds(self, shape: tuple[int, ...]) -> bool:
         """True for 4096 elements and more, half a block in a row."""

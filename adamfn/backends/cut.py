@@ -1,0 +1,111 @@
+"""How a leaf lies in a TPU's memory, and how it is cut into tiles for a kernel."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adamfn.formats.blocks import size_for
+
+LANES = 128
+_WIDEST = 2048
+"""Elements of a row in a tile, at most."""
+_MOST_BLOCKS = 4096
+"""Blocks in a row: what is kept of them lies in the near memory for a whole row."""
+
+
+class Cut(NamedTuple):
+    """How a leaf lies in memory as `(slabs, ..., ...)`, and how it is cut into tiles."""
+
+    order: tuple[int, ...]
+    """Its axes from the outermost: first those of the slabs, then two of them."""
+    merged: bool
+    """Whether the slabs are so many more rows."""
+    turned: bool
+    """Whether its last axis comes before the rows."""
+    rows: int
+    length: int
+    size: int
+    width: int
+
+    @property
+    def blocks(self) -> int:
+        """How many a row has."""
+        return -(-self.length // self.size)
+
+
+def _places(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The innermost axis and the one around it that XLA chooses: those that need least padding."""
+
+    def padded(pair: tuple[int, int]) -> tuple[int, int, int]:
+        inner, outer = shape[pair[0]], shape[pair[1]]
+        around = outer if outer in (1, 2, 4) else -(-outer // 8) * 8
+        size = -(-inner // LANES) * LANES * around * math.prod(shape) // inner // outer
+        return size, -pair[0], -pair[1]
+
+    axes = range(len(shape))
+    return min(((a, b) for a in axes for b in axes if a != b), key=padded)
+
+
+def cut_of(shape: tuple[int, ...], block: int, *, merges: bool = True) -> Cut | None:
+    """How a leaf is cut into blocks, of any size if it is 0; None if it is not cut."""
+    if len(shape) < 2:
+        return None
+    last = len(shape) - 1
+    inner, outer = _places(shape)
+    if last not in (inner, outer):
+        return None
+    length, size = shape[-1], size_for(shape[-1], block or LANES)
+    rows = shape[outer if inner == last else inner]
+    slabs = tuple(a for a in range(last + 1) if a not in (inner, outer))
+    unit = math.lcm(size, LANES)
+    width = min(max(_WIDEST // unit, 1), -(-length // unit)) * unit
+    by_order = inner == last and outer == last - 1
+    merged = merges and by_order and rows < LANES and rows % 32 == 0
+    if merged:
+        rows *= math.prod(shape[a] for a in slabs)
+    cut = Cut((*slabs, outer, inner), merged, inner != last, rows, length, size, width)
+    return cut if cut.blocks <= _MOST_BLOCKS else None
+
+
+def viewed(x: jax.Array, cut: Cut) -> jax.Array:
+    """A leaf, or an array like it with axes of 1, as the kernel takes it: three axes."""
+    if cut.merged:
+        return x.reshape(1, -1, x.shape[-1])
+    x = x.transpose(cut.order)
+    return x.reshape(-1, *x.shape[-2:])
+
+
+def blocks_viewed(x: jax.Array, cut: Cut) -> jax.Array:
+    """What is kept of blocks, as the kernel takes it: with the blocks of a row before the rows."""
+    x = viewed(x, cut)
+    return x if cut.turned else x.transpose(0, 2, 1)
+
+
+def unviewed(x: jax.Array, shape: tuple[int, ...], cut: Cut) -> jax.Array:
+    """The array of a shape that one of these views is of."""
+    x = x.transpose(0, 2, 1) if x.shape[1:] == (cut.blocks, cut.rows) and not cut.turned else x
+    if cut.merged:
+        return x.reshape(shape)
+    x = x.reshape([shape[axis] for axis in cut.order])
+    return x.transpose([cut.order.index(axis) for axis in range(len(shape))])
+
+
+def numbers_of(
+    shape: tuple[int, ...], cut: Cut, slab: jax.Array, row: jax.Array, place: jax.Array
+) -> jax.Array:
+    """The numbers of elements in the leaf, modulo 2^32."""
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    if cut.merged:
+        return row * strides[-2] + place
+    *slabs, outer, inner = cut.order
+    numbers = row * _wrapped(strides[inner if cut.turned else outer]) + place
+    for axis in reversed(slabs):
+        numbers += jax.lax.rem(slab, jnp.int32(shape[axis])) * _wrapped(strides[axis])
+        slab = jax.lax.div(slab, jnp.int32(shape[axis]))
+    return numbers
+
+
+def _wrapped(stride: int) -> int:
+    return (stride + 2**31) % 2**32 - 2**31

@@ -1,0 +1,104 @@
+"""A leaf's program by XLA in pieces along its rows, for what has no kernel on an accelerator.
+
+XLA keeps what a format computes between its passes in memory: many bytes for each element of the
+leaf, or of the piece.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adamfn.backends.tile import block_of, factor_places, results_of
+from adamfn.formulas import lazy_ratio  # looks at other elements of its row alone
+from adamfn.program import Call
+from adamfn.varying import vary_together
+
+ELEMENTS = 2**20
+"""In a piece, as long as a row is no longer: with 60 temporary bytes for each, 60 MiB."""
+
+
+def can_run(call: Call, avals: Sequence[Any]) -> bool:
+    """Whether a call gains by it, and stores each row by itself, as far as shapes tell."""
+    kept, leaf = avals[3:][: call.arrays_kept], avals[3 + call.arrays_kept]
+    return (
+        any(block_of(part.format) != 0 for part in call.program.parts)
+        and not call.packed
+        and call.leaves == 1
+        and all(part.elementwise or part.formula is lazy_ratio for part in call.program.parts)
+        and not factor_places(call)  # a sum is rounded otherwise in another shape
+        and leaf.ndim > 1
+        and leaf.size > 2 * ELEMENTS
+        and all(x.ndim == leaf.ndim and x.shape[:-1] == leaf.shape[:-1] for x in kept)
+    )
+
+
+def run_leaf(call: Call, *operands: jax.Array) -> list[jax.Array]:
+    """`run_call` of a call that it `can_run`."""
+    vector, count, numbers, *arrays = operands
+    shape = arrays[call.arrays_kept].shape
+    below = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    axis = next(a for a in range(len(shape)) if below[a] <= ELEMENTS or a == len(shape) - 2)
+    length = shape[axis]
+    rows = min(max(ELEMENTS // below[axis], 1), length)
+    # Along an axis of their own, pieces are cut from a TPU's tiles of 32 rows without a copy.
+    even = next((n for n in range(rows // 32 * 32, 0, -32) if length % n == 0), None)
+    if even is None or even == length:
+        return _run(call, operands, axis, rows)
+    views = [x.reshape(*x.shape[:axis], length // even, even, *x.shape[axis + 1 :]) for x in arrays]
+    moved = _run(call, [vector, count, numbers, *views], axis + 1, even)
+    return [
+        x.reshape(arrays[k].shape)
+        for (k, *_), x in zip(results_of(call, arrays), moved, strict=True)
+    ]
+
+
+def _run(call: Call, operands: Sequence[jax.Array], axis: int, rows: int) -> list[jax.Array]:
+    """The call in pieces that have so many rows of an axis, and one of those before it."""
+    vector, count, numbers, *arrays = operands
+    program, leaf = call.program, arrays[call.arrays_kept]
+    results, scalars, shape = results_of(call, arrays), list(vector), leaf.shape
+    below = [math.prod(shape[a + 1 :]) for a in range(leaf.ndim)]
+
+    def advance(starts: Sequence[jax.Array], rows: int, done: list[jax.Array]) -> list[jax.Array]:
+        """The results, with those of one piece put in."""
+        current = list(arrays)
+        for (k, _, in_place), x in zip(results, done, strict=True):
+            current[k] = x if in_place else current[k]
+        at = [*starts, *[jnp.int32(0)] * (leaf.ndim - 1 - axis)]
+        sizes = *[1] * axis, rows
+        own = [jax.lax.dynamic_slice(x, at, (*sizes, *x.shape[axis + 1 :])) for x in current]
+        (kept,) = jax.tree.unflatten(call.kept, own[: call.arrays_kept])
+        g, *p = own[call.arrays_kept :]
+        elements = jnp.zeros(g.shape, jnp.uint32)
+        for a, stride in enumerate(below):
+            along = jax.lax.broadcasted_iota(jnp.int32, g.shape, a) + at[a]
+            elements += along.astype(jnp.uint32) * jnp.uint32(stride % 2**32)
+        moved = program(numbers[0], scalars, count, g, p[0] if p else None, kept, elements)
+        return [
+            jax.lax.dynamic_update_slice(x, value, at)
+            for x, value in zip(done, jax.tree.leaves(moved), strict=True)
+        ]
+
+    def sweep(first: int, pieces: int, rows: int, done: list[jax.Array]) -> list[jax.Array]:
+        """The results after so many pieces of each slab."""
+
+        def one(i: jax.Array, done: list[jax.Array]) -> list[jax.Array]:
+            slab, place = jax.lax.div(i, jnp.int32(pieces)), jax.lax.rem(i, jnp.int32(pieces))
+            starts = [first + place * rows]
+            for n in reversed(shape[:axis]):
+                starts.insert(0, jax.lax.rem(slab, jnp.int32(n)))
+                slab = jax.lax.div(slab, jnp.int32(n))
+            return advance(starts, rows, done)
+
+        steps = jnp.int32(pieces * math.prod(shape[:axis]))
+        return jax.lax.fori_loop(jnp.int32(0), steps, one, done) if pieces else done
+
+    done = [
+        arrays[k] if in_place else vary_together([leaf, jnp.zeros(shape, dtype)])[1]
+        for k, dtype, in_place in results
+    ]
+    full, rest = divmod(shape[axis], rows)
+    return sweep(full * rows, min(rest, 1), rest, sweep(0, full, rows, done))
