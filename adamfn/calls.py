@@ -10,8 +10,9 @@ import numpy as np
 from jax.core import Tracer
 
 from adamfn.backends.primitive import Backend, bind
+from adamfn.backends.xla import run_call
 from adamfn.formats import Format
-from adamfn.program import Call, Part, Program, run_call
+from adamfn.program import Call, Part, Program
 from adamfn.stage import Stage
 from adamfn.storage import Kept
 from adamfn.trees import PyTree, as_array, real_dtype, wide_dtype

@@ -2,14 +2,12 @@
 
 It decodes what is kept of the leaf, applies the formulas, encodes again, and may move the parameter
 at its end. Nothing between two stages is rounded or written to memory. Every backend runs calls of
-programs; `run_call`, by XLA, is the one that the others are held to.
+programs.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import jax
@@ -155,74 +153,6 @@ class Call:
     def arrays_kept(self) -> int:
         """How many arrays are kept."""
         return self.kept.num_leaves
-
-
-def run_call(call: Call, *operands: jax.Array) -> list[jax.Array]:
-    """Runs a call by XLA, which compiles what a leaf's program does into one kernel or a few."""
-    vector, count, numbers, *arrays = operands
-    kept = jax.tree.unflatten(call.kept, arrays[: call.arrays_kept])
-    grads = arrays[call.arrays_kept :][: call.leaves]
-    params: Sequence[Any] = arrays[call.arrays_kept + call.leaves :] or [None] * call.leaves
-    scalars = list(vector)
-    if call.packed:
-        return _run_packed(call, scalars, count, numbers, kept[0], grads, params)
-    rows = [
-        _run_leaf(call.program, numbers[k], scalars, count, grads[k], params[k], kept[k])
-        for k in range(call.leaves)
-    ]
-    columns = zip(*(results for _, results in rows), strict=True)
-    return [*jax.tree.leaves([own for own, _ in rows]), *(x for column in columns for x in column)]
-
-
-def by_leaf(
-    run: Callable[..., list[jax.Array]], call: Call, *operands: jax.Array
-) -> list[jax.Array]:
-    """Runs a call of several leaves as a call of each, unless they are packed."""
-    if call.packed or call.leaves == 1:
-        return run(call, *operands)
-    vector, count, numbers, *arrays = operands
-    rows = jax.tree.unflatten(call.kept, arrays[: call.arrays_kept])
-    columns = [arrays[call.arrays_kept :][k :: call.leaves] for k in range(call.leaves)]
-    kept: list[jax.Array] = []
-    moved: list[list[jax.Array]] = []
-    for k, (row, column) in enumerate(zip(rows, columns, strict=True)):
-        one = Call(call.program, 1, jax.tree.structure([row]))
-        results = run(one, vector, count, numbers[k : k + 1], *jax.tree.leaves(row), *column)
-        kept += results[: one.arrays_kept]
-        moved.append(results[one.arrays_kept :])
-    return [*kept, *(x for column in zip(*moved, strict=True) for x in column)]
-
-
-@partial(jax.jit, static_argnums=0)
-def _run_leaf(program: Program, *operands: Any) -> tuple[list[Kept], list[jax.Array]]:
-    return program(*operands)  # traced once for all leaves of one signature
-
-
-def _run_packed(
-    call: Call,
-    scalars: Sequence[jax.Array],
-    count: jax.Array,
-    numbers: jax.Array,
-    kept: Sequence[Kept],
-    grads: Sequence[jax.Array],
-    params: Sequence[Any],
-) -> list[jax.Array]:
-    def flat(leaves: Sequence[jax.Array]) -> jax.Array:
-        return jnp.concatenate([leaf.reshape(-1).astype(call.program.dtype) for leaf in leaves])
-
-    p = None if params[0] is None else flat(params)
-    own, results = call.program(numbers[0], scalars, count, flat(grads), p, kept)
-    ends = [*accumulate(math.prod(g.shape) for g in grads)]
-    moved = [
-        result[end - g.size : end].reshape(g.shape)
-        for result in results
-        for g, end in zip(grads, ends, strict=True)
-    ]
-    like = [*moved[: -call.leaves], *params] if call.program.moves else moved
-    return [
-        *jax.tree.leaves(own),
-        *(x.astype(was.dtype) for x, was in zip(moved, like, strict=True)),
-    ]
 
 
 def _widened(x: jax.Array, real: Any) -> jax.Array:

@@ -17,8 +17,8 @@ import adamfn
 from adamfn.backends import cpu
 from adamfn.backends.native import build, loader
 from adamfn.backends.primitive import bind
+from adamfn.backends.xla import run_call
 from adamfn.formats import EightBit, get
-from adamfn.program import run_call
 
 MOMENTS = ("float32", "bfloat16", "8bit")
 

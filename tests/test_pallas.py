@@ -12,7 +12,7 @@ from programs import call_of
 import adamfn
 from adamfn import formats
 from adamfn.backends import mosaic, pallas, pieces, triton
-from adamfn.program import run_call
+from adamfn.backends.xla import run_call
 
 TPU = AbstractDevice(device_kind="TPU v5e", num_cores=1, platform="tpu")
 LEAVES = {

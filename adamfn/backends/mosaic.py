@@ -23,8 +23,9 @@ from adamfn.backends.tile import (
     run_tile,
     with_factors,
 )
+from adamfn.backends.xla import run_call
 from adamfn.formats.blocks import along
-from adamfn.program import Call, run_call
+from adamfn.program import Call
 from adamfn.varying import shape_like
 
 

@@ -9,7 +9,8 @@ from jax.interpreters import ad, batching, mlir
 
 from adamfn.backends import cpu
 from adamfn.backends.native import loader
-from adamfn.program import Call, by_leaf, run_call
+from adamfn.backends.xla import by_leaf, run_call
+from adamfn.program import Call
 from adamfn.varying import vary_together
 
 Backend = Literal["auto", "xla", "pallas"]
