@@ -23,6 +23,7 @@ from adamfn.stages.nesterov import scale_by_nesterov_moments
 from adamfn.stages.norm_clipping import clip_by_global_norm
 from adamfn.stages.ratio import scale_by_moments
 from adamfn.stages.rectified import scale_by_rectified_moments
+from adamfn.stages.round_weights import narrow_weights, round_weights, whole_weights
 from adamfn.stages.skipping import skip_outliers
 from adamfn.stages.update_clipping import clip_updates
 from adamfn.stages.weight_decay import add_decayed_weights
@@ -56,9 +57,11 @@ __all__ = [
     "lazy_adam",
     "masks",
     "nadam",
+    "narrow_weights",
     "packed",
     "radam",
     "repack",
+    "round_weights",
     "scale_by_atan2_moments",
     "scale_by_infinity_moments",
     "scale_by_lazy_moments",
@@ -70,5 +73,6 @@ __all__ = [
     "sharding",
     "skip_outliers",
     "step",
+    "whole_weights",
     "with_backend",
 ]

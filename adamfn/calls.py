@@ -80,7 +80,12 @@ def leaf_programs(
     columns = zip(formats, masks, stacked, strict=True)
     rows = zip(*(zip(*own, strict=True) for own in columns), strict=True)
     for g, p, own, of_stages in zip(grads, params, kept, rows, strict=True):
-        key = _computed_in(g, p, own), _update_dtype(g, p) if returns else None, of_stages
+        rounds = any(
+            "stored" in stage.reads and active
+            for stage, (_, active, _) in zip(stages, of_stages, strict=True)
+        )
+        dtype = jnp.dtype(jnp.float32) if rounds else _update_dtype(g, p)
+        key = _computed_in(g, p, own), dtype if returns else None, of_stages
         if key not in known:
             parts = tuple(
                 Part(
@@ -94,6 +99,7 @@ def leaf_programs(
                     active,
                     layered,
                     stage.holds,
+                    stage.whole,
                 )
                 for stage, (format, active, layered) in zip(stages, of_stages, strict=True)
             )
@@ -105,7 +111,7 @@ def leaf_programs(
 
 def _check_reads(parts: Sequence[Part]) -> None:
     """Checks that what formulas read is known by then."""
-    known = {"params", "grads"}
+    known = {"params", "grads", "noise", "stored"}
     for part in parts:
         if not part.active:
             continue

@@ -12,6 +12,7 @@ from adamfn.stages.learning_rate import ScaleByLrState
 from adamfn.stages.maximum import ScaleByMaxMomentsState
 from adamfn.stages.nesterov import ScaleByNesterovMomentsState
 from adamfn.stages.norm_clipping import ClipByGlobalNormState
+from adamfn.stages.round_weights import RoundWeightsState
 from adamfn.stages.skipping import SkipOutliersState
 from adamfn.stages.two_moments import ScaleByMomentsState
 
@@ -23,6 +24,7 @@ _TYPES = (
     Factors,
     FourBitScales,
     Packed,
+    RoundWeightsState,
     ScaleByInfinityMomentsState,
     ScaleByLrState,
     ScaleByMaxMomentsState,

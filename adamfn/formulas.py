@@ -7,6 +7,7 @@ scalars. `backends/native` repeats some in C++, and a test holds it to them.
 import jax
 import jax.numpy as jnp
 
+from adamfn import weights
 from adamfn.angle import angle
 from adamfn.ema import Shares, average, average_moments, bounded
 
@@ -160,6 +161,34 @@ def clip_outgrown(
 def if_taken(u: jax.Array, taken: jax.Array) -> jax.Array:
     """The formula of `skip_outliers`: the program holds back what `taken` says."""
     return u
+
+
+def round_to_16(u: jax.Array, p: jax.Array, stored: jax.Array, noise: jax.Array) -> jax.Array:
+    """The formula of `round_weights(16)`."""
+    return weights.split_sum(p, u, 16, noise)[0] - stored
+
+
+def round_to_24(
+    u: jax.Array, p: jax.Array, stored: jax.Array, noise: jax.Array, correction: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The formula of `round_weights(24)`: `(u, correction)`."""
+    return _landing(stored, *weights.split_sum(p, u, 24, noise))
+
+
+def round_to_32(
+    u: jax.Array, p: jax.Array, stored: jax.Array, noise: jax.Array, correction: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The formula of `round_weights(32)`: `(u, correction)`."""
+    return _landing(stored, *weights.split(p + u, 32))
+
+
+def _landing(
+    stored: jax.Array, weight: jax.Array, correction: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    # From 1 to 1e-9 in one step, the sum of weight and update lands beside: no correction fits.
+    u = weight - stored
+    lands = (stored + u).astype(jnp.bfloat16).astype(jnp.float32) == weight
+    return u, jnp.where(lands, correction, 0)
 
 
 def _inner(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -15,8 +15,14 @@ from adamfn.layers import layers_of
 from adamfn.masks import broadcast_mask
 from adamfn.measures import measured
 from adamfn.stage import CountedState, EmptyState, Scalars, Stage
-from adamfn.storage import as_fields, first_kept, kept_by_leaf
-from adamfn.trees import PyTree, as_array, check_inexact, describe, matching_leaves
+from adamfn.storage import as_fields, check_whole, first_kept, kept_by_leaf
+from adamfn.trees import (
+    PyTree,
+    as_array,
+    check_inexact,
+    describe,
+    matching_leaves,
+)
 from adamfn.varying import with_type_of
 
 
@@ -41,6 +47,8 @@ def first_states(stages: Sequence[Stage], params: PyTree) -> list[PyTree]:
             states.append(EmptyState())
             continue
         remembered = {name: make() for name, make in stage.start.items() if make}
+        if callable(stage.mask) and jax.tree.leaves(params):
+            broadcast_mask(stage.name, stage.mask, params)  # mistakes show before the first step
         fields = first_kept(stage, params) | remembered
         if "count" in stage.state._fields:
             fields["count"] = jnp.zeros((), jnp.int32)
@@ -87,12 +95,14 @@ def run(
         for stage, state, own in zip(stages, states, formats, strict=True)
     ]
     kept: list[Any] = [list(row) for row in zip(*columns, strict=True)]
+    masks = masks_of(stages, updates, params)
+    check_whole(stages, masks, updates, kept)
     extra = measured(stages, leaves, extra)
     scalars, remembered = scalars_at(stages, states, count, extra)
     programs = calls.leaf_programs(
         stages,
         formats,
-        masks_of(stages, updates, params),
+        masks,
         layers_of(stages, updates, params),
         scalars,
         gs,

@@ -41,6 +41,11 @@ def check_order(elements: Sequence[Any]) -> None:
                 " in a step that is not taken. Put what is not ours first, or hold the whole back"
                 " with optax.apply_if_finite or a condition of your own."
             )
+        if element.whole is not None and place != len(elements) - 1:
+            raise ValueError(
+                f"chain: {element.name} stands before {_name_of(elements[place + 1])}. It says"
+                " where the weights land, so nothing may change the updates after it. Put it last."
+            )
     names = [stage.name for stage in stages]
     if "scale_by_lr" in names[_place(names, INDEPENDENT) :]:
         raise ValueError(
@@ -71,6 +76,10 @@ def check_order(elements: Sequence[Any]) -> None:
             f"chain: {decays[0].name} and {decays[1].name} would both decay the same parameters."
             " Leave one out, or give each a mask of its own parameters."
         )
+
+
+def _name_of(element: Any) -> str:
+    return element.name if isinstance(element, Stage) else repr(element)
 
 
 def _place(names: Sequence[str], name: str) -> int:

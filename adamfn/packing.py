@@ -177,6 +177,11 @@ def _check_packable(stage: Any) -> None:
             f"packed: {stage.name} has moments={stage.moments!r}; expected 'float32'. Small leaves"
             " stay in float32 in every format, and what packs them is for float32 alone."
         )
+    if stage.whole is not None:
+        raise ValueError(
+            f"packed: {stage.name} keeps bits of each weight, which buffers of float32 moments have"
+            " no place for; expected a chain without it. Leave `packed` out."
+        )
     if not stage.elementwise:
         raise ValueError(
             f"packed: {stage.name} looks at whole leaves, which a buffer does not keep apart;"

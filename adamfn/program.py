@@ -12,12 +12,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adamfn import formulas
 from adamfn.formats import Format, noise
 from adamfn.formats.base import noise_at
 from adamfn.storage import Kept, decode, encode
 from adamfn.trees import describe
+
+_NOISE_OF_WEIGHTS = np.uint32(2**31)
+"""Added to a leaf's number, so that this noise is that of no leaf's moments."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Part:
     stacked: bool = False
     """Whether the leaf holds layers along its first axis, to each of which the formula applies."""
     holds: bool = False
+    whole: Callable[..., jax.Array] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,8 +94,17 @@ class Program:
             shape; None for a whole leaf.
         """
         u = grad = _widened(g, self.dtype)
-        param = None if p is None else _widened(p, self.dtype)
-        known = {"params": param, "grads": grad}
+        stored_p = param = None if p is None else _widened(p, self.dtype)
+        for part, old in zip(self.parts, kept, strict=True):
+            if part.whole is not None and part.active:
+                param = part.whole(stored_p, *old)
+        known = {"params": param, "stored": stored_p, "grads": grad}
+
+        def words(leaf: jax.Array) -> jax.Array:
+            if elements is None:
+                return noise(count, leaf, g.shape)
+            return noise_at(count, leaf, elements)
+
         next_kept: list[Kept] = []
         taken: jax.Array | None = None
         for part, own, old in zip(
@@ -99,6 +113,8 @@ class Program:
             if not part.active:
                 next_kept.append(old)
                 continue
+            if "noise" in part.reads:
+                known["noise"] = words(number + _NOISE_OF_WEIGHTS)
             read = [known[name] for name in part.reads]
             live = (
                 [_widened(x, self.dtype) for x in old]
@@ -111,12 +127,7 @@ class Program:
             if part.format is None:
                 stored: Kept = tuple(x.astype(was.dtype) for x, was in zip(new, old, strict=True))
             else:
-                words = (
-                    noise(count, number, g.shape)
-                    if elements is None
-                    else noise_at(count, number, elements)
-                )
-                stored = encode(part.format, new, words)
+                stored = encode(part.format, new, words(number))
             if part.rests and part.format is not None:
                 moved = jnp.any(jnp.stack([a != b for a, b in zip(new, live, strict=True)]), axis=0)
                 moved = jnp.any(moved, axis=-1, keepdims=True) if moved.ndim else moved
@@ -128,7 +139,7 @@ class Program:
             next_kept = jax.tree.map(partial(jnp.where, taken > 0), next_kept, list(kept))
         results = [] if self.update_dtype is None else [u.astype(self.update_dtype)]
         if self.moves:
-            results.append((param + u).astype(p.dtype))  # pyright: ignore[reportOptionalOperand, reportOptionalMemberAccess]
+            results.append((stored_p + u).astype(p.dtype))  # pyright: ignore[reportOptionalOperand, reportOptionalMemberAccess]
         return next_kept, results
 
 

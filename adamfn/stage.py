@@ -47,10 +47,13 @@ class Stage:
         `(u, *reads, *keeps, *scalars) -> (u, *keeps)`, or `-> u` where it keeps nothing. Arrays
         come in float32 at least, and complex for complex leaves.
       reads: what it reads besides the updates u: `"params"`; `"grads"`, which the first of the
-        stages joined with this one was given; and `"mu"` and `"nu"`, as a stage before it, joined
-        with it, keeps them after this step.
+        stages joined with this one was given; `"mu"` and `"nu"`, as a stage before it, joined
+        with it, keeps them after this step; `"noise"`, a random uint32 for each element; and
+        `"stored"`, the parameter as it is stored, where `whole` makes another of it.
       keeps: what it keeps of each leaf, by the fields of its state, and the function of the
         parameter that makes the first of it, such as `jnp.zeros_like`.
+      whole: a function of the stored parameter and what the stage keeps of it, that makes the
+        parameter which all stages joined with this one read.
       scalars: a function `(count, state, extra) -> (scalars, remembered)` of the step's number (1
         at the first), the stage's state and the extra arguments of `update`. It returns the
         formula's scalars, numbers or scalar arrays or trees of them, and by field what the state
@@ -88,8 +91,9 @@ class Stage:
 
     name: str
     formula: Callable[..., Any]
-    reads: Sequence[Literal["params", "grads", "mu", "nu"]] = ()
-    keeps: Mapping[str, Callable[[Any], jax.Array]] = field(default_factory=dict[str, Any])
+    reads: Sequence[Literal["params", "grads", "mu", "nu", "noise", "stored"]] = ()
+    keeps: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict[str, Any])
+    whole: Callable[..., jax.Array] | None = None
     scalars: Callable[[jax.Array, Any, Mapping[str, Any]], Scalars] = no_scalars
     start: Mapping[str, Callable[[], jax.Array] | None] = field(default_factory=dict[str, Any])
     state: type[Any] = EmptyState
@@ -119,10 +123,10 @@ class Stage:
                 " a function of a module, as compiled programs are kept by it."
             ) from error
         for read in self.reads:
-            if read not in ("params", "grads", "mu", "nu"):
+            if read not in ("params", "grads", "mu", "nu", "noise", "stored"):
                 raise ValueError(
                     f"Stage {self.name}: reads has {read!r}; expected any of 'params', 'grads',"
-                    " 'mu' and 'nu'."
+                    " 'mu', 'nu', 'noise' and 'stored'."
                 )
         if self.stacked is not None and self.elementwise:
             raise ValueError(

@@ -70,6 +70,9 @@ def kept_by_leaf(
       TypeError, ValueError: it is not of these leaves, or not in these formats; names the leaf.
     """
     name = f"{stage.name}: updates"
+    if stage.whole is not None:
+        columns = [_corrections(stage, state, updates, field) for field in stage.keeps]
+        return list(zip(*columns, strict=True)) or [()] * len(formats)
     if not any(formats) and not jax.tree.leaves(getattr(state, "scales", ())):
         columns = [
             matching_leaves(
@@ -125,6 +128,45 @@ def kept_by_leaf(
             )
         rows.append(row)
     return rows
+
+
+def _corrections(stage: Stage, state: Any, updates: PyTree, field: str) -> list[Any]:
+    """What is kept of each leaf beside a parameter, None of some."""
+    leaves, treedef = jax.tree.flatten(updates)
+    try:
+        parts: list[Any] = treedef.flatten_up_to(getattr(state, field))
+    except (TypeError, ValueError):
+        parts = [0] * len(leaves)  # said below
+    for (path, leaf), part in zip(jax.tree.leaves_with_path(updates), parts, strict=True):
+        if part is not None and not (hasattr(part, "dtype") and has_shape_of(leaf, part)):
+            raise ValueError(
+                f"{stage.name}: at {path_name(path) or 'the root'} the state's {field} is"
+                f" {describe(part)}; expected one of the shape of {describe(leaf)}. {_WAY_OUT}"
+            )
+    return parts
+
+
+def check_whole(
+    stages: Sequence[Stage], masks: Sequence[Sequence[bool]], updates: PyTree, kept: Sequence[Any]
+) -> None:
+    """Checks that what makes parameters whole is kept of those that need it, and of no others.
+
+    Raises:
+      ValueError: it is not; names the leaf.
+    """
+    for place, (stage, mask) in enumerate(zip(stages, masks, strict=True)):
+        if stage.whole is None or not stage.keeps:
+            continue
+        paths = jax.tree.leaves_with_path(updates)
+        for (path, _), active, row in zip(paths, mask, kept, strict=True):
+            if active == (row[place][0] is None):
+                found, wanted = ("no", "bfloat16") if active else ("a", "float32 or wider")
+                raise ValueError(
+                    f"{stage.name}: at {path_name(path) or 'the root'} the state has {found}"
+                    f" correction, and the parameter is {wanted}; expected corrections of bfloat16"
+                    " parameters alone. Make the state with init of these parameters, and carry"
+                    " weights over with adamfn.whole_weights and adamfn.narrow_weights."
+                )
 
 
 def as_fields(

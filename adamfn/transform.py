@@ -6,14 +6,12 @@ Nothing here knows of Adam, nor of stages.
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from adamfn.rounding import add_stochastically, wide_sum
 from adamfn.trees import PyTree, as_array, check_inexact, describe, matching_leaves
 
 _SUMS = 16
@@ -110,36 +108,25 @@ def check_transformation(name: str, tx: Any) -> None:
 def apply_updates(
     params: PyTree,
     updates: PyTree,
-    *,
-    rounding: Literal["nearest", "stochastic"] = "nearest",
-    count: chex.Numeric | None = None,
 ) -> PyTree:
     """Adds updates to parameters: `params + updates`, leaf by leaf.
 
     The sum is taken in float32 at least and has the parameter's dtype and shape. Where an update
     is `None`, the parameter stays as it is.
 
-    Bfloat16 parameters have 8 bits: an update less than a five-hundredth of its parameter is lost
-    when their sum is rounded to nearest, and training stalls. With `rounding="stochastic"` the sum
-    is rounded up or down with probabilities that make it right on average, so bfloat16 parameters
-    train without a float32 copy.
+    An update below a five-hundredth of its bfloat16 parameter is lost in the sum; `round_weights`,
+    last in the chain, makes updates that are not.
 
     Args:
       params: any pytree of floating-point or complex arrays.
       updates: a tree of the same structure and shapes, or with `None` in place of a leaf.
-      rounding: how bfloat16 sums are rounded, `"nearest"` or `"stochastic"`.
-      count: the step, an integer or an integer scalar, such as a state's `count`: with it the
-        noise differs from step to step and is the same when a step is taken again. Needed for
-        stochastic rounding.
 
     Returns:
       The new parameters.
 
     Raises:
-      ValueError: structure or shapes differ; names the leaf. An unknown rounding, or a stochastic
-        one without a count.
-      TypeError: a leaf is not an array of floating-point or complex numbers, or is float16 and to
-        be rounded stochastically.
+      ValueError: structure or shapes differ; names the leaf.
+      TypeError: a leaf is not an array of floating-point or complex numbers.
 
     >>> import adamfn
     >>> import jax.numpy as jnp
@@ -149,19 +136,11 @@ def apply_updates(
     [1.5 1.5]
     """
     trained = where_updated(params, updates)
+    check_inexact(trained, "apply_updates: params")
     way_out = "Pass the updates that `update` returned for these parameters."
-    if rounding == "nearest":
-        check_inexact(trained, "apply_updates: params")
-        name = "apply_updates: params"
-        added = matching_leaves(name, trained, "updates", updates, way_out)
-        leaves, treedef = jax.tree.flatten(trained)
-        moved = treedef.unflatten(_added([*map(as_array, leaves)], added))
-    elif rounding == "stochastic":
-        moved = add_stochastically(trained, updates, count, way_out)
-    else:
-        raise ValueError(
-            f"apply_updates: rounding is {rounding!r}; expected 'nearest' or 'stochastic'."
-        )
+    added = matching_leaves("apply_updates: params", trained, "updates", updates, way_out)
+    leaves, treedef = jax.tree.flatten(trained)
+    moved = treedef.unflatten(_added([*map(as_array, leaves)], added))
     return merged(params, moved)
 
 
@@ -183,7 +162,13 @@ def _added(params: list[Any], updates: list[Any]) -> list[jax.Array]:
 
 @jax.jit
 def _add(params: list[jax.Array], updates: list[jax.Array]) -> list[jax.Array]:
-    return [wide_sum(p, u).astype(p.dtype) for p, u in zip(params, updates, strict=True)]
+    return [_wide_sum(p, u).astype(p.dtype) for p, u in zip(params, updates, strict=True)]
+
+
+def _wide_sum(param: jax.Array, update: jax.Array) -> jax.Array:
+    """The sum in float32, or in the wider of the two dtypes."""
+    wide = jnp.promote_types(jnp.promote_types(param.dtype, update.dtype), jnp.float32)
+    return param.astype(wide) + update.astype(wide)
 
 
 def where_updated(params: PyTree, updates: PyTree) -> PyTree:

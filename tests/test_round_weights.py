@@ -1,0 +1,368 @@
+"""round_weights: bfloat16 weights that train, under whatever applies the updates."""
+
+import chex
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import adamfn
+from adamfn import weights
+
+BITS = [16, 24, 32]
+BFLOAT16 = jnp.bfloat16
+MANY = (64, 128)
+
+
+def rounding(bits, rate=1e-6, moments="float32"):
+    return adamfn.chain(adamfn.adam(rate, moments=moments), adamfn.round_weights(bits))
+
+
+# The words
+
+
+def some_words(n=1 << 16):
+    words = np.random.default_rng(0).integers(0, 2**32, n, np.uint32).view(np.float32)
+    return np.where(np.isfinite(words) & (np.abs(words) > 2e-38), words, 1.0).astype(np.float32)
+
+
+def test_32_bits_are_the_word_and_the_bfloat16_is_the_nearest():
+    x = some_words()
+    weight, correction = weights.split(jnp.asarray(x), 32)
+    narrow = weight.astype(BFLOAT16)
+    np.testing.assert_array_equal(narrow.astype(jnp.float32), weight)
+    back = weights.joined(weight, correction.astype(jnp.int16), 32)
+    np.testing.assert_array_equal(back, x)
+    distance = np.abs(np.asarray(weight, np.float64) - x)
+    with np.errstate(over="ignore"):
+        nearest = np.abs(np.asarray(x.astype(BFLOAT16), np.float64) - x)
+    finite = np.isfinite(distance) & np.isfinite(nearest)
+    np.testing.assert_array_equal(distance[finite], nearest[finite])
+
+
+def test_24_bits_are_within_one_of_theirs_and_right_on_average():
+    x = jnp.full((1 << 16,), np.float32(1 + 77 * 2.0**-23))  # 77 256ths of the way to the next
+    noise = adamfn.formats.noise(1, 0, x.shape)
+    weight, correction = weights.split_sum(x, jnp.zeros_like(x), 24, noise)
+    back = np.asarray(weights.joined(weight, correction.astype(jnp.int8), 24), np.float64)
+    assert set(np.unique(back)) == {1.0, 1 + 2.0**-15}
+    share = np.mean(back > 1)
+    assert abs(share - 77 / 256) < 5 * np.sqrt(77 / 256 * 179 / 256 / x.size)
+    to_nearest = weights.joined(*weights.split(x, 24), 24)
+    np.testing.assert_array_equal(to_nearest, 1.0)
+
+
+@pytest.mark.parametrize("u", [1e-8, 3e-9, -1e-8, -3e-8, 5e-6])
+@pytest.mark.parametrize("p", [1.0, -1.0, 1.5, 0.999, -2.0])
+@pytest.mark.parametrize("bits", [16, 24])
+def test_a_sum_is_right_on_average_whatever_float32_makes_of_it(bits, p, u):
+    shape = (1 << 20,)
+    noise = adamfn.formats.noise(1, 0, shape)
+    p32, u32 = jnp.full(shape, p, jnp.float32), jnp.full(shape, u, jnp.float32)
+    weight, correction = weights.split_sum(p32, u32, bits, noise)
+    found = weights.joined(weight, correction.astype(jnp.int8), 24) if bits == 24 else weight
+    moved = np.asarray(found, np.float64) - float(p32[0])
+    # Two neighbours on the grid, 2^-7 or 2^-15 of the power of two below the weight apart or half.
+    unit = 2.0 ** (9 - bits)
+    share = min(abs(float(u32[0])) / unit * 2 + 2.0 ** (bits - 24), 0.5)
+    assert np.ptp(moved) <= 2 * unit
+    assert abs(moved.mean() - float(u32[0])) < 5 * unit * np.sqrt(share / moved.size)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_what_is_not_finite_stays(bits):
+    x, ones = jnp.array([np.inf, -np.inf, np.nan]), jnp.full(3, 0xFFFFFFFF, jnp.uint32)
+    weight, correction = (
+        weights.split(x, 32) if bits == 32 else weights.split_sum(x, jnp.ones(3), bits, ones)
+    )
+    np.testing.assert_array_equal(weight, x)
+    np.testing.assert_array_equal(correction, 0)
+
+
+# It does not stall
+
+
+def constant_gradient(tx, steps, apply=adamfn.apply_updates):
+    params = jnp.ones(MANY, BFLOAT16)
+    g = jnp.ones(MANY, BFLOAT16)
+
+    def body(carry, _):
+        params, state = carry
+        updates, state = tx.update(g, state, params)
+        return (apply(params, updates), state), None
+
+    carry = params, tx.init(params)
+    return jax.jit(lambda carry: jax.lax.scan(body, carry, None, steps)[0])(carry)
+
+
+@pytest.mark.parametrize(
+    "apply", [adamfn.apply_updates, optax.apply_updates], ids=["ours", "optax"]
+)
+@pytest.mark.parametrize("rate", [1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8])
+@pytest.mark.parametrize("bits", BITS)
+def test_a_weight_moves_as_far_as_it_should(bits, rate, apply):
+    steps = 2000 if rate < 1e-3 else 200
+    params, state = constant_gradient(rounding(bits, rate), steps, apply)
+    assert params.dtype == BFLOAT16
+    whole = np.asarray(adamfn.whole_weights(params, state), np.float64)
+    # Each step rounds by less than a unit in the last of the bits below 1: 2^-8, 2^-16, 2^-24.
+    unit = 2.0 ** (8 - bits)
+    if bits == 32:
+        # Float32's own sums, of which each rounds to nearest by half a unit at most.
+        assert np.ptp(whole) == 0
+        assert abs(whole[0, 0] - (1 - rate * steps)) <= steps * unit / 2 + rate * steps * 1e-6
+        return
+    # A step moves by a unit or not at all, with a probability of `share` at most: that of the
+    # update, and the tail of float32's, by which the very update of 1e-3 is off.
+    share = min(rate / unit + 2.0 ** (bits - 24), 0.5)
+    error = unit * np.sqrt(steps * share / whole.size)
+    assert abs(whole.mean() - (1 - rate * steps)) < 5 * error + rate * steps * 1e-6
+
+
+def test_optaxs_own_bfloat16_stays_where_it_was():
+    params, _ = constant_gradient(optax.adam(1e-6), 2000, optax.apply_updates)
+    np.testing.assert_array_equal(params, 1.0)
+    params, _ = constant_gradient(adamfn.adam(1e-6), 2000)
+    np.testing.assert_array_equal(params, 1.0)
+
+
+# 32 bits are float32
+
+
+@pytest.mark.parametrize("how", ["update", "step"])
+def test_32_bits_are_float32_to_the_bit(how):
+    def chained(*last):
+        return adamfn.chain(
+            adamfn.adamw(optax.cosine_decay_schedule(1e-2, 1000), weight_decay=0.1), *last
+        )
+
+    def run(tx, params):
+        def body(carry, k):
+            params, state = carry
+            noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), k), MANY)
+            g = noise.astype(BFLOAT16)
+            if how == "step":
+                return adamfn.step(tx, g, state, params), None
+            updates, state = tx.update(g.astype(params.dtype), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        carry = params, tx.init(params)
+        return jax.jit(lambda carry: jax.lax.scan(body, carry, jnp.arange(1000))[0])(carry)
+
+    start = jax.random.normal(jax.random.key(1), MANY).astype(BFLOAT16)
+    wide, _ = run(adamfn.with_backend(chained(), "xla"), start.astype(jnp.float32))
+    tx = adamfn.with_backend(chained(adamfn.round_weights(32)), "xla")
+    params, state = run(tx, start)
+    np.testing.assert_array_equal(adamfn.whole_weights(params, state), wide)
+    np.testing.assert_array_equal(params, weights.split(wide, 32)[0].astype(BFLOAT16))
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "8bit"])
+@pytest.mark.parametrize("bits", BITS)
+def test_step_is_update_and_apply_updates_to_the_bit(bits, moments):
+    tx = adamfn.with_backend(rounding(bits, 1e-3, moments), "xla")
+    params = other = jnp.ones(MANY, BFLOAT16)
+    state = kept = tx.init(params)
+    update, step = jax.jit(tx.update), jax.jit(lambda *trees: adamfn.step(tx, *trees))
+    for k in range(5):
+        g = jax.random.normal(jax.random.key(k), MANY, BFLOAT16)
+        params, state = step(g, state, params)
+        updates, kept = update(g, kept, other)
+        assert updates.dtype == jnp.float32
+        other = optax.apply_updates(other, updates)
+        np.testing.assert_array_equal(params, other)
+        chex.assert_trees_all_equal(state, kept)
+
+
+def test_a_jump_in_which_the_sum_loses_the_weight():
+    # From 1 to 3e-9: no float32 update lands there, and no correction belongs to where it lands.
+    tx = adamfn.chain(adamfn.scale_by_lr(1.0), adamfn.round_weights(32))
+    params = jnp.array([1.0, 2.0], BFLOAT16)
+    updates, state = tx.update(jnp.array([1 - 2.0**-24, 1.0]), tx.init(params), params)
+    params = optax.apply_updates(params, updates)
+    whole = adamfn.whole_weights(params, state)
+    np.testing.assert_allclose(whole, [0, 1], atol=1e-7)
+
+
+# Decay sees the whole weight
+
+
+def test_other_stages_see_the_weight_with_its_correction():
+    tx = adamfn.chain(
+        adamfn.add_decayed_weights(1.0), adamfn.scale_by_lr(1.0), adamfn.round_weights(32)
+    )
+    whole = jnp.array([1.001, -3.3333])
+    params, state = adamfn.narrow_weights(whole, whole.astype(BFLOAT16), tx)
+    updates, state = tx.update(jnp.zeros(2), state, params)  # u = -p: the sum is zero
+    np.testing.assert_array_equal(optax.apply_updates(params, updates), 0)
+    np.testing.assert_array_equal(adamfn.whole_weights(params * 0, state), 0)
+
+
+# In and out
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_there_and_back(bits):
+    tree = {"a": jnp.asarray(some_words(64)), "b": [jnp.float32(1.2345), jnp.ones(3)]}
+    dtypes = {"a": BFLOAT16, "b": [BFLOAT16, jnp.float32]}
+    params = jax.tree.map(lambda w, dtype: w.astype(dtype), tree, dtypes)
+    params, state = adamfn.narrow_weights(tree, params, rounding(bits))
+    assert [p.dtype for p in jax.tree.leaves(params)] == [BFLOAT16, BFLOAT16, jnp.float32]
+    back = adamfn.whole_weights(params, state)
+    rtol = {16: 2.0**-8, 24: 2.0**-16, 32: 0}[bits]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol), back, tree)
+    again = adamfn.narrow_weights(back, params, state)
+    chex.assert_trees_all_equal(again, (params, state))
+
+
+def test_first_states_and_float32_leaves():
+    params = {"w": jnp.ones((2, 3), BFLOAT16), "norm": jnp.ones(3), "frozen": None}
+    tx = rounding(24, 0.5)
+    state = tx.init(params)
+    correction = state[1].correction
+    assert (correction["w"].shape, correction["w"].dtype) == ((2, 3), jnp.int8)
+    assert correction["norm"] is None
+    chex.assert_trees_all_equal(jax.jit(tx.init)(params), state)
+    params, state = adamfn.step(tx, params, state, params)
+    np.testing.assert_allclose(params["norm"], 0.5, rtol=1e-6)
+    assert params["norm"].dtype == jnp.float32
+    assert state[1].correction["norm"] is None
+    assert rounding(16).init(params)[1] == adamfn.EmptyState()
+
+
+# Everyone's loop: 300 steps of a tenth of a unit each, in whatever applies them
+
+
+RATE, STEPS = 1e-4, 300
+
+
+def assert_moved(params, state):
+    assert all(p.dtype == BFLOAT16 for p in jax.tree.leaves(params))
+    for whole in jax.tree.leaves(adamfn.whole_weights(params, state)):
+        # Five standard errors of 300 roundings to 2^-16 are 3e-6, and half a step is 5e-5.
+        assert abs(np.asarray(whole, np.float64).mean() - (1 - RATE * STEPS)) < 2e-5
+
+
+WRAPPERS = {
+    "alone": lambda tx: tx,
+    "after clipping": lambda tx: optax.chain(optax.clip_by_global_norm(1e9), tx),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 1),
+    "masked": lambda tx: optax.masked(tx, True),
+    "partition": lambda tx: optax.partition({"all": tx}, "all"),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_inside_of_wrappers(wrap):
+    params, state = constant_gradient(wrap(rounding(24, RATE)), STEPS, optax.apply_updates)
+    assert_moved(params, state)
+
+
+def test_multi_steps_of_several():
+    tx = optax.MultiSteps(rounding(24, RATE), 3)
+    params, state = constant_gradient(tx, 3 * STEPS, optax.apply_updates)
+    assert_moved(params, state)
+
+
+def test_nnx_optimizer():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(jnp.ones(MANY, BFLOAT16))
+
+    model = Model()
+    optimizer = nnx.Optimizer(model, rounding(24, RATE), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        grads = nnx.grad(lambda m: jnp.sum(m.w[...].astype(jnp.float32)))(model)
+        optimizer.update(model, grads)
+
+    for _ in range(STEPS):
+        step(model, optimizer)
+    assert_moved(nnx.as_pure(nnx.state(model, nnx.Param)), nnx.as_pure(optimizer.opt_state))
+
+
+def test_train_state():
+    params = {"w": jnp.ones(MANY, BFLOAT16)}
+    state = TrainState.create(apply_fn=None, params=params, tx=rounding(24, RATE))
+    step = jax.jit(lambda state: state.apply_gradients(grads=params))
+    for _ in range(STEPS):
+        state = step(state)
+    assert_moved(state.params, state.opt_state)
+
+
+def test_equinox_with_optaxs_apply_updates():
+    class Model(eqx.Module):
+        w: jax.Array
+        name: str = eqx.field(static=True, default="model")
+
+    model, tx = Model(jnp.ones(MANY, BFLOAT16)), rounding(24, RATE)
+    state = tx.init(eqx.filter(model, eqx.is_inexact_array))
+
+    @eqx.filter_jit
+    def step(model, state):
+        grads = eqx.filter_grad(lambda m: jnp.sum(m.w.astype(jnp.float32)))(model)
+        updates, state = tx.update(grads, state, eqx.filter(model, eqx.is_inexact_array))
+        return adamfn.apply_updates(model, updates), state
+
+    for _ in range(STEPS):
+        model, state = step(model, state)
+    assert_moved(model, state)
+
+
+# Bad input
+
+
+def test_other_narrow_dtypes_are_refused_by_name():
+    for dtype in (jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2):
+        params = {"layer": {"w": jnp.ones(3, dtype)}}
+        for bits in BITS:
+            with pytest.raises(
+                TypeError, match=rf"leaf at layer/w is {jnp.dtype(dtype).name}\[3\]"
+            ):
+                rounding(bits).init(params)
+
+
+@pytest.mark.parametrize("bits", [8, 15, 23, "24", None, True])
+def test_other_bits(bits):
+    with pytest.raises(ValueError, match=r"round_weights: bits is .*; expected 16, 24 or 32"):
+        adamfn.round_weights(bits)
+
+
+def test_it_stands_last():
+    for after in (adamfn.scale_by_lr(0.1), optax.scale(2.0)):
+        with pytest.raises(ValueError, match=r"round_weights stands before .* Put it last"):
+            adamfn.chain(adamfn.round_weights(24), after)
+
+
+def test_parameters_are_needed():
+    tx = rounding(24)
+    params = jnp.ones(2, BFLOAT16)
+    with pytest.raises(ValueError, match="round_weights: params"):
+        tx.update(params, tx.init(params))
+
+
+def test_a_state_of_other_parameters():
+    tx = rounding(24)
+    narrow, wide = {"w": jnp.ones(2, BFLOAT16)}, {"w": jnp.ones(2)}
+    with pytest.raises(ValueError, match="at w the state has no correction"):
+        tx.update(narrow, tx.init(wide), narrow)
+    with pytest.raises(ValueError, match="at w the state has a correction"):
+        tx.update(wide, tx.init(narrow), wide)
+    short = tx.init({"w": jnp.ones(1, BFLOAT16)})
+    with pytest.raises(ValueError, match=r"at w .*int8\[1\]; expected one"):
+        tx.update(narrow, (tx.init(narrow)[0], short[1]), narrow)
+    with pytest.raises(ValueError, match=r"whole_weights: at w the weight is bfloat16\[2\]"):
+        adamfn.whole_weights(narrow, short)
+    with pytest.raises(ValueError, match=r"narrow_weights: the weights are .* of one structure"):
+        adamfn.narrow_weights({"v": jnp.ones(2)}, narrow, tx)
+
+
+def test_it_cannot_be_packed():
+    with pytest.raises(ValueError, match="packed: round_weights keeps bits of each weight"):
+        adamfn.packed(rounding(24))
