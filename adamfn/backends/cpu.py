@@ -10,7 +10,16 @@ import numpy as np
 from adamfn.backends.native import loader
 from adamfn.formats import EightBit, Format, Pair, Rounded
 from adamfn.formats.blocks import size_for
-from adamfn.formulas import add_agreeing_multiple, add_multiple, if_taken, multiply, ratio
+from adamfn.formulas import (
+    add_agreeing_multiple,
+    add_multiple,
+    if_taken,
+    multiply,
+    ratio,
+    round_to_16,
+    round_to_24,
+    round_to_32,
+)
 from adamfn.program import Call, Program
 
 _TARGET = "adamfn_step"
@@ -21,6 +30,7 @@ _FORMATS: dict[Format | None, int] = {
     Pair(Rounded(stochastic=False), Rounded(stochastic=False)): 2,
 }
 _EIGHT_BIT = 3
+_BITS: dict[Callable[..., Any], int] = {round_to_16: 16, round_to_24: 24, round_to_32: 32}
 
 
 def scalar_places(program: Program) -> list[int] | None:
@@ -50,7 +60,14 @@ def scalar_places(program: Program) -> list[int] | None:
     cautious = bool(left) and left[0][0].formula is add_agreeing_multiple
     decay = place_of(add_multiple, add_agreeing_multiple)
     rest = [correction, decay, place_of(multiply), clipping, -1 if cautious else decay, taken]
+    if left and left[0][0].formula in _BITS:
+        left.pop(0)
     return None if left else [-1 if k is None else k for k in (*of_ratio, *rest)]
+
+
+def bits_of(program: Program) -> int:
+    """How many bits of a weight a program keeps; 0 of a weight as it is."""
+    return next((_BITS[p.formula] for p in program.parts if p.active and p.formula in _BITS), 0)
 
 
 def format_of(program: Program) -> Format | None:
@@ -68,7 +85,7 @@ def can_run(call: Call, avals: Any) -> bool:
     """Whether a call can run in native code here, and gains by it. Builds it at the first call."""
     # Of a float32 update alone XLA makes as few passes, with the parameters' sum in the last.
     format = format_of(call.program)
-    if not call.program.moves and format is None:
+    if not call.program.moves and format is None and not bits_of(call.program):
         return False
     leaves = avals[3 + call.arrays_kept :]
     return (
@@ -97,6 +114,7 @@ def lower(ctx: Any, *operands: Any, call: Call) -> Any:
         ctx,
         *operands,
         format=np.int32(_FORMATS.get(format, _EIGHT_BIT)),
+        bits=np.int32(bits_of(program)),
         packed=call.packed,
         moves=program.moves,
         returns=program.update_dtype is not None,

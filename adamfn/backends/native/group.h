@@ -10,6 +10,7 @@
 #include "eight_bit.h"
 #include "rounding.h"
 #include "step.h"
+#include "weights.h"
 
 namespace adamfn {
 
@@ -24,7 +25,8 @@ struct Leaf {
   void* p;                        // null if it is not read
   void* u;                        // null if the update is not returned
   bool moves;                     // p, by the update
-  bool g_is_narrow, p_is_narrow;  // bfloat16, not float32; u is as g
+  bool g_is_narrow, p_is_narrow, u_is_narrow;  // bfloat16, not float32
+  void* correction;                            // the lower bits of p, if any are kept
   uint32_t number;     // in the tree of parameters: its noise is made from it
   void* mu;
   void* nu;
@@ -38,10 +40,41 @@ struct Group {
   Scalars scalars;
   int32_t count;
   int32_t format;
+  int32_t bits;  // of a bfloat16 weight that are kept: 16, 24 or 32; 0 for weights as they are
   bool nesterov, decays;
   std::vector<Leaf> leaves;
   int64_t tiles;
 };
+
+inline void Join(int32_t bits, const Leaf& leaf, int64_t start, int64_t size, float* p) {
+  const uint16_t* narrow = static_cast<const uint16_t*>(leaf.p) + start;
+  switch (bits) {
+    case 16:
+      return JoinWeights<int8_t, 16>(narrow, nullptr, size, p);
+    case 24:
+      return JoinWeights<int8_t, 24>(narrow, static_cast<int8_t*>(leaf.correction) + start, size,
+                                     p);
+    case 32:
+      return JoinWeights<int16_t, 32>(narrow, static_cast<int16_t*>(leaf.correction) + start, size,
+                                      p);
+  }
+}
+
+inline void Split(int32_t bits, const Leaf& leaf, int64_t start, int64_t size, const float* p,
+                  const float* u, const uint32_t* noise) {
+  uint16_t* narrow = static_cast<uint16_t*>(leaf.p) + start;
+  float* landing = leaf.u ? static_cast<float*>(leaf.u) + start : nullptr;
+  switch (bits) {
+    case 16:
+      return SplitWeights<int8_t, 16>(p, u, noise, size, leaf.moves, narrow, nullptr, landing);
+    case 24:
+      return SplitWeights<int8_t, 24>(p, u, noise, size, leaf.moves, narrow,
+                                      static_cast<int8_t*>(leaf.correction) + start, landing);
+    case 32:
+      return SplitWeights<int16_t, 32>(p, u, noise, size, leaf.moves, narrow,
+                                       static_cast<int16_t*>(leaf.correction) + start, landing);
+  }
+}
 
 inline void StepTile(const Group& group, const Leaf& leaf, int64_t tile) {
   float g_tile[kTile], p_tile[kTile], u_tile[kTile], mu_tile[kTile], nu_tile[kTile];
@@ -60,8 +93,13 @@ inline void StepTile(const Group& group, const Leaf& leaf, int64_t tile) {
   }
   float* p = leaf.p ? static_cast<float*>(leaf.p) + start : nullptr;
   uint16_t* narrow_p = static_cast<uint16_t*>(leaf.p) + start;
-  float* u = !leaf.u ? nullptr : leaf.g_is_narrow ? u_tile : static_cast<float*>(leaf.u) + start;
-  if (leaf.p && leaf.p_is_narrow) {
+  float* u = !leaf.u ? nullptr : leaf.u_is_narrow ? u_tile : static_cast<float*>(leaf.u) + start;
+  if (group.bits) {
+    Join(group.bits, leaf, start, size, p_tile);
+    p = p_tile;
+    // Of all 32 bits the sum is float32's own, taken with the step.
+    u = group.bits == 32 ? nullptr : u_tile;
+  } else if (leaf.p && leaf.p_is_narrow) {
     for (int64_t i = 0; i < size; ++i) p_tile[i] = FromBfloat16(narrow_p[i]);
     p = p_tile;
   }
@@ -108,10 +146,18 @@ inline void StepTile(const Group& group, const Leaf& leaf, int64_t tile) {
       break;
     }
   }
+  if (group.bits) {
+    if (group.bits < 32) {
+      // Leaves of weights are numbered beyond those of moments.
+      Noise(group.count, leaf.number + (1u << 31)).Fill(static_cast<uint32_t>(start), size, noise);
+    }
+    Split(group.bits, leaf, start, size, p_tile, u_tile, noise);
+    return;
+  }
   if (u && leaf.moves) {
     for (int64_t i = 0; i < size; ++i) p[i] += u[i];
   }
-  if (u && leaf.g_is_narrow) {
+  if (u && leaf.u_is_narrow) {
     uint16_t* narrow_u = static_cast<uint16_t*>(leaf.u) + start;
     for (int64_t i = 0; i < size; ++i) narrow_u[i] = ToBfloat16(u[i]);
   }

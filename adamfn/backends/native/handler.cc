@@ -81,15 +81,19 @@ std::vector<ffi::DataType> MomentTypes(int32_t format) {
 }
 
 ffi::Error Run(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results,
-               int32_t format, bool packed, bool moves, bool returns,
+               int32_t format, int32_t bits, bool packed, bool moves, bool returns,
                ffi::Span<const int64_t> places, ffi::Span<const int64_t> blocks) {
   if (format < kFloat32 || format > kEightBit) return Wrong("an unknown format");
-  const std::vector<ffi::DataType> types = MomentTypes(format);
+  if ((bits != 0 && bits != 16 && bits != 24 && bits != 32) || (bits && packed)) {
+    return Wrong("another number of bits of a weight");
+  }
+  std::vector<ffi::DataType> types = MomentTypes(format);
+  if (bits > 16) types.push_back(bits == 24 ? ffi::DataType::S8 : ffi::DataType::S16);
   const size_t leaves = blocks.size(), kinds = types.size();
   const size_t moments = packed ? kinds : kinds * leaves, first = 3 + moments;
   if (leaves == 0 || (packed && format != kFloat32)) return Wrong("another number of leaves");
   if (places.size() != kScalars) return Wrong("another number of scalars");
-  const bool decays = places[kWeightDecay] >= 0, has_params = moves || decays;
+  const bool decays = places[kWeightDecay] >= 0, has_params = moves || decays || bits;
   if (arguments.size() != first + (has_params ? 2 : 1) * leaves ||
       results.size() != moments + (returns ? leaves : 0) + (moves ? leaves : 0)) {
     return Wrong("another number of operands or results");
@@ -117,7 +121,7 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remainin
       auto result = results.get<ffi::AnyBuffer>(i);
       if (result.has_error()) return result.error();
       const ffi::AnyBuffer& g = operands[3 + i];
-      if ((*result)->element_type() != g.element_type() ||
+      if ((*result)->element_type() != (bits ? ffi::DataType::F32 : g.element_type()) ||
           (*result)->element_count() != g.element_count()) {
         return Wrong("an update unlike its gradient");
       }
@@ -147,13 +151,15 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remainin
   }
   if (group.scalars[kTaken] == 0) {
     for (size_t i = 0; i < updates; ++i) {
-      std::memset(kept[moments + i], 0, operands[first + i].size_bytes());
+      const ffi::AnyBuffer& g = operands[first + i];
+      std::memset(kept[moments + i], 0, bits ? 4 * g.element_count() : g.size_bytes());
     }
     return ffi::Error::Success();
   }
   std::memcpy(&group.count, operands[1].untyped_data(), sizeof group.count);
   const auto* numbers = static_cast<const uint32_t*>(operands[2].untyped_data());
   group.format = format;
+  group.bits = bits;
   group.nesterov = places[kAhead] >= 0;
   group.decays = decays;
   size_t together = 0;  // elements of packed leaves so far
@@ -175,6 +181,8 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remainin
     leaf.moves = moves;
     leaf.g_is_narrow = IsNarrow(g);
     leaf.p_is_narrow = IsNarrow(p);
+    leaf.u_is_narrow = leaf.g_is_narrow && !bits;
+    if (bits && !leaf.p_is_narrow) return Wrong("a weight of another dtype than bfloat16");
     leaf.number = numbers[k];
     leaf.size = static_cast<int64_t>(size);
     leaf.row = format == kEightBit && shape.size() ? shape[shape.size() - 1] : leaf.size;
@@ -190,13 +198,14 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remainin
     } else {
       const size_t own = k * kinds;
       for (size_t i = 0; i < kinds; ++i) {
-        const bool codes = i < 2;
+        const bool codes = i < 2 || (bits > 16 && i == kinds - 1);
         if (!is(3 + own + i, types[i], codes ? size : static_cast<size_t>(tiles))) {
           return Wrong("moments of another dtype or size than their leaf");
         }
       }
       leaf.mu = kept[own];
       leaf.nu = kept[own + 1];
+      leaf.correction = bits > 16 ? kept[own + kinds - 1] : nullptr;
       if (format == kEightBit) {
         leaf.blocks = {static_cast<float*>(kept[own + 2]), static_cast<float*>(kept[own + 3]),
                        static_cast<int32_t*>(kept[own + 4])};
@@ -227,6 +236,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(adamfn_step, adamfn::Run,
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<int32_t>("format")
+                                  .Attr<int32_t>("bits")
                                   .Attr<bool>("packed")
                                   .Attr<bool>("moves")
                                   .Attr<bool>("returns")
