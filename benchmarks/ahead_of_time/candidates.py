@@ -48,6 +48,9 @@ def candidates(dtype: str, platform: str) -> dict[str, Candidate]:
         tx = adamfn.adam(RATE, moments=moments)
         found[f"update {moments}"] = by_update(tx)
         found[f"step {moments}"] = by_step(tx)
+    if dtype == "bfloat16":
+        tx = adamfn.chain(adamfn.adam(RATE, moments="8bit"), adamfn.round_weights(24))
+        found["step 8bit, weights of 24 bits"] = by_step(tx)
     if find_spec("flashoptim_jax"):
         from flashoptim_jax import flash_adam
 

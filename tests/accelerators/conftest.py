@@ -39,22 +39,23 @@ def measure(machine):
     """The cost of a step over one leaf, or over a tree, of this shape and dtype."""
 
     @functools.cache
-    def one_leaf(way, moments, shape, dtype):
-        return measured(way, moments, {"leaf": shape}, dtype)
+    def one_leaf(way, moments, shape, dtype, bits):
+        return measured(way, moments, {"leaf": shape}, dtype, bits)
 
-    def measured(way, moments, shapes, dtype="float32"):
+    def measured(way, moments, shapes, dtype, bits):
         import adamfn
 
         tx = adamfn.adam(1e-3, moments=moments)
+        tx = tx if bits is None else adamfn.chain(tx, adamfn.round_weights(bits))
         candidate = {"step": candidates.by_step, "update": candidates.by_update}[way](tx)
         chip = cost.one_chip(machine)
         params = cost.on(chip, trees.abstract(shapes, dtype))
         state = cost.on(chip, jax.eval_shape(tx.init, params))
         return cost.cost(candidate.step, params, state, params, machine)
 
-    def call(way, moments, shapes, dtype="float32"):
+    def call(way, moments, shapes, dtype="float32", bits=None):
         if isinstance(shapes, tuple):
-            return one_leaf(way, moments, shapes, dtype)
-        return measured(way, moments, shapes, dtype)
+            return one_leaf(way, moments, shapes, dtype, bits)
+        return measured(way, moments, shapes, dtype, bits)
 
     return call

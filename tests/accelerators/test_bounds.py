@@ -30,6 +30,12 @@ def of_parameters(found, shape):
     return (x / parameters for x in (found.moved, found.least, found.temporary))
 
 
+def expect_more_kernels(machine, moments):
+    """A bound that is not reached, said where it is: XLA turns small arrays around, a per cent."""
+    if machine.name.startswith("v") and moments == "4bit":
+        pytest.xfail("on TPU, XLA lays the scales of 128 blocks a row out anew, in small kernels")
+
+
 def check_one_pass(found, shape, dtype, way):
     moved, least, temporary = of_parameters(found, shape)
     if way == "step":
@@ -104,3 +110,13 @@ def test_shared_moments_move_24_bytes(measure, moments, name, way):
     moved, _, temporary = of_parameters(measure(way, moments, shape), shape)
     assert moved <= 24
     assert temporary <= 0.3
+
+
+@pytest.mark.quick
+def test_bfloat16_weights_with_a_correction_byte_move_twelve_bytes(measure):
+    found = measure("step", "8bit", MATRIX, "bfloat16", 24)
+    moved, least, temporary = of_parameters(found, MATRIX)
+    assert moved <= 12.3
+    assert moved <= 1.05 * least
+    assert temporary <= 0.05
+    assert found.kernels == 1
