@@ -30,23 +30,21 @@ def of_parameters(found, shape):
     return (x / parameters for x in (found.moved, found.least, found.temporary))
 
 
-def expect_more_kernels(machine, moments):
-    """A bound that is not reached, said where it is: XLA turns small arrays around, a per cent."""
-    if machine.name.startswith("v") and moments == "4bit":
-        pytest.xfail("on TPU, XLA lays the scales of 128 blocks a row out anew, in small kernels")
-
-
 def check_one_pass(found, shape, dtype, way):
     moved, least, temporary = of_parameters(found, shape)
     if way == "step":
         assert moved <= 1.05 * least
         assert temporary <= 0.05
-        assert found.kernels == 1
     else:
         update = {"float32": 4, "bfloat16": 2}[dtype]  # written, and read by apply_updates
         assert moved <= PADDING * (least + 2 * update)
         assert temporary <= 0.05 + PADDING * update
-        assert found.kernels <= 2
+
+
+def check_kernels(found, way, machine, moments):
+    if machine.platform == "tpu" and moments == "4bit" and found.kernels > 2:
+        pytest.xfail("XLA lays the scales of 128 blocks a row out anew, a hundredth of the bytes")
+    assert found.kernels <= (1 if way == "step" else 2)
 
 
 @pytest.mark.quick
@@ -70,16 +68,20 @@ def test_bfloat16_moves_twenty_bytes_in_one_kernel(measure, way):
 @pytest.mark.quick
 @lean
 @ways
-def test_a_matrix_takes_one_pass(measure, moments, way):
-    check_one_pass(measure(way, moments, MATRIX), MATRIX, "float32", way)
+def test_a_matrix_takes_one_pass(measure, machine, moments, way):
+    found = measure(way, moments, MATRIX)
+    check_one_pass(found, MATRIX, "float32", way)
+    check_kernels(found, way, machine, moments)
 
 
 @lean
 @ways
 @dtypes
 @shapes
-def test_every_shape_takes_one_pass(measure, moments, way, dtype, shape):
-    check_one_pass(measure(way, moments, shape, dtype), shape, dtype, way)
+def test_every_shape_takes_one_pass(measure, machine, moments, way, dtype, shape):
+    found = measure(way, moments, shape, dtype)
+    check_one_pass(found, shape, dtype, way)
+    check_kernels(found, way, machine, moments)
 
 
 @lean
