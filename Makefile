@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .PHONY: help demo test test-peers test-accelerators test-accelerators-quick lint format bench
-.PHONY: bench-lean bench-accelerators clean
+.PHONY: bench-lean bench-accelerators wheel test-wheel test-lowest test-newest docs clean
 
 help:
 	@echo "make demo    train a small network on handwritten digits (ARGS=--help for its options)"
@@ -12,6 +12,10 @@ help:
 	@echo "make test-accelerators  programs compiled for a TPU and a GPU that are not at hand, held to"
 	@echo "             their bounds (installs the compilers in environments of their own)"
 	@echo "make test-accelerators-quick  a small choice of them"
+	@echo "make test-lowest  the core's tests with the lowest jax and chex that pyproject.toml allows"
+	@echo "make test-newest  the same with the newest that there are, in an environment of its own"
+	@echo "make wheel   wheel and sdist, in dist/"
+	@echo "make test-wheel  install the wheel where there is nothing else, and take steps with it"
 	@echo "make lint    ruff and pyright"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make bench   measure exactness, tracing and a step's speed, beside optax and torch, and draw"
@@ -38,6 +42,30 @@ test-accelerators: $(VENV)-tpu/.tpu $(VENV)-gpu/.gpu
 
 test-accelerators-quick:
 	$(MAKE) test-accelerators ARGS="-m quick $(ARGS)"
+
+wheel: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/python -m twine check --strict dist/*
+
+test-wheel: wheel
+	$(BIN)/python -m pytest -q tests/package $(ARGS)
+
+# The core's tests need optax and no other library.
+CORE := $(shell grep -LE "flax|equinox|orbax|torch_trajectories|matplotlib|examples" tests/test_*.py)
+CORE_NEEDS := optax pytest pytest-xdist hypothesis flatbuffers
+LOWEST := $(shell sed -n 's/^dependencies = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",' | sed 's/>=/==/g')
+
+test-lowest:
+	test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check $(LOWEST) $(CORE_NEEDS)
+	PYTHONPATH=. $(VENV)-lowest/bin/python -m pytest -q -n auto $(CORE) $(ARGS)
+
+test-newest:
+	test -x $(VENV)-newest/bin/python || $(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
+		--upgrade-strategy eager jax jaxlib chex $(CORE_NEEDS)
+	PYTHONPATH=. $(VENV)-newest/bin/python -m pytest -q -n auto $(CORE) $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -73,4 +101,5 @@ $(VENV)/.% $(VENV)-bench/.% $(VENV)-lean/.% $(VENV)-tpu/.% $(VENV)-gpu/.%: pypro
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-bench $(VENV)-lean $(VENV)-tpu $(VENV)-gpu build dist out .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-bench $(VENV)-lean $(VENV)-tpu $(VENV)-gpu \
+		$(VENV)-lowest $(VENV)-newest $(VENV)-docs build dist site out .ruff_cache .hypothesis
