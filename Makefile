@@ -19,6 +19,7 @@ help:
 	@echo "make test-wheel  install the wheel where there is nothing else, and take steps with it"
 	@echo "make docs    the site, in site/; a broken link or reference and a snippet that fails are errors"
 	@echo "make docs-html  the site alone, without running its snippets"
+	@echo "make screenshots  look at the site with an installed Chromium, at desktop and phone width"
 	@echo "make notebook  run the notebook of examples/, and keep its outputs in it"
 	@echo "make lint    ruff and pyright"
 	@echo "make format  let ruff rewrite what it can"
@@ -64,6 +65,9 @@ docs-html: $(VENV)/.docs
 
 docs: docs-html
 	$(BIN)/python -m pytest -q -n auto docs README.md $(ARGS)
+
+screenshots: docs-html
+	$(BIN)/python website/screenshots.py $(ARGS)
 
 notebook: $(VENV)/.docs
 	$(BIN)/python website/run_notebook.py

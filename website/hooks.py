@@ -1,4 +1,4 @@
-"""What MkDocs does for this site besides: pages of the examples, formulas by KaTeX, fewer fences.
+"""What MkDocs does for this site besides: pages of the examples, and formulas by KaTeX.
 
 `make docs` installs KaTeX from npm in `build/`; a formula that it cannot read ends the build.
 """
@@ -35,6 +35,9 @@ def on_files(files, config):
         files.append(File.generated(config, f"examples/{path.stem}.md", content=page))
         for name, content in pictures.items():
             files.append(File.generated(config, f"examples/{name}", content=content))
+    for name in ("contributing", "changelog"):
+        page = (ROOT / f"{name.upper()}.md").read_text()
+        files.append(File.generated(config, f"{name}.md", content=page))
     for path in (KATEX / "katex.min.css", *sorted((KATEX / "fonts").glob("*.woff2"))):
         name = f"assets/katex/{path.relative_to(KATEX)}"
         files.append(File.generated(config, name, content=path.read_bytes()))
