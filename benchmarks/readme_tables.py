@@ -34,8 +34,9 @@ def measured_on() -> str:
         machine, versions = recorded.get("machine", {}), recorded.get("versions", {})
         if not (machine or versions):
             continue
-        known = {k: v for k, v in machine.items() if k not in ("cores", "machine", "processor")}
-        libraries = ", ".join(f"{k} {v}" for k, v in {**known, **versions}.items() if k != "backend")
+        hardware = ("cores", "machine", "processor", "backend")
+        known = {k: v for k, v in machine.items() if k not in hardware} | versions
+        libraries = ", ".join(f"{k} {v}" for k, v in known.items())
         processor = machine.get("processor", machine.get("machine", ""))
         cores = f"{processor}, {machine['cores']} cores" if machine else ""
         rows.append(f"| `{path.name}` | {cores} | {libraries} |")
