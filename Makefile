@@ -72,10 +72,12 @@ screenshots: docs-html
 notebook: $(VENV)/.docs
 	$(BIN)/python website/run_notebook.py
 
-# The core's tests need optax and no other library.
-CORE := $(shell grep -LE "flax|equinox|orbax|torch_trajectories|matplotlib|examples" tests/test_*.py)
-CORE_NEEDS := optax pytest pytest-xdist hypothesis flatbuffers
-LOWEST := $(shell sed -n 's/^dependencies = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",' | sed 's/>=/==/g')
+# Of these tests none needs a library but optax.
+CORE := $(foreach name,angle bias contracts errors exactness family formats hyperparams learning_rate \
+	moments native order packing pallas rounding stage step storage transform trees weight_decay, \
+	tests/test_$(name).py)
+CORE_NEEDS := pytest pytest-xdist hypothesis flatbuffers
+LOWEST := $(shell grep -oE '"(jax|jaxlib|chex|optax)>=[0-9.]+"' pyproject.toml | sort -u | tr -d '"' | sed 's/>=/==/')
 
 test-lowest:
 	test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
@@ -85,7 +87,7 @@ test-lowest:
 test-newest:
 	test -x $(VENV)-newest/bin/python || $(PYTHON) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
-		--upgrade-strategy eager jax jaxlib chex $(CORE_NEEDS)
+		--upgrade-strategy eager jax jaxlib chex optax $(CORE_NEEDS)
 	PYTHONPATH=. $(VENV)-newest/bin/python -m pytest -q -n auto $(CORE) $(ARGS)
 
 lint: $(VENV)/.dev

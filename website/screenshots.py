@@ -15,7 +15,7 @@ import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Error, sync_playwright
 
 ROOT = Path(__file__).parent.parent
 WIDTHS = {"desktop": 1280, "phone": 390}
@@ -67,13 +67,14 @@ def main():
                 faults += [f"{page} ({name}): {fault}" for fault in tab.evaluate(FAULTS)]
                 picture = str(page).replace("/", "-") if page.parts else "index"
                 tab.screenshot(path=args.out / f"{picture}-{name}.png", full_page=True)
-            tab.goto(f"{address}/")
+            tab.goto(f"{address}/", wait_until="networkidle")
             if name == "phone":
                 tab.click("label[for=__search].md-header__button")
-            tab.fill("input.md-search__input", "bias_correct")
+            tab.click("input.md-search__input")
+            tab.keyboard.type("bias_correct", delay=50)  # a search listens to keys
             try:
                 tab.wait_for_selector(".md-search-result__item", timeout=20_000)
-            except Exception:
+            except Error:
                 faults.append(f"search ({name}): nothing found for bias_correct")
             tab.screenshot(path=args.out / f"search-{name}.png")
         browser.close()
