@@ -1,6 +1,6 @@
 """Adam for JAX: pure functions over pytrees, exact from the first step on."""
 
-from adamfn import exports, formats, sharding
+from adamfn import exports, formats, monitor, sharding
 from adamfn.backends.report import backend
 from adamfn.chaining import chain, from_stage, with_backend
 from adamfn.packing import packed, repack
@@ -44,6 +44,7 @@ __all__ = [
     "formats",
     "from_stage",
     "lazy_adam",
+    "monitor",
     "nadam",
     "packed",
     "radam",

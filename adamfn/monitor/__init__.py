@@ -1,5 +1,11 @@
-"""Seeing inside a run: what every layer does, and what is wrong with it."""
+"""Seeing inside a run: what every layer does while it trains, and what is wrong with it.
 
+`observe`, in a jitted step, measures every layer; `faults`, `report`, `picture` and `flat` show it.
+"""
+
+from adamfn.monitor.faults import WORDS, Fault, faults
+from adamfn.monitor.looks import flat, looks
 from adamfn.monitor.observing import Observation, observe
+from adamfn.monitor.pictures import picture, report
 
-__all__ = ["Observation", "observe"]
+__all__ = ["WORDS", "Fault", "Observation", "faults", "flat", "looks", "observe", "picture", "report"]
