@@ -11,7 +11,7 @@ from adamfn.arrangement import kept_leaves
 from adamfn.ema import Decay, Shares, bias
 from adamfn.formats import choose_formats
 from adamfn.layout import Packed
-from adamfn.monitor.figures import Moments
+from adamfn.monitor.figures import Moments, at_the_ends
 from adamfn.packing import repack
 from adamfn.stage import CountedState, EmptyState, Stage
 from adamfn.stepping import own_of
@@ -181,7 +181,7 @@ def _moments(
                 root = jnp.sqrt(second)
                 by_eps = root < eps
             ratio = jnp.abs(mu) / jnp.where(root == 0, 1, root) * (jnp.sqrt(c2) / c1)
-        found[name] = Moments(mu, nu, ratio, by_eps, format, row)
+        found[name] = Moments(mu, nu, ratio, by_eps, at_the_ends(format, row))
     return found
 
 
