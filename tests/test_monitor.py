@@ -1,6 +1,7 @@
 """What the monitor measures is right, changes nothing, and finds the faults that are there."""
 
 import functools
+import io
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +45,11 @@ def run(tx, steps, shape, scale=1.0, ours=None, **options):
     """Some steps of noisy gradients, and what was seen of the last."""
     params = {"w": noisy(shape, 1000)}
     state = tx.init(params)
-    ours = tx if ours is None else ours
 
     @jax.jit
     def step(grads, state, params):
+        seen = monitor.observe(tx, grads, state, params, ours=ours, **options)
         updates, state = tx.update(grads, state, params)
-        seen = monitor.observe(ours, grads, state, params, updates, **options)
         return adamfn.apply_updates(params, updates), state, updates, seen
 
     for number in range(steps):
@@ -66,9 +66,9 @@ def test_figures_are_their_definitions(scale):
     found = seen.leaves["w"]
     assert int(seen.step) == 7
     for name, value in expected.items():
-        if name in ("signal", "by_eps") and scale not in (1.0, 1e-8):
+        if name != "gradient" and scale not in (1.0, 1e-8):
             continue  # nu itself is zero or infinite there
-        # Quantiles are linear within an octave; all else is some roundings of float32.
+        # Quantiles are linear from one of the steps to the next; all else is some roundings of float32.
         tolerance = 0.1 if name.startswith("step") else 1e-5
         np.testing.assert_allclose(found[name], value, rtol=tolerance, err_msg=name)
     assert found["not_finite_gradient"] == found["not_finite_weight"] == 0
@@ -89,9 +89,8 @@ def test_every_member_of_the_family_is_read(tx):
     # Of a constant gradient the moments have no noise: each ratio is 1.
     params = {"w": jnp.ones((4, 3))}
     state, grads = tx.init(params), {"w": jnp.full((4, 3), 0.5)}
-    for _ in range(3):
-        updates, state = tx.update(grads, state, params)
-    found = monitor.observe(tx, grads, state, params, updates).leaves["w"]
+    _, state = tx.update(grads, state, params)
+    found = monitor.observe(tx, grads, state, params).leaves["w"]
     np.testing.assert_allclose([found["signal"], found["agreement"]], 1, rtol=1e-5)
     assert found["by_eps"] == 0
 
@@ -125,26 +124,27 @@ def test_codes_at_the_ends_are_counted():
 def test_layers_that_a_scan_stacks_are_measured_each(moments):
     tx = adamfn.adam(1e-2, moments=moments)
     params = {"blocks": {"w": noisy((3, 32, 256), 0)}, "out": noisy((8,), 1)}
-    grads = jax.tree.map(lambda p: p * p, params)
-    updates, state = tx.update(grads, tx.init(params))
-    seen = monitor.observe(tx, grads, state, params, updates, layers={"blocks": 0})
-    assert seen.leaves["out"]["gradient"].shape == ()
-    turned = [jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), t) for t in (params, grads, updates)]
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def look(params, axis=None):
+        grads = jax.tree.map(lambda p: p * p, params)
+        layers = None if axis is None else {"blocks": axis}
+        return monitor.observe(tx, grads, tx.init(params), params, layers=layers).leaves
+
+    seen = look(params, 0)
+    assert seen["out"]["gradient"].shape == ()
     for layer in range(3):
-        own = {name: x[layer] for name, x in seen.leaves["blocks/w"].items()}
-        alone = {"w": params["blocks"]["w"][layer]}
-        g = jax.tree.map(lambda p: p * p, alone)
-        u, s = tx.update(g, tx.init(alone))
-        expected = monitor.observe(tx, g, s, alone, u).leaves["w"]
+        own = {name: x[layer] for name, x in seen["blocks/w"].items()}
+        expected = look({"w": params["blocks"]["w"][layer]})["w"]
         assert own.keys() == expected.keys()
         for name in own:
             # Shares of codes: the noise is that of another element.
-            np.testing.assert_allclose(own[name], expected[name], rtol=1e-5, atol=3e-2)
+            tolerance = 0.03 if name in ("lowest", "highest", "largest") else 1e-5
+            np.testing.assert_allclose(own[name], expected[name], rtol=1e-3, atol=tolerance)
     if moments == "float32":
-        state = tx.update(turned[1], tx.init(turned[0]))[1]
-        along = monitor.observe(tx, turned[1], state, turned[0], turned[2], layers={"blocks/w": 1})
-        for name, value in seen.leaves["blocks/w"].items():
-            np.testing.assert_allclose(along.leaves["blocks/w"][name], value, rtol=1e-5)
+        along = look({"blocks": {"w": np.moveaxis(params["blocks"]["w"], 0, 1)}}, 1)
+        for name, value in seen["blocks/w"].items():
+            np.testing.assert_allclose(along["blocks/w"][name], value, rtol=1e-5)
 
 
 WRAPPERS = {
@@ -164,7 +164,7 @@ WRAPPERS = {
 def test_our_states_are_found_inside_wrappers(name):
     tx = adamfn.adamw(1e-2)
     wrapped = WRAPPERS[name](tx)
-    ours = wrapped if "packed" in name or name in ("our chain", "with_backend") else tx
+    ours = None if "packed" in name or name in ("our chain", "with_backend") else tx
     expected = run(tx, 5, (8, 40))[0]
     found = run(wrapped, 5, (8, 40), ours=ours)[0]
     assert found.leaves["w"].keys() == expected.leaves["w"].keys()
@@ -182,8 +182,7 @@ def test_groups_have_rates_of_their_own_and_masked_leaves_no_moments():
     groups = {"a": adamfn.adam(0.5), "b": adamfn.adam(0.25), "none": optax.set_to_zero()}
     tx = optax.partition(groups, {"x": "a", "y": "b", "z": "none"})
     params = {name: jnp.ones(3) for name in "xyz"}
-    updates, state = tx.update(params, tx.init(params), params)
-    seen = monitor.observe(adamfn.adam(), params, state, params, updates).leaves
+    seen = monitor.observe(tx, params, tx.init(params), params, ours=adamfn.adam()).leaves
     assert [float(seen[name]["rate"]) for name in "xy"] == [0.5, 0.25]
     assert "signal" in seen["y"]
     assert "signal" not in seen["z"]
@@ -195,8 +194,7 @@ def test_packed_leaves_inside_a_mask_are_found():
     tx = adamfn.packed(adamfn.adam())
     masked = optax.masked(tx, {"a": True, "b": False, "c": True})
     grads = {name: p * (2 + place) for place, (name, p) in enumerate(params.items())}
-    updates, state = masked.update(grads, masked.init(params), params)
-    seen = monitor.observe(tx, grads, state, params, updates).leaves
+    seen = monitor.observe(masked, grads, masked.init(params), params, ours=tx).leaves
     assert [name for name in params if "signal" in seen[name]] == ["a", "c"]
 
 
@@ -223,7 +221,7 @@ def new_network(dtype=jnp.float32):
 
 def train(tx, params, loss=network, steps=12, poison=None, ours=None, **options):
     """A short training run, and what was seen of every step."""
-    state, ours = tx.init(params), tx if ours is None else ours
+    state = tx.init(params)
 
     @jax.jit
     def step(params, state, number):
@@ -232,8 +230,8 @@ def train(tx, params, loss=network, steps=12, poison=None, ours=None, **options)
         y = jnp.sin(x[:, :4]) + 0.1 * jax.random.normal(ky, (EXAMPLES, 4))
         grads = jax.grad(loss)(params, (x, y))
         grads = grads if poison is None else poison(grads)
+        seen = monitor.observe(tx, grads, state, params, ours=ours, **options)
         updates, state = tx.update(grads, state, params)
-        seen = monitor.observe(ours, grads, state, params, updates, **options)
         return adamfn.apply_updates(params, updates), state, seen
 
     run = []
@@ -247,8 +245,9 @@ def found_in(run):
     return [(fault.layer, fault.word) for fault in monitor.faults(run)]
 
 
-@pytest.mark.parametrize("moments", ["float32", "8bit", "4bit"])
-@pytest.mark.parametrize("dtype", [jnp.float32, BITS])
+@pytest.mark.parametrize(
+    ("moments", "dtype"), [("float32", jnp.float32), ("8bit", BITS), ("4bit", jnp.float32)]
+)
 def test_nothing_is_reported_of_a_healthy_network(moments, dtype):
     run = train(adamfn.adamw(1e-2, moments=moments), new_network(dtype), steps=30)
     for seen in run:
@@ -259,10 +258,10 @@ def test_a_dead_layer_is_found():
     def loss(params, batch):
         return network(params | {"second": params["second"] | {"scale": 0.0}}, batch)
 
-    # Nothing comes through `second`, so what stands before it has no gradient either.
-    assert found_in(train(adamfn.adam(1e-2), new_network(), loss))[0][1] == "dead"
-    dead = {layer for layer, word in found_in(train(adamfn.adam(1e-2), new_network(), loss))}
-    assert {"second/kernel", "second/bias"} <= dead
+    # Nothing comes through `second`: what stands around it has no gradient either.
+    found = found_in(train(adamfn.adam(1e-2), new_network(), loss))
+    assert {word for _, word in found} == {"dead"}
+    assert {"second/kernel", "second/bias"} <= {layer for layer, _ in found}
 
 
 def test_one_dead_layer_of_a_healthy_network_is_found():
@@ -352,38 +351,34 @@ def test_one_layer_of_a_stack_is_named():
     assert found_in(seen) == [("blocks[1]", "dead")]
 
 
-def programs(every, way="update", moments="float32", donate=False):
-    """Training with and without a look at it."""
-    tx = adamfn.adamw(1e-2, moments=moments)
-
-    def step(params, state, batch, look):
-        grads = jax.grad(network)(params, batch)
-        if way == "step":
-            new, state, updates = adamfn.step(tx, grads, state, params, return_updates=True)
-        else:
-            updates, state = tx.update(grads, state, params)
-            new = adamfn.apply_updates(params, updates)
-        seen = monitor.observe(tx, grads, state, params, updates, every=every) if look else None
-        return new, state, seen
-
-    return tx, jax.jit(step, static_argnums=3, donate_argnums=(0, 1) if donate else ())
-
-
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("way", ["update", "step"])
-@pytest.mark.parametrize("moments", ["float32", "8bit"])
-def test_a_look_changes_no_bit_of_the_training(every, way, moments):
-    tx, step = programs(every, way, moments, donate=True)
+def test_a_look_changes_no_bit_of_the_training(every, way):
+    tx = adamfn.adamw(1e-2, moments="8bit")
+    params = new_network() | {"wide": jnp.ones((WIDTH, 256)) / 256}  # codes, and float32 leaves
+
+    def loss(params, batch):
+        return network(params, batch) + jnp.mean((batch[0] @ params["wide"]) ** 2)
+
+    @functools.partial(jax.jit, static_argnums=3, donate_argnums=(0, 1))
+    def step(params, state, batch, look):
+        grads = jax.grad(loss)(params, batch)
+        seen = monitor.observe(tx, grads, state, params, every=every) if look else None
+        if way == "step":
+            return *adamfn.step(tx, grads, state, params), seen
+        updates, state = tx.update(grads, state, params)
+        return adamfn.apply_updates(params, updates), state, seen
+
     runs = []
     for look in (False, True):
-        params = new_network()
-        state, steps = tx.init(params), []
+        run = jax.tree.map(jnp.copy, (params, tx.init(params)))
+        steps = []
         for number in range(7):
             random = np.random.default_rng(number)
             batch = [random.normal(size=(EXAMPLES, n)).astype(np.float32) for n in (WIDTH, 4)]
-            params, state, seen = step(params, state, batch, look)
+            *run, seen = step(*run, batch, look)
             steps.append(int(seen.step) if look else None)
-        runs.append(jax.tree.map(np.asarray, (params, state)))
+        runs.append(jax.tree.map(np.asarray, run))
     assert steps == [number if number % every == 1 % every else 0 for number in range(1, 8)]
     for a, b in zip(*map(jax.tree.leaves, runs), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -400,8 +395,8 @@ def test_it_goes_through_scan_and_shows():
         def step(carry, batch):
             params, state = carry
             loss, grads = jax.value_and_grad(network)(params, batch)
+            seen = monitor.observe(tx, grads, state, params, every=5)
             updates, state = tx.update(grads, state, params)
-            seen = monitor.observe(tx, grads, state, params, updates, every=5)
             return (adamfn.apply_updates(params, updates), state), (loss, seen)
 
         return jax.lax.scan(step, (params, tx.init(params)), batches)[1]
@@ -436,11 +431,12 @@ def test_the_worst_layer_is_the_tables_first_row():
         return grads | {"out": grads["out"].at[0, 0].set(jnp.nan)}
 
     run = train(adamfn.adam(1e-2), new_network(), poison=poison, steps=1)
-    console = Console(width=200, record=True, quiet=False, file=open("/dev/null", "w"))
+    console = Console(width=80, file=io.StringIO())
     console.print(monitor.report(run))
-    first = next(line for line in console.export_text().splitlines() if "not finite" in line)
-    assert first.split()[0] == "out"
-    assert "step 1: 1 of 5 layers" in console.export_text() if False else True
+    title, *lines = console.file.getvalue().splitlines()
+    assert title.strip() == "step 1: 1 of 5 layers"
+    rows = [line.split()[:3] for line in lines if line.strip()]
+    assert ["out", "not", "finite"] == next(row for row in rows if "/" in row[0] or row[0] == "out")
     drawn = monitor.picture(run, figure="gradient")
     assert drawn.axes[1].collections[1].get_array().count() == 1  # the one that is red
 
@@ -454,15 +450,14 @@ def test_flax_optimizers_are_read():
         tx = adamfn.adamw(1e-2, moments="8bit")
         model = nnx.Linear(64, 256, rngs=nnx.Rngs(0))
         optimizer = kind(model, tx, wrt=nnx.Param)
-        extra = {"return_updates": True} if kind is Optimizer else {}
 
         @nnx.jit
-        def step(model, optimizer, x, extra=extra, tx=tx):
-            before = nnx.as_pure(nnx.state(model, nnx.Param))
+        def step(model, optimizer, x, tx=tx):
+            params = nnx.as_pure(nnx.state(model, nnx.Param))
             grads = nnx.grad(lambda model: jnp.mean(model(x) ** 2))(model)
-            updates = optimizer.update(model, grads, **extra)
-            state = nnx.as_pure(optimizer.opt_state)
-            return monitor.observe(tx, grads, state, before, updates)
+            seen = monitor.observe(tx, grads, nnx.as_pure(optimizer.opt_state), params)
+            optimizer.update(model, grads)
+            return seen
 
         seen = step(model, optimizer, jnp.ones((2, 64)))
         assert list(seen.leaves) == ["bias", "kernel"]
@@ -477,19 +472,12 @@ W, V = {"w": jnp.ones((3, 4))}, {"w": jnp.ones((3, 4)), "v": jnp.ones(2)}
     ("change", "error", "message"),
     [
         ({"tx": optax.adam(1e-2)}, TypeError, r"found .* as tx; expected a transformation of"),
-        ({"tx": adamfn.adam}, TypeError, r"as tx; expected a transformation of adamfn's"),
+        ({"ours": adamfn.adam}, TypeError, r"as tx; expected a transformation of adamfn's"),
         ({"state": optax.adam(1e-2).init(W)}, ValueError, r"found no state of scale_by_moments, "),
         ({"state": adamfn.adamax().init(W)}, ValueError, r"found no state of scale_by_moments, "),
-        ({"state": BASE().init(V)}, ValueError, r"found moments of v in the state, and no grad"),
-        (
-            {"state": BASE().init({"w": jnp.ones((4, 3))})},
-            ValueError,
-            r"scale_by_moments: updates and mu differ at \['w'\]: found float32\[3,4\]",
-        ),
-        ({"tx": BASE(moments="8bit"), "grads": V}, ValueError, r"updates at v: found nothing"),
+        ({"state": BASE().init(V)}, ValueError, r"mu differ at \['v'\]: found nothing"),
         ({"params": None}, ValueError, r"observe: params at w: found nothing; expected the shape"),
         ({"params": {"w": jnp.ones(4)}}, ValueError, r"params at w: found float32\[4\]"),
-        ({"updates": {"w": None}}, ValueError, r"observe: updates at w: found nothing"),
         ({"grads": {"w": jnp.ones((3, 4), int)}}, TypeError, r"the leaf at \['w'\] is int32"),
         ({"layers": {"w": 2}}, ValueError, r"axis 2 for w, which is float32\[3,4\]; .* -2 to 1"),
         ({"layers": {"v": 0}}, ValueError, r"layers has 'v', where no leaf is; .*: w\."),
@@ -497,14 +485,13 @@ W, V = {"w": jnp.ones((3, 4))}, {"w": jnp.ones((3, 4)), "v": jnp.ones(2)}
     ],
 )
 def test_bad_input_is_named(change, error, message):
-    given = {"tx": BASE(), "grads": W, "state": BASE().init(W), "params": W, "updates": W} | change
+    given = {"tx": BASE(), "grads": W, "state": BASE().init(W), "params": W} | change
     with pytest.raises(error, match=message):
         monitor.observe(**given)
 
 
 def test_what_was_not_looked_at_is_named():
-    state, when = BASE().init(W), jnp.array(False)
-    seen = monitor.observe(BASE(), W, state, W, W, when=when)
+    seen = monitor.observe(BASE(), W, BASE().init(W), W, when=jnp.array(False))
     assert monitor.looks(seen) == []
     for show in (monitor.faults, monitor.flat, monitor.report, monitor.picture):
         with pytest.raises(ValueError, match="found no step that was looked at"):

@@ -67,8 +67,7 @@ def faults(seen: Any) -> list[Fault]:
     >>> tx = adamfn.adam(0.1, eps=1e-3)
     >>> params = {"w": jnp.ones(2), "v": jnp.ones(2)}
     >>> grads = {"w": jnp.full(2, 1e-6), "v": jnp.zeros(2)}
-    >>> updates, state = tx.update(grads, tx.init(params))
-    >>> for fault in monitor.faults(monitor.observe(tx, grads, state, params, updates)):
+    >>> for fault in monitor.faults(monitor.observe(tx, grads, tx.init(params), params)):
     ...     print(fault.layer, fault.word)
     v dead
     w decided by eps

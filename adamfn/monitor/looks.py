@@ -73,8 +73,7 @@ def flat(seen: Any) -> dict[str, float]:
     >>> from adamfn import monitor
     >>> tx = adamfn.adam(0.1)
     >>> params = {"w": jnp.ones((2, 3))}
-    >>> updates, state = tx.update(params, tx.init(params))
-    >>> seen = monitor.observe(tx, params, state, params, updates, layers={"w": 0})
+    >>> seen = monitor.observe(tx, params, tx.init(params), params, layers={"w": 0})
     >>> print(monitor.flat(seen)["w[1]/gradient"])
     1.0
     """

@@ -1,4 +1,4 @@
-"""`observe`: what a training step did to every leaf."""
+"""`observe`: what a training step does to every leaf."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,9 +7,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from adamfn.ema import increment
 from adamfn.interop.states import leaves_by_path
 from adamfn.monitor.figures import Figures, measure
 from adamfn.monitor.states import chain_states, count_of, rate_around, read
+from adamfn.transform import Transformation
 from adamfn.trees import PyTree, as_array, check_inexact, describe
 from adamfn.varying import vary_together
 
@@ -25,45 +27,43 @@ class Observation(NamedTuple):
 
 
 def observe(
-    tx: Any,
+    tx: Transformation,
     grads: PyTree,
     state: PyTree,
     params: PyTree,
-    updates: PyTree,
     *,
+    ours: Transformation | None = None,
     every: int = 1,
     when: chex.Numeric = True,
     layers: Mapping[str, int] | None = None,
-    learning_rate: chex.Numeric | None = None,
+    **extra: Any,
 ) -> Observation:
-    """What a training step did to every leaf, in a few scalars each.
+    """What the training step that is about to be taken does to every leaf, in a few scalars each.
 
-    `adamfn.monitor.figures` defines them. A pure function, for inside a jitted step: it changes
-    nothing of the training, gathers no leaf on a mesh, and takes almost no time in steps that it
-    does not look at. Inside `jax.shard_map` the figures are those of a device's own shards.
+    `adamfn.monitor.figures` defines them. A pure function, for inside a jitted step, before
+    `update` or `step`. When it looks, it takes `tx.update` once more by itself, so that the program
+    of the training stays as it is; when it does not, it costs next to nothing. On a mesh it gathers
+    no leaf. Inside `jax.shard_map` the figures are those of a device's own shards.
 
     Args:
-      tx: the transformation of ours. Inside optax's wrappers, the one that is wrapped; where a
-        wrapper makes it, as `optax.inject_hyperparams(adamfn.adam)` does, one made with the same
-        arguments.
-      grads: the gradients, as `update` was given them; None where a leaf is not trained.
-      state: the state after the step, of `tx` itself or of what it is wrapped in; of flax's
-        optimizer `nnx.as_pure(optimizer.opt_state)`.
+      tx: the transformation that the step is taken with.
+      grads: the gradients; None where a leaf is not trained.
+      state: the state before the step; of flax's optimizer `nnx.as_pure(optimizer.opt_state)`.
       params: the parameters before the step.
-      updates: what is added to them: what `update`, or `step(..., return_updates=True)`, returned,
-        or the parameters after the step less those before.
+      ours: where `tx` is optax's, the transformation of ours that is inside; where optax makes it,
+        as `optax.inject_hyperparams(adamfn.adam)` does, one made with the same arguments.
       every: looks at the first step and at each so many after it.
-      when: looks only where this bool, a scalar, is true: `state.mini_step == 0` under
-        `optax.MultiSteps`, whose other steps move nothing.
+      when: looks only where this bool, a scalar, is true: `optax.MultiSteps(tx, k)` moves nothing
+        before `state.mini_step == k - 1`.
       layers: by the beginning of a path, the axis along which layers are stacked: `{"blocks": 0}`
         measures every layer of the leaves under `blocks` by itself.
-      learning_rate: the rate of the step, where the state does not have it.
+      **extra: what `update` takes besides, such as `learning_rate=`.
 
     Returns:
       An `Observation`. Figures that need a rate, or moments, are left out where there are none.
 
     Raises:
-      TypeError: `tx` is not ours; a leaf is not an array of floating point.
+      TypeError: neither `tx` nor `ours` is ours; a leaf is not an array of floating point.
       ValueError: a state of another chain, trees that do not match, layers along an axis that a
         leaf lacks; names the leaf.
 
@@ -71,51 +71,49 @@ def observe(
     >>> import jax.numpy as jnp
     >>> from adamfn import monitor
     >>> tx = adamfn.adam(0.1)
-    >>> params = {"w": jnp.array([3.0, -3.0])}
-    >>> grads = {"w": jnp.array([1.0, -2.0])}
-    >>> updates, state = tx.update(grads, tx.init(params))
-    >>> seen = monitor.observe(tx, grads, state, params, updates)
+    >>> params, grads = {"w": jnp.array([3.0, -3.0])}, {"w": jnp.array([1.0, -2.0])}
+    >>> seen = monitor.observe(tx, grads, tx.init(params), params)
     >>> figures = seen.leaves["w"]
     >>> print(", ".join(f"{name} {figures[name]:.2f}" for name in ("weight", "update", "signal")))
     weight 3.00, update 0.10, signal 1.00
     """
-    gs, us, ps = (
-        _by_path(name, tree)
-        for name, tree in (("grads", grads), ("updates", updates), ("params", params))
-    )
+    ours = tx if ours is None else ours
+    gs, ps = _by_path("grads", grads), _by_path("params", params)
     for path, g in gs.items():
-        for name, tree in (("updates", us), ("params", ps)):
-            if describe(tree.get(path)).split("[")[1:] != describe(g).split("[")[1:]:
-                raise ValueError(
-                    f"observe: {name} at {path or 'the root'}: found {describe(tree.get(path))};"
-                    f" expected the shape of its gradient, {describe(g)}. Pass the parameters before"
-                    " the step, and the updates of this step."
-                )
+        if path not in ps or ps[path].shape != g.shape:
+            raise ValueError(
+                f"observe: params at {path or 'the root'}: found {describe(ps.get(path))}; expected"
+                f" the shape of its gradient, {describe(g)}. Pass the parameters before the step."
+            )
     axes = _axes(gs, layers or {})
-    nodes = chain_states(tx, state)
-    count, around = count_of(tx, nodes[0]), rate_around(state)
+    count = count_of(ours, chain_states(ours, state)[0])
     if not isinstance(every, int) or every < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"observe: every is {every!r}; expected a number of steps, at least 1.")
 
-    def look(_: None) -> dict[str, Figures]:
-        chains = [read(tx, node, gs) for node in nodes]  # here, lest every step unpack
+    def together(figures: PyTree) -> PyTree:
+        """All varying over the axes that a gradient varies over: what two branches must share."""
+        values, treedef = jax.tree.flatten(figures)
+        return treedef.unflatten(vary_together([*values, *gs.values()])[: len(values)])
+
+    def look() -> dict[str, Figures]:
+        updates, after = tx.update(grads, state, params, **extra)
+        us = _by_path("updates", updates)
+        chains = [read(ours, node, gs) for node in chain_states(ours, after)]
         found: dict[str, Figures] = {}
         for path, g in gs.items():
             own = next((chain for chain in chains if path in chain.moments), chains[0])
-            rates = (learning_rate, own.rate, around)
-            rate = next((rate for rate in rates if rate is not None), None)
-            moments = own.moments.get(path)
-            found[path] = measure(g, us[path], ps[path], moments, rate, axes.get(path))
-        values, treedef = jax.tree.flatten(found)
-        return treedef.unflatten(vary_together([*values, *jax.tree.leaves(gs)])[: len(values)])
+            rate = rate_around(after) if own.rate is None else own.rate
+            u = us.get(path, jnp.zeros_like(g))  # None moves nothing
+            found[path] = measure(g, u, ps[path], own.moments.get(path), rate, axes.get(path))
+        return together(found)
 
-    def pass_by(_: None) -> dict[str, Figures]:
-        values, treedef = jax.tree.flatten(jax.eval_shape(look, None))
-        zeros = [jnp.zeros(value.shape, value.dtype) for value in values]
-        return treedef.unflatten(vary_together([*zeros, *jax.tree.leaves(gs)])[: len(zeros)])
+    def pass_by() -> dict[str, Figures]:
+        shapes = jax.eval_shape(look)
+        return together(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
 
-    due = ((count - 1) % every == 0) & jnp.asarray(when, bool)
-    return Observation(jnp.where(due, count, 0), jax.lax.cond(due, look, pass_by, None))
+    # Also for every=1 nothing that a compiler knows to be true: it would join the two updates.
+    due = (count % every == 0) & (count >= 0) & jnp.asarray(when, bool)
+    return Observation(jnp.where(due, increment(count), 0), jax.lax.cond(due, look, pass_by))
 
 
 def _by_path(name: str, tree: PyTree) -> dict[str, Any]:

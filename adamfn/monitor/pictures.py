@@ -44,8 +44,7 @@ def report(seen: Any, rows: int | None = None) -> Any:
     >>> from adamfn import monitor
     >>> tx = adamfn.adam(0.1)
     >>> params = {"w": jnp.ones(3)}
-    >>> updates, state = tx.update(params, tx.init(params))
-    >>> table = monitor.report(monitor.observe(tx, params, state, params, updates))
+    >>> table = monitor.report(monitor.observe(tx, params, tx.init(params), params))
     >>> print(table.row_count, table.title)
     1 step 1: nothing is wrong
     """
@@ -87,8 +86,7 @@ def picture(seen: Any, losses: Sequence[float] | None = None, figure: str = "gra
     >>> from adamfn import monitor
     >>> tx = adamfn.adam(0.1)
     >>> params = {"w": jnp.ones(3)}
-    >>> updates, state = tx.update(params, tx.init(params))
-    >>> seen = [monitor.observe(tx, params, state, params, updates)]
+    >>> seen = [monitor.observe(tx, params, tx.init(params), params)]
     >>> drawn = monitor.picture(seen, losses=[1.0], figure="update")
     """
     from matplotlib.colors import LogNorm, Normalize

@@ -24,15 +24,13 @@ def looked_at(moments, kind=AxisType.Auto):
     shardings = {name: jax.NamedSharding(mesh, jax.P(*spec)) for name, spec in SPECS.items()}
     tx = adamfn.adamw(1e-3, moments=moments)
     grads = jax.tree.map(lambda p: p * p - 0.3 * p, params)
-    updates, state = tx.update(grads, tx.init(params), params)
+    given = (grads, tx.init(params), params)
 
-    def look(grads, state, params, updates):
-        layers = {"blocks": 0}
-        return monitor.observe(tx, grads, state, params, updates, layers=layers, every=10)
+    def look(grads, state, params):
+        return monitor.observe(tx, grads, state, params, layers={"blocks": 0}, every=10)
 
     where = state_shardings(tx, params, shardings)
-    given = (grads, state, params, updates)
-    placed = jax.device_put(given, (shardings, where, shardings, shardings))
+    placed = jax.device_put(given, (shardings, where, shardings))
     if kind == AxisType.Explicit:
         with jax.set_mesh(mesh):
             compiled = jax.jit(look).lower(*placed).compile()
@@ -70,9 +68,10 @@ def test_inside_shard_map_the_figures_are_of_the_shards():
     params = jnp.arange(1.0, 17.0)
 
     def step(p):
-        updates, state = tx.update(p, tx.init(p))
-        return jax.tree.map(lambda x: x[None], monitor.observe(tx, p, state, p, updates, every=10).leaves)
+        leaves = monitor.observe(tx, p, tx.init(p), p, every=10).leaves
+        return jax.tree.map(lambda x: x[None], leaves)
 
-    leaves = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data")))
+    split = {"in_specs": jax.P("data"), "out_specs": jax.P("data")}
+    leaves = jax.jit(jax.shard_map(step, mesh=mesh, **split))
     expected = np.sqrt(np.mean(np.arange(1.0, 17.0).reshape(8, 2) ** 2, 1))
     np.testing.assert_allclose(leaves(params)[""]["gradient"], expected, rtol=1e-6)
