@@ -1,7 +1,7 @@
-"""What a look inside costs: a training step with `adamfn.monitor.observe`, beside the same without.
+"""What a look inside costs: a training step with `adamfn.monitor.observe`, and without.
 
-The character transformer of examples/char_lm.py, twenty steps in one jitted scan as it trains there,
-with a look at every step, at every tenth, and at none, taking turns in one process.
+The character transformer of examples/char_lm.py, twenty steps in one jitted scan as it trains
+there, with a look at every step, at every tenth, and at none, taking turns in one process.
 
     python benchmarks/monitor_cost.py              # writes benchmarks/results/monitor_cost.json
     python benchmarks/monitor_cost.py --rounds 3 --moments 8bit --out /dev/null

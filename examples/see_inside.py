@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import char_lm
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,7 +22,6 @@ from rich.console import Console
 from rich.live import Live
 
 import adamfn
-import char_lm
 from adamfn import monitor
 
 EVERY, RATE = 10, 3e-3

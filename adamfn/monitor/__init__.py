@@ -8,4 +8,14 @@ from adamfn.monitor.looks import flat, looks
 from adamfn.monitor.observing import Observation, observe
 from adamfn.monitor.pictures import picture, report
 
-__all__ = ["WORDS", "Fault", "Observation", "faults", "flat", "looks", "observe", "picture", "report"]
+__all__ = [
+    "WORDS",
+    "Fault",
+    "Observation",
+    "faults",
+    "flat",
+    "looks",
+    "observe",
+    "picture",
+    "report",
+]

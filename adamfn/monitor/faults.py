@@ -24,18 +24,10 @@ WORDS = (
     "decided by eps",
     "codes at their limit",
 )
-"""From the worst on.
-
-- not finite: a NaN or an infinity in the weight, the moments or the gradient. The weight comes
-  first: at the first step with a fault, that is where it came from.
-- exploding: a gradient `EXPLODING` times the others'.
-- dead: a gradient of zeros.
-- frozen: a gradient, a rate, and an update of zeros.
-- stalled by rounding: `MOST` updates are lost when they are added to a 16-bit weight.
-- decided by eps: for `MOST` elements that have had a gradient, the corrected root of v is below eps:
-  the step shrinks with the gradient, as plain gradient descent's.
-- codes at their limit: `MOST` codes of nu stand at the lowest level of their block.
-"""
+"""From the worst on. Not finite: a NaN or an infinity, the weight before the moments, these before
+the gradient, which is the way it spreads. Exploding: as above. Dead: a gradient of zeros. Frozen: a
+gradient, a rate, and an update of zeros. The others: `MOST` of the layer, by `lost`, `by_eps` and
+`lowest`."""
 
 
 class Fault(NamedTuple):
@@ -56,7 +48,7 @@ def faults(seen: Any) -> list[Fault]:
       seen: an `Observation`, one stacked by `scan`, or a list of either.
 
     Returns:
-      A `Fault` for each layer that has one: the first of `WORDS` that holds. None for a healthy run.
+      A `Fault` for each layer that has one: the first of `WORDS` that holds.
 
     Raises:
       ValueError: no step was looked at.

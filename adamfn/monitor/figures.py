@@ -1,28 +1,25 @@
-"""What is measured of one leaf, or of each layer of a stacked one: float32 scalars.
+r"""What is measured of one leaf, or of each layer of a stacked one: float32 scalars.
 
-| figure | of one leaf, with n elements |
+| figure | of the n elements |
 |---|---|
-| `gradient`, `update`, `weight` | root mean squares, $\\sqrt{\\sum x^2 / n}$; the weight before the step |
+| `gradient`, `update`, `weight` | root mean squares, $\sqrt{\sum x^2 / n}$; weights before the step |
 | `update_over_weight` | their ratio; 0 for a weight of zeros, which has no size yet |
-| `zeros` | share of the gradient that is exactly 0 |
-| `still` | share of the update that is exactly 0 |
-| `rate` | the learning rate of the step |
-| `step_10`, `step_50`, `step_90` | quantiles of the effective step, abs(u) / rate |
+| `zeros`, `still` | shares of the gradient and of the update that are exactly 0 |
+| `rate` | the learning rate $\alpha$ of the step |
+| `step_10`, `step_50`, `step_90` | quantiles of the effective step, $|u| / \alpha$ |
 | `agreement` | share of nonzero gradients with the sign of mu |
-| `signal` | mean of $\\hat m^2 / \\hat v$, where v is not 0 |
-| `by_eps` | share of nonzero v whose corrected root is below eps |
-| `lowest`, `highest` | share of nu's codes at the lowest and the highest level |
-| `largest` | share of mu's codes at the largest magnitude |
-| `lost` | share of nonzero updates that rounding the 16-bit weight loses, (p + u) = p |
+| `signal` | mean of $\hat m^2 / \hat v$, where v is not 0 |
+| `by_eps` | share of nonzero v with $\sqrt{\hat v} < \epsilon$, so that eps is most of the divisor |
+| `lowest`, `highest`, `largest` | shares of nu's codes at either end, of mu's at the largest size |
+| `lost` | share of nonzero updates that rounding a 16-bit weight loses: p + u = p |
 | `not_finite_gradient`, `..._moments`, `..._weight` | how many elements are NaN or infinite |
 
-The effective step is 1 where gradients agree for long, and its median is about 0.15 where they are noise.
 `signal` is the square of what Kingma and Ba (2015, section 2.1) call the signal-to-noise ratio: 1
-for a constant gradient, and for noise alone (1 - b1) / (1 + b1), 0.05. mu has the gradient in it, so of
-noise too a share of 1/2 + asin(sqrt(1 - b1^2)) / pi agrees, 0.64 for b1 = 0.9. Update over weight is
-what Karpathy's recipes watch (about 1e-3), and the trust ratio of LARS (You et al., 2017), inverted.
-Quantiles come from the shares below 23 steps, 2^-12 to 8, linear between: no element is sorted or
-sent. They are right to about a tenth; below 2^-12 they are 0.
+for a constant gradient, (1 - b1) / (1 + b1) = 0.05 for noise alone. There the effective step has a
+median of 0.15, and as mu has the gradient in it, a share 1/2 + asin(sqrt(1 - b1^2)) / pi = 0.64
+agrees. Update over weight is watched in Stanford's CS231n notes (about 1e-3), and is what LARS (You,
+Gitman and Ginsburg, 2017) keeps constant. Quantiles come from the shares below 23 steps from 2^-12
+to 8, linear between, so nothing is sorted or sent: right to a tenth; below 2^-12 they are 0.
 """
 
 from functools import partial

@@ -36,7 +36,9 @@ def looks(seen: Any) -> list[tuple[int, dict[str, Layer]]]:
         for path, figures in seen.leaves.items():
             for figure, value in figures.items():
                 for layer, x in np.ndenumerate(value[place]):
-                    layers.setdefault(f"{path}[{layer[0]}]" if layer else path, {})[figure] = float(x)
+                    layers.setdefault(f"{path}[{layer[0]}]" if layer else path, {})[figure] = float(
+                        x
+                    )
         found.append((int(seen.step[place]), layers))
     return found
 

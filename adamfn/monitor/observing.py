@@ -129,8 +129,8 @@ def _axes(leaves: Mapping[str, Any], layers: Mapping[str, int]) -> dict[str, int
         under = [path for path in leaves if path == start or path.startswith(f"{start}/")]
         if not under:
             raise ValueError(
-                f"observe: layers has {start!r}, where no leaf is; expected the beginning of a path:"
-                f" {', '.join(leaves)}."
+                f"observe: layers has {start!r}, where no leaf is; expected the beginning of a"
+                f" path: {', '.join(leaves)}."
             )
         for path in under:
             rank = leaves[path].ndim

@@ -1,7 +1,7 @@
 """Finding what a chain of ours keeps of each leaf, whatever its state is wrapped in."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,11 +73,7 @@ def rate_around(state: PyTree) -> Any:
 
 
 def read(tx: Any, node: Any, params: dict[str, Any]) -> ChainState:
-    """What a state of a chain says, of parameters by their paths.
-
-    Raises:
-      TypeError, ValueError: it is not of these parameters; names the leaf.
-    """
+    """What a state of a chain says, of parameters by their paths."""
     rate, moments = None, dict[str, Moments]()
     for stage, state in _stages(tx, node, params):
         own = state.stage if isinstance(state, CountedState) else state
@@ -93,7 +89,7 @@ def _has(node: Any, field: str) -> bool:
 
 def _parts(part: Any) -> Any:
     """What a transformation is made of: a tuple, a stage, another transformation, or None."""
-    if isinstance(part, tuple) and type(cast("Any", part)) is tuple or isinstance(part, Stage):
+    if type(part) is tuple or isinstance(part, Stage):
         return part
     own = own_of(part) if hasattr(part, "update") else None
     return own and own.made_of
@@ -143,16 +139,7 @@ def _params_of(node: Any, params: dict[str, Any]) -> PyTree:
     fields = jax.tree.leaves(node, is_leaf=lambda part: isinstance(part, Packed))
     packed = next(field for field in fields if isinstance(field, Packed))
     paths, treedef = jax.tree.flatten_with_path(packed.leaves, is_leaf=lambda leaf: leaf is None)
-    return treedef.unflatten([_param(params, path_name(path)) for path, _ in paths])
-
-
-def _param(params: dict[str, Any], name: str) -> Any:
-    if name not in params:
-        raise ValueError(
-            f"observe: found moments of {name or 'the root'} in the state, and no gradient of it;"
-            " expected gradients of the parameters that `init` was given."
-        )
-    return params[name]
+    return treedef.unflatten([params[path_name(path)] for path, _ in paths])
 
 
 def _moments(
@@ -161,7 +148,7 @@ def _moments(
     """The moments of every leaf that the state has some of."""
     kept = {path_name(path): (parts, scales) for path, parts, scales in kept_leaves(state)}
     names = sorted(kept)  # the order of a dictionary's leaves
-    tree = {name: _param(params, name) for name in names}
+    tree = {name: params[name] for name in names}
     fields = {field: {name: kept[name][0][field] for name in names} for field in stage.keeps}
     scales = tuple(kept[name][1] for name in names)
     flat = state._replace(**fields, scales=scales if jax.tree.leaves(scales) else ())

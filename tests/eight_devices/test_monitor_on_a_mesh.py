@@ -42,7 +42,9 @@ def looked_at(moments, kind=AxisType.Auto):
 @pytest.mark.parametrize("moments", formats.FORMATS)
 def test_only_sums_are_sent_and_they_are_one_devices(moments):
     program, found, expected = looked_at(moments)
-    sent = re.findall(r"= (.*?) (all-gather|all-to-all|collective-permute|all-reduce)\S*\(", program)
+    sent = re.findall(
+        r"= (.*?) (all-gather|all-to-all|collective-permute|all-reduce)\S*\(", program
+    )
     assert sent
     for shapes, operation in sent:
         sizes = [
