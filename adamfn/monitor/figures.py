@@ -2,14 +2,14 @@ r"""What is measured of one leaf, or of each layer of a stacked one: float32 sca
 
 | figure | of the n elements |
 |---|---|
-| `gradient`, `update`, `weight` | root mean squares, $\sqrt{\sum x^2 / n}$; weights before the step |
+| `gradient`, `update`, `weight` | root mean squares, $\sqrt{\sum x^2 / n}$; the old weight |
 | `update_over_weight` | their ratio; 0 for a weight of zeros, which has no size yet |
 | `zeros`, `still` | shares of the gradient and of the update that are exactly 0 |
 | `rate` | the learning rate $\alpha$ of the step |
 | `step_10`, `step_50`, `step_90` | quantiles of the effective step, $|u| / \alpha$ |
 | `agreement` | share of nonzero gradients with the sign of mu |
 | `signal` | mean of $\hat m^2 / \hat v$, where v is not 0 |
-| `by_eps` | share of nonzero v with $\sqrt{\hat v} < \epsilon$, so that eps is most of the divisor |
+| `by_eps` | share of v > 0 with $\sqrt{\hat v} < \epsilon$, where eps is most of the divisor |
 | `lowest`, `highest`, `largest` | shares of nu's codes at either end, of mu's at the largest size |
 | `lost` | share of nonzero updates that rounding a 16-bit weight loses: p + u = p |
 | `not_finite_gradient`, `..._moments`, `..._weight` | how many elements are NaN or infinite |
@@ -17,7 +17,7 @@ r"""What is measured of one leaf, or of each layer of a stacked one: float32 sca
 `signal` is the square of what Kingma and Ba (2015, section 2.1) call the signal-to-noise ratio: 1
 for a constant gradient, (1 - b1) / (1 + b1) = 0.05 for noise alone. There the effective step has a
 median of 0.15, and as mu has the gradient in it, a share 1/2 + asin(sqrt(1 - b1^2)) / pi = 0.64
-agrees. Update over weight is watched in Stanford's CS231n notes (about 1e-3), and is what LARS (You,
+agrees. Update over weight is watched in the CS231n notes (about 1e-3), and is what LARS (You,
 Gitman and Ginsburg, 2017) keeps constant. Quantiles come from the shares below 23 steps from 2^-12
 to 8, linear between, so nothing is sorted or sent: right to a tenth; below 2^-12 they are 0.
 """
@@ -36,7 +36,7 @@ from adamfn.trees import wide_dtype
 Figures = dict[str, jax.Array]
 
 QUANTILES = {"step_10": 0.1, "step_50": 0.5, "step_90": 0.9}
-_EDGES = np.exp2(np.float32([*range(-12, -4), *np.arange(-4, 3.5, 0.5)]))
+_EDGES = np.exp2(np.array([*range(-12, -4), *np.arange(-4, 3.5, 0.5)], np.float32))
 """The steps below which elements are counted."""
 
 
