@@ -108,9 +108,8 @@ def by_nnx(fault: Fault, steps: int) -> Iterator[tuple[jax.Array, monitor.Observ
     def train_step(model, optimizer, number):
         loss, grads = nnx.value_and_grad(lambda model: model.loss(batch(text, number)))(model)
         grads = fault.grads(grads)
-        params = nnx.as_pure(nnx.state(model, nnx.Param))
-        state = nnx.as_pure(optimizer.opt_state)
-        seen = monitor.observe(tx, grads, state, params, every=EVERY)
+        trees = (grads, optimizer.opt_state, nnx.state(model, nnx.Param))
+        seen = monitor.observe(tx, *map(nnx.as_pure, trees), every=EVERY)
         optimizer.update(model, grads)
         return loss, seen
 

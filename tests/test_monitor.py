@@ -143,9 +143,9 @@ def test_layers_that_a_scan_stacks_are_measured_each(moments):
         expected = look({"w": params["blocks"]["w"][layer]})["w"]
         assert own.keys() == expected.keys()
         for name in own:
-            # Shares of codes: the noise is that of another element.
-            tolerance = 0.03 if name in ("lowest", "highest", "largest") else 1e-5
-            np.testing.assert_allclose(own[name], expected[name], rtol=1e-3, atol=tolerance)
+            # The noise of a layer in a stack is that of other elements.
+            tolerance = 1e-5 if moments == "float32" else 0.03
+            np.testing.assert_allclose(own[name], expected[name], rtol=1e-5, atol=tolerance)
     if moments == "float32":
         along = look({"blocks": {"w": np.moveaxis(params["blocks"]["w"], 0, 1)}}, 1)
         for name, value in seen["blocks/w"].items():
@@ -417,7 +417,9 @@ def test_it_goes_through_scan_and_shows():
     assert table.title == "step 16: nothing is wrong"
     for figure in ("gradient", "agreement", "lost"):
         if figure == "lost":
-            with pytest.raises(ValueError, match=r"found no figure 'lost'; expected one of gradi"):
+            with pytest.raises(
+                ValueError, match=r"found no figure 'lost'; expected one of agreement, "
+            ):
                 monitor.picture(seen, figure=figure)
             continue
         drawn = monitor.picture(seen, losses.tolist(), figure)
@@ -444,7 +446,8 @@ def test_the_worst_layer_is_the_tables_first_row():
     first = next(row for row in rows if row[0] in ("out", "first/kernel", "second/bias"))
     assert first == ["out", "not", "finite"]
     drawn = monitor.picture(run, figure="gradient")
-    assert np.isinf(drawn.axes[1].collections[0].get_array()).sum() == 1  # the one that is red
+    mesh = drawn.axes[1].collections[0]
+    assert (mesh.get_array() > mesh.norm.vmax).sum() == 1  # the one that is red
 
 
 def test_flax_optimizers_are_read():
@@ -459,9 +462,9 @@ def test_flax_optimizers_are_read():
 
         @nnx.jit
         def step(model, optimizer, x, tx=tx):
-            params = nnx.as_pure(nnx.state(model, nnx.Param))
             grads = nnx.grad(lambda model: jnp.mean(model(x) ** 2))(model)
-            seen = monitor.observe(tx, grads, nnx.as_pure(optimizer.opt_state), params)
+            trees = (grads, optimizer.opt_state, nnx.state(model, nnx.Param))
+            seen = monitor.observe(tx, *map(nnx.as_pure, trees))
             optimizer.update(model, grads)
             return seen
 

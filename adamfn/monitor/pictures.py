@@ -99,7 +99,7 @@ def picture(seen: Any, losses: Sequence[float] | None = None, figure: str = "gra
     above, below = drawn.subplots(2, 1, sharex=True, height_ratios=(1.5, height))
     above.plot(range(1, len(losses or ()) + 1), losses or (), color="black", linewidth=0.8)
     above.set_ylabel("loss")
-    values = np.where(finite, np.where(log & (values == 0), -1.0, values), np.inf)
+    values = np.where(finite, np.where(log & (values == 0), -1.0, values), 10 * norm.vmax)
     mesh = below.pcolormesh(edges, rows, values, norm=norm, cmap=colours)
     below.set_yticks(rows[:-1] + 0.5, list(last), fontsize=7)
     below.invert_yaxis()

@@ -65,7 +65,7 @@ def test_explicit_axes_are_as_automatic_ones():
 
 
 def test_inside_shard_map_the_figures_are_of_the_shards():
-    mesh = jax.make_mesh((8,), ("data",))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     tx = adamfn.adam(1e-3)
     params = jnp.arange(1.0, 17.0)
 
