@@ -88,7 +88,8 @@ def picture(seen: Any, losses: Sequence[float] | None = None, figure: str = "gra
     log, finite = figure in _SIZES, np.isfinite(values)
     shown = values[finite & ((values > 0) if log else (values >= 0))]
     ends = (shown.min(), shown.max()) if shown.size else (1.0, 1.0)
-    norm = LogNorm(*ends) if log else Normalize(0, max(1.0, ends[1]))
+    top = ends[1] if log else max(1.0, ends[1])
+    norm = LogNorm(ends[0], top) if log else Normalize(0, top)
     colours = mpl.colormaps["viridis"].with_extremes(over="red", under="0.85", bad="0.85")
     steps = [step for step, _ in found]
     edges = [*steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)]
@@ -99,7 +100,7 @@ def picture(seen: Any, losses: Sequence[float] | None = None, figure: str = "gra
     above, below = drawn.subplots(2, 1, sharex=True, height_ratios=(1.5, height))
     above.plot(range(1, len(losses or ()) + 1), losses or (), color="black", linewidth=0.8)
     above.set_ylabel("loss")
-    values = np.where(finite, np.where(log & (values == 0), -1.0, values), 10 * norm.vmax)
+    values = np.where(finite, np.where(log & (values == 0), -1.0, values), 10 * top)
     mesh = below.pcolormesh(edges, rows, values, norm=norm, cmap=colours)
     below.set_yticks(rows[:-1] + 0.5, list(last), fontsize=7)
     below.invert_yaxis()
