@@ -41,7 +41,8 @@ def report(seen: Any, rows: int | None = None) -> Any:
     wrong, (step, layers) = faults(seen), looks(seen)[-1]
     words = {fault.layer: fault.word for fault in wrong}
     found = f"{len(wrong)} of {len(layers)} layers" if wrong else "nothing is wrong"
-    table = Table(title=f"step {step}: {found}", box=box.SIMPLE, pad_edge=False)
+    title = f"step {step}: {found}"
+    table = Table(title=title, box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("layer", no_wrap=True)
     table.add_column("what is wrong", style="bold red", no_wrap=True)
     columns = [name for name in COLUMNS if any(name in own for own in layers.values())]
