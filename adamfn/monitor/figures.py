@@ -84,7 +84,7 @@ def measure(
         return (root * scale.reshape(root.shape)).astype(jnp.float32)
 
     def not_finite(*arrays: jax.Array) -> jax.Array:
-        return sum((total(~jnp.isfinite(x)) for x in arrays), start=jnp.zeros((), jnp.float32))
+        return total(sum((~jnp.isfinite(x)).astype(jnp.float32) for x in arrays))
 
     g, u, p = (x.astype(wide_dtype(x.dtype)) for x in (grad, update, param))
     weight, moved = size(p), size(u)
