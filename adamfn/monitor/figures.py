@@ -84,7 +84,8 @@ def measure(
         return (root * scale.reshape(root.shape)).astype(jnp.float32)
 
     def not_finite(*arrays: jax.Array) -> jax.Array:
-        return total(sum((~jnp.isfinite(x)).astype(jnp.float32) for x in arrays))
+        counts = [(~jnp.isfinite(x)).astype(jnp.float32) for x in arrays]
+        return total(sum(counts, start=jnp.zeros((), jnp.float32)))
 
     g, u, p = (x.astype(wide_dtype(x.dtype)) for x in (grad, update, param))
     weight, moved = size(p), size(u)
