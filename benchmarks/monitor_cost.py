@@ -64,24 +64,30 @@ def training(moments: str, every: int | None) -> tuple[Callable[[], None], float
 
 
 def measure(moments: str, rounds: int) -> dict[str, Any]:
-    """Seconds of a step, and by how much longer it is than without a look in the same round."""
+    """Seconds of a step, and by how much longer it is than without a look in the same round.
+
+    By the clock, and by the processors' time, which other programs on the machine hardly change.
+    """
     runs = {name: training(moments, every) for name, every in LOOKS.items()}
     for run, _ in runs.values():
         run()  # once before it counts
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for number in track(range(rounds), description=moments):
         for name in runs if number % 2 else reversed(runs):
-            began = time.perf_counter()
+            began = time.perf_counter(), time.process_time()
             runs[name][0]()
-            samples[name].append((time.perf_counter() - began) / STEPS)
+            ended = time.perf_counter(), time.process_time()
+            samples[name].append(tuple((b - a) / STEPS for a, b in zip(began, ended, strict=True)))
     results = {}
     for name, own in samples.items():
-        longer = sorted(a / b - 1 for a, b in zip(own, samples["none"], strict=True))
-        results[name] = {
-            "seconds": median(own),
-            "longer": {"median": median(longer), "min": longer[0], "max": longer[-1]},
-            "compile_seconds": runs[name][1],
-        }
+        results[name] = {"compile_seconds": runs[name][1]}
+        for place, clock in enumerate(("seconds", "processor_seconds")):
+            pairs = zip(own, samples["none"], strict=True)
+            longer = sorted(mine[place] / none[place] - 1 for mine, none in pairs)
+            results[name][clock] = {
+                "median": median(sample[place] for sample in own),
+                "longer": {"median": median(longer), "min": longer[0], "max": longer[-1]},
+            }
     return results
 
 
@@ -92,12 +98,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "monitor_cost.json")
     args = parser.parse_args(argv)
     results = {moments: measure(moments, args.rounds) for moments in args.moments}
-    table = Table("moments", "looks", "ms a step", "longer", "compiled in")
+    table = Table("moments", "looks", "ms a step", "longer", "processors' ms", "longer", "compiled")
     for moments, rows in results.items():
         for name, row in rows.items():
-            longer = "{median:+.1%} ({min:+.1%} to {max:+.1%})".format(**row["longer"])
-            seconds = f"{row['compile_seconds']:.1f} s"
-            table.add_row(moments, name, f"{1e3 * row['seconds']:.1f}", longer, seconds)
+            cells = []
+            for clock in ("seconds", "processor_seconds"):
+                cells.append(f"{1e3 * row[clock]['median']:.1f}")
+                cells.append(
+                    "{median:+.1%} ({min:+.1%} to {max:+.1%})".format(**row[clock]["longer"])
+                )
+            table.add_row(moments, name, *cells, f"{row['compile_seconds']:.1f} s")
     Console().print(table)
     save(
         args.out,
