@@ -103,6 +103,7 @@ bench: $(VENV)-bench/.bench
 	$(VENV)-bench/bin/python benchmarks/exactness.py
 	$(VENV)-bench/bin/python benchmarks/trace_cost.py
 	$(VENV)-bench/bin/python benchmarks/step_speed.py $(ARGS)
+	$(VENV)-bench/bin/python benchmarks/monitor_cost.py
 	$(VENV)-bench/bin/python benchmarks/readme_tables.py
 
 bench-lean: $(VENV)-lean/.lean

@@ -1,6 +1,6 @@
 """Adam for JAX: pure functions over pytrees, exact from the first step on."""
 
-from adamfn import exports, formats, masks, sharding
+from adamfn import exports, formats, masks, monitor, sharding
 from adamfn.backends.report import backend
 from adamfn.chaining import chain, from_stage, with_backend
 from adamfn.packing import packed, repack
@@ -56,6 +56,7 @@ __all__ = [
     "from_stage",
     "lazy_adam",
     "masks",
+    "monitor",
     "nadam",
     "narrow_weights",
     "packed",

@@ -120,7 +120,7 @@ def with_backend(tx: GradientTransformation, backend: Backend) -> GradientTransf
     ) -> tuple[PyTree, PyTree, PyTree]:
         return own.advance(updates, state, params, extra, wanted._replace(backend=backend))
 
-    return assemble(tx.init, advance, own.takes)
+    return assemble(tx.init, advance, own.takes, made_of=structure_of(tx))
 
 
 def _compose(structure: Structure) -> GradientTransformation:

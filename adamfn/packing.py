@@ -105,7 +105,8 @@ def packed(tx: GradientTransformation, below: int = 32768) -> GradientTransforma
         moved_states = _map_kept(stages, states, None if packs else layout, moved)
         return nested(structure, iter(moved_states))
 
-    made = assemble(init, advance, {name for stage in stages for name in stage.takes})
+    takes = {name for stage in stages for name in stage.takes}
+    made = assemble(init, advance, takes, made_of=structure)
     cast("Any", made.update).repacked = repacked
     return made
 

@@ -41,6 +41,9 @@ class _Own(NamedTuple):
     takes: Collection[str] | None
     """The extra arguments that it takes; None for any."""
     structure: Any
+    """What a chain may join with its neighbours; None if it is to be left whole."""
+    made_of: Any
+    """The structure whose states its own state has, for those who only read them."""
 
 
 def assemble(
@@ -48,6 +51,7 @@ def assemble(
     advance: Advance,
     takes: Collection[str] | None,
     structure: Any = None,
+    made_of: Any = None,
 ) -> GradientTransformation:
     """The transformation of an `advance`, which has a step of its own.
 
@@ -56,6 +60,7 @@ def assemble(
       advance: takes a step.
       takes: the extra arguments that it takes; None for any.
       structure: what a chain may join with its neighbours; None if it is to be left whole.
+      made_of: the structure of what is left whole.
     """
 
     def update(
@@ -65,7 +70,9 @@ def assemble(
         return updates, state
 
     # An attribute of a function survives where a transformation is copied, pickled or mapped.
-    cast("Any", update).own = _Own(update, advance, takes, structure)
+    cast("Any", update).own = _Own(
+        update, advance, takes, structure, made_of if structure is None else structure
+    )
     return GradientTransformation(init, update)
 
 

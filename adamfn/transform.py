@@ -162,10 +162,10 @@ def _added(params: list[Any], updates: list[Any]) -> list[jax.Array]:
 
 @jax.jit
 def _add(params: list[jax.Array], updates: list[jax.Array]) -> list[jax.Array]:
-    return [_wide_sum(p, u).astype(p.dtype) for p, u in zip(params, updates, strict=True)]
+    return [wide_sum(p, u).astype(p.dtype) for p, u in zip(params, updates, strict=True)]
 
 
-def _wide_sum(param: jax.Array, update: jax.Array) -> jax.Array:
+def wide_sum(param: jax.Array, update: jax.Array) -> jax.Array:
     """The sum in float32, or in the wider of the two dtypes."""
     wide = jnp.promote_types(jnp.promote_types(param.dtype, update.dtype), jnp.float32)
     return param.astype(wide) + update.astype(wide)

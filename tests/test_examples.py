@@ -119,6 +119,20 @@ def test_char_lm_trains_with_lean_moments_and_writes(capsys):
         assert word in printed
 
 
+@pytest.mark.parametrize(
+    ("options", "layer", "word"),
+    [("--fault nan", "blocks/1/up", "not finite"), ("--fault exploding --nnx", "up", "exploding")],
+)
+def test_see_inside_finds_the_fault(options, layer, word, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    main = example("see_inside")["main"]
+    worst, *_ = main([*options.split(), "--steps", "1", "--out", str(tmp_path)])
+    assert worst.word == word
+    assert worst.layer.endswith(layer)
+    assert (tmp_path / "see_inside.png").read_bytes().startswith(b"\x89PNG")
+    assert word in capsys.readouterr().out
+
+
 def test_sharded_training_shows_where_a_moment_lies():
     command = [sys.executable, str(EXAMPLES / "sharded_training.py"), "--steps", "4"]
     run = subprocess.run(

@@ -1,0 +1,143 @@
+"""`observe`: what a training step does to every leaf."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from adamfn.ema import increment
+from adamfn.interop.states import leaves_by_path
+from adamfn.monitor.figures import Figures, measure
+from adamfn.monitor.states import chain_states, count_of, rate_around, read
+from adamfn.transform import Transformation
+from adamfn.trees import PyTree, as_array, check_inexact, describe
+from adamfn.varying import vary_together
+
+
+class Observation(NamedTuple):
+    """What was seen of a step. A tree of arrays: it goes through `jit` and `scan`."""
+
+    step: jax.Array
+    """The step's number, 1 at the first, int32; 0 where it was not looked at."""
+    leaves: dict[str, Figures]
+    """By a leaf's path, then by a figure's name: a float32 scalar, or a vector of one for each
+    layer; 0 where it was not looked at."""
+
+
+def observe(
+    tx: Transformation,
+    grads: PyTree,
+    state: PyTree,
+    params: PyTree,
+    *,
+    ours: Transformation | None = None,
+    every: int = 1,
+    when: chex.Numeric = True,
+    layers: Mapping[str, int] | None = None,
+    **extra: Any,
+) -> Observation:
+    """What the training step that is about to be taken does to every leaf, in a few scalars each.
+
+    `adamfn.monitor.figures` defines them. A pure function, for inside a jitted step, before
+    `update` or `step`. When it looks, it takes `tx.update` once more by itself, so that the program
+    of the training stays as it is; when it does not, it costs next to nothing. On a mesh it gathers
+    no leaf. Inside `jax.shard_map` the figures are those of a device's own shards.
+
+    Args:
+      tx: the transformation that the step is taken with.
+      grads: the gradients; None where a leaf is not trained.
+      state: the state before the step; of flax's optimizer `nnx.as_pure(optimizer.opt_state)`.
+      params: the parameters before the step.
+      ours: where `tx` is optax's, the transformation of ours that is inside; where optax makes it,
+        as `optax.inject_hyperparams(adamfn.adam)` does, one made with the same arguments.
+      every: looks at the first step and at each so many after it.
+      when: looks only where this bool, a scalar, is true: `optax.MultiSteps(tx, k)` moves nothing
+        before `state.mini_step == k - 1`.
+      layers: by the beginning of a path, the axis along which layers are stacked: `{"blocks": 0}`
+        measures every layer of the leaves under `blocks` by itself.
+      **extra: what `update` takes besides, such as `learning_rate=`.
+
+    Returns:
+      An `Observation`. Figures that need a rate, or moments, are left out where there are none.
+
+    Raises:
+      TypeError: neither `tx` nor `ours` is ours; a leaf is not an array of floating point.
+      ValueError: a state of another chain, trees that do not match, layers along an axis that a
+        leaf lacks; names the leaf.
+
+    >>> import adamfn
+    >>> import jax.numpy as jnp
+    >>> from adamfn import monitor
+    >>> tx = adamfn.adam(0.1)
+    >>> params, grads = {"w": jnp.array([3.0, -3.0])}, {"w": jnp.array([1.0, -2.0])}
+    >>> seen = monitor.observe(tx, grads, tx.init(params), params)
+    >>> figures = seen.leaves["w"]
+    >>> print(", ".join(f"{name} {figures[name]:.2f}" for name in ("weight", "update", "signal")))
+    weight 3.00, update 0.10, signal 1.00
+    """
+    ours = tx if ours is None else ours
+    gs, ps = _by_path("grads", grads), _by_path("params", params)
+    for path, g in gs.items():
+        if path not in ps or ps[path].shape != g.shape:
+            raise ValueError(
+                f"observe: params at {path or 'the root'}: found {describe(ps.get(path))}; expected"
+                f" the shape of its gradient, {describe(g)}. Pass the parameters before the step."
+            )
+    axes = _axes(gs, layers or {})
+    count = count_of(ours, chain_states(ours, state)[0])
+    if not isinstance(every, int) or every < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"observe: every is {every!r}; expected a number of steps, at least 1.")
+
+    def together(figures: PyTree) -> PyTree:
+        """All varying over the axes that a gradient varies over: what two branches must share."""
+        values, treedef = jax.tree.flatten(figures)
+        return treedef.unflatten(vary_together([*values, *gs.values()])[: len(values)])
+
+    def look() -> dict[str, Figures]:
+        updates, after = tx.update(grads, state, params, **extra)
+        us = _by_path("updates", updates)
+        chains = [read(ours, node, gs) for node in chain_states(ours, after)]
+        found: dict[str, Figures] = {}
+        for path, g in gs.items():
+            own = next((chain for chain in chains if path in chain.moments), chains[0])
+            rate = rate_around(after) if own.rate is None else own.rate
+            u = us.get(path, jnp.zeros_like(g))  # None moves nothing
+            found[path] = measure(g, u, ps[path], own.moments.get(path), rate, axes.get(path))
+        return together(found)
+
+    def pass_by() -> dict[str, Figures]:
+        shapes = jax.eval_shape(look)
+        return together(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+
+    # Also for every=1 nothing that a compiler knows to be true: it would join the two updates.
+    due = (count % every == 0) & (count >= 0) & jnp.asarray(when, bool)
+    return Observation(jnp.where(due, increment(count), 0), jax.lax.cond(due, look, pass_by))
+
+
+def _by_path(name: str, tree: PyTree) -> dict[str, Any]:
+    check_inexact(tree, f"observe: {name}")
+    leaves = leaves_by_path(tree)
+    return {path: as_array(leaf) for path, leaf in leaves.items() if leaf is not None}
+
+
+def _axes(leaves: Mapping[str, Any], layers: Mapping[str, int]) -> dict[str, int]:
+    """The axis of the layers of each leaf that has some."""
+    axes: dict[str, int] = {}
+    for start, axis in layers.items():
+        under = [path for path in leaves if path == start or path.startswith(f"{start}/")]
+        if not under:
+            raise ValueError(
+                f"observe: layers has {start!r}, where no leaf is; expected the beginning of a"
+                f" path: {', '.join(leaves)}."
+            )
+        for path in under:
+            rank = leaves[path].ndim
+            if not -rank <= axis < rank:
+                raise ValueError(
+                    f"observe: layers has the axis {axis} for {path}, which is"
+                    f" {describe(leaves[path])}; expected one from {-rank} to {rank - 1}."
+                )
+            axes[path] = axis % rank
+    return axes

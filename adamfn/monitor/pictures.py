@@ -1,0 +1,110 @@
+"""For eyes: a table of the last look, and a picture of a run. rich and matplotlib come in late."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from adamfn.monitor.faults import faults
+from adamfn.monitor.looks import layers_of, looks
+
+COLUMNS = ("gradient", "update_over_weight", "step_50", "signal", "by_eps", "lost")
+"""The figures that the table shows, where a layer has them."""
+
+_SIZES = ("gradient", "update", "weight", "update_over_weight", "rate")
+"""What spans many powers of ten."""
+
+
+def report(seen: Any, rows: int | None = None) -> Any:
+    """A table of the last step that was looked at: the worst layers first, with what is wrong.
+
+    Args:
+      seen: an `Observation`, one stacked by `scan`, or a list of either.
+      rows: how many layers to show; None for all.
+
+    Returns:
+      A `rich.table.Table`, for `rich.print` or `rich.live.Live`.
+
+    Raises:
+      ValueError: no step was looked at.
+
+    >>> import adamfn
+    >>> import jax.numpy as jnp
+    >>> tx, params = adamfn.adam(0.1), {"w": jnp.ones(3)}
+    >>> seen = adamfn.monitor.observe(tx, params, tx.init(params), params)
+    >>> print(adamfn.monitor.report(seen).title)
+    step 1: nothing is wrong
+    """
+    from rich import box
+    from rich.table import Table
+
+    wrong, (step, layers) = faults(seen), looks(seen)[-1]
+    words = {fault.layer: fault.word for fault in wrong}
+    found = f"{len(wrong)} of {len(layers)} layers" if wrong else "nothing is wrong"
+    title = f"step {step}: {found}"
+    table = Table(title=title, box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("layer", no_wrap=True)
+    table.add_column("what is wrong", style="bold red", no_wrap=True)
+    columns = [name for name in COLUMNS if any(name in own for own in layers.values())]
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="right")
+    for layer in [*words, *(name for name in layers if name not in words)][:rows]:
+        cells = [f"{layers[layer][c]:.2g}" if c in layers[layer] else "" for c in columns]
+        table.add_row(layer, words.get(layer, ""), *cells)
+    return table
+
+
+def picture(seen: Any, losses: Sequence[float] | None = None, figure: str = "gradient") -> Any:
+    """A picture of a run: layers against steps in colours of a figure, with the loss above.
+
+    Args:
+      seen: a list of `Observation`s, or one that `scan` stacked.
+      losses: the loss of every training step, from the first.
+      figure: a figure of `adamfn.monitor.figures`. What is not finite is red; grey is zero on a
+        logarithmic scale, or not there.
+
+    Returns:
+      A `matplotlib.figure.Figure`, for `.savefig(path)`.
+
+    Raises:
+      ValueError: no step was looked at, or no layer has the figure.
+
+    >>> import adamfn
+    >>> import jax.numpy as jnp
+    >>> tx, params = adamfn.adam(0.1), {"w": jnp.ones(3)}
+    >>> seen = [adamfn.monitor.observe(tx, params, tx.init(params), params)]
+    >>> drawn = adamfn.monitor.picture(seen, losses=[1.0], figure="signal")
+    """
+    import matplotlib as mpl
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.figure import Figure
+
+    last, found = layers_of(seen), looks(seen)
+    if not any(figure in own for own in last.values()):
+        raise ValueError(
+            f"picture: found no figure {figure!r}; expected one of"
+            f" {', '.join(next(iter(last.values())))}."
+        )
+    values = np.array([[own[layer].get(figure, -1.0) for _, own in found] for layer in last])
+    log, finite = figure in _SIZES, np.isfinite(values)
+    shown = values[finite & ((values > 0) if log else (values >= 0))]
+    ends = (shown.min(), shown.max()) if shown.size else (1.0, 1.0)
+    top = ends[1] if log else max(1.0, ends[1])
+    norm = LogNorm(ends[0], top) if log else Normalize(0, top)
+    colours = mpl.colormaps["viridis"].with_extremes(over="red", under="0.85", bad="0.85")
+    steps = [step for step, _ in found]
+    edges = [*steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)]
+    rows = np.arange(len(last) + 1)
+
+    height = 0.22 * len(last) + 0.5
+    drawn = Figure(figsize=(8, height + 1.5), layout="constrained")
+    above, below = drawn.subplots(2, 1, sharex=True, height_ratios=(1.5, height))
+    above.plot(range(1, len(losses or ()) + 1), losses or (), color="black", linewidth=0.8)
+    above.set_ylabel("loss")
+    values = np.where(finite, np.where(log & (values == 0), -1.0, values), 10 * top)
+    mesh = below.pcolormesh(edges, rows, values, norm=norm, cmap=colours)
+    below.set_yticks(rows[:-1] + 0.5, list(last), fontsize=7)
+    below.invert_yaxis()
+    below.set_xlabel("step")
+    drawn.colorbar(mesh, ax=below, label=figure.replace("_", " "))
+    return drawn
