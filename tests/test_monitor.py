@@ -506,3 +506,17 @@ def test_what_was_not_looked_at_is_named():
             show(seen)
     with pytest.raises(TypeError, match="found a dict; expected what `observe` returned"):
         monitor.faults({})
+
+
+def test_weights_with_corrections_move_though_their_bfloat16_does_not():
+    params = {"w": jnp.ones(8, jnp.bfloat16)}
+    tx = adamfn.chain(adamfn.adam(1e-5), adamfn.round_weights(32))
+    grads = {"w": jnp.ones(8, jnp.bfloat16)}
+    state = tx.init(params)
+    figures = monitor.observe(tx, grads, state, params).leaves["w"]
+    moved, state = adamfn.step(tx, grads, state, params)
+    assert np.array_equal(moved["w"], params["w"])
+    np.testing.assert_allclose(figures["update"], 1e-5, rtol=1e-2)  # of a float32 weight of 1
+    assert figures["still"] == 0
+    assert "lost" not in figures
+    assert not monitor.faults(monitor.observe(tx, grads, state, moved))

@@ -11,7 +11,8 @@ from adamfn.ema import increment
 from adamfn.interop.states import leaves_by_path
 from adamfn.monitor.figures import Figures, measure
 from adamfn.monitor.states import chain_states, count_of, rate_around, read
-from adamfn.transform import Transformation
+from adamfn.stages.round_weights import rounding_states, whole_weights
+from adamfn.transform import Transformation, apply_updates
 from adamfn.trees import PyTree, as_array, check_inexact, describe
 from adamfn.varying import vary_together
 
@@ -97,14 +98,18 @@ def observe(
 
     def look() -> dict[str, Figures]:
         updates, after = tx.update(grads, state, params, **extra)
-        us = _by_path("updates", updates)
+        us, weights = _by_path("updates", updates), ps
+        if rounding_states(after):  # what moves are the weights that these stand for
+            moved = whole_weights(apply_updates(params, updates), after)
+            weights = _by_path("params", whole_weights(params, state))
+            us = {path: w - weights[path] for path, w in _by_path("params", moved).items()}
         chains = [read(ours, node, gs) for node in chain_states(ours, after)]
         found: dict[str, Figures] = {}
         for path, g in gs.items():
             own = next((chain for chain in chains if path in chain.moments), chains[0])
             rate = rate_around(after) if own.rate is None else own.rate
             u = us.get(path, jnp.zeros_like(g))  # None moves nothing
-            found[path] = measure(g, u, ps[path], own.moments.get(path), rate, axes.get(path))
+            found[path] = measure(g, u, weights[path], own.moments.get(path), rate, axes.get(path))
         return together(found)
 
     def pass_by() -> dict[str, Figures]:

@@ -119,7 +119,8 @@ def whole_weights(params: PyTree, state: PyTree) -> PyTree:
     >>> print(params, adamfn.whole_weights(params, state))
     1 1.001
     """
-    found = {path: c for node in _states(state) for path, c in _by_path(node.correction).items()}
+    nodes = rounding_states(state)
+    found = {path: c for node in nodes for path, c in _by_path(node.correction).items()}
 
     def whole(path: Any, p: Any) -> Any:
         if not _is_bfloat16(p):
@@ -217,7 +218,8 @@ def _is_state(node: Any) -> bool:
     return isinstance(node, RoundWeightsState)
 
 
-def _states(state: PyTree) -> list[RoundWeightsState]:
+def rounding_states(state: PyTree) -> list[RoundWeightsState]:
+    """The states of `round_weights` inside of a state."""
     nodes = jax.tree.leaves(state, is_leaf=_is_state)
     return [cast("RoundWeightsState", node) for node in nodes if _is_state(node)]
 
