@@ -74,7 +74,7 @@ notebook: $(VENV)/.docs
 
 # Of these tests none needs a library but optax.
 CORE := $(foreach name,angle bias contracts errors exactness family formats hyperparams learning_rate \
-	moments native order packing pallas rounding stage step storage transform trees weight_decay, \
+	moments native order packing pallas stage step storage transform trees weight_decay, \
 	tests/test_$(name).py)
 CORE_NEEDS := pytest pytest-xdist hypothesis flatbuffers
 LOWEST := $(shell grep -oE '"(jax|jaxlib|chex|optax)>=[0-9.]+"' pyproject.toml | sort -u | tr -d '"' | sed 's/>=/==/')

@@ -54,7 +54,7 @@ def check_order(elements: Sequence[Any]) -> None:
             " it, as in AdamW."
         )
     for stage in stages[_place(names, "scale_by_lr") :]:
-        if stage.name == "add_decayed_weights":
+        if stage.name == "add_decayed_weights" and stage.formula is not add_agreeing_multiple:
             raise ValueError(
                 "chain: add_decayed_weights stands after scale_by_lr: added to updates that have"
                 " their sign already, it makes parameters grow. Put it before the rate, as adamw"

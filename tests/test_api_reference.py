@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import adamfn
-from adamfn import formats, interop, masks
+from adamfn import formats, interop, masks, monitor
 from adamfn.interop import torch
 
 PAGES = Path(__file__).parent.parent / "docs" / "api"
@@ -14,9 +14,9 @@ def test_every_public_name_has_its_entry():
     text = "\n".join(page.read_text() for page in PAGES.glob("*.md"))
     entries = re.findall(r"^::: (adamfn\.\S+)", text, re.MULTILINE)
     assert len(entries) == len(set(entries))
-    modules = {"formats", "masks", "sharding"}
+    modules = {"formats", "masks", "monitor", "sharding"}
     public = {f"adamfn.{name}" for name in adamfn.__all__ if name not in modules}
-    for module in (masks, interop, torch):
+    for module in (masks, monitor, interop, torch):
         public |= {f"{module.__name__}.{name}" for name in module.__all__}
     # What formats are told apart by is not for users.
     inner = {"FORMATS", "check_moments", "choose_formats"}
