@@ -53,13 +53,15 @@ def check_order(elements: Sequence[Any]) -> None:
             " turn its sign. Put it last, or leave out independent=True: the rate then multiplies"
             " it, as in AdamW."
         )
-    for stage in stages[_place(names, "scale_by_lr") :]:
+    last_rate = len(names) - _place(names[::-1], "scale_by_lr")  # after it, or 0 without one
+    for stage in stages[last_rate:] if last_rate else []:
         if stage.name == "add_decayed_weights" and stage.formula is not add_agreeing_multiple:
             raise ValueError(
                 "chain: add_decayed_weights stands after scale_by_lr: added to updates that have"
                 " their sign already, it makes parameters grow. Put it before the rate, as adamw"
                 " does, or pass independent=True for a decay that no rate multiplies."
             )
+    for stage in stages[_place(names, "scale_by_lr") :]:
         if stage.formula in (add_agreeing_multiple, where_agreeing):
             raise ValueError(
                 f"chain: {stage.name} stands after scale_by_lr, which turns the signs around that"

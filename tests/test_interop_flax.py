@@ -34,6 +34,7 @@ TRANSFORMATIONS = {
 }
 # Roundings of float32, which training pulls apart; in 8 bits one can turn a code to its neighbour.
 TOLERANCE = dict.fromkeys(TRANSFORMATIONS, 1e-5) | {"8bit": 1e-4}
+OF_A_LOSS = 5e-7  # four roundings of the first loss, which is 1: later ones are sums that cancel
 native = pytest.mark.skipif(adamfn.backend().name != "native", reason="there is no C++ compiler")
 
 
@@ -103,7 +104,7 @@ def test_nnx_curves_are_flaxs(how, name):
         losses.append([float(step(model, optimizer)) for _ in range(STEPS)])
         steps.append(int(optimizer.step[...]))
     assert losses[0][-1] < 0.9 * losses[0][0]
-    np.testing.assert_allclose(*losses, rtol=TOLERANCE[name])
+    np.testing.assert_allclose(*losses, rtol=TOLERANCE[name], atol=OF_A_LOSS)
     assert steps == [STEPS, STEPS]
 
 
@@ -120,7 +121,7 @@ def test_linen_curves_are_flaxs(how, name):
         assert type(state) is cls
         assert state.step == STEPS
     assert losses[0][-1] < 0.9 * losses[0][0]
-    np.testing.assert_allclose(*losses, rtol=TOLERANCE[name])
+    np.testing.assert_allclose(*losses, rtol=TOLERANCE[name], atol=OF_A_LOSS)
 
 
 @pytest.mark.parametrize("graph", [True, False])
