@@ -222,6 +222,7 @@ def test_block_sizes(block):
 def native_call(operands, results, **attributes):
     attributes = {
         "format": np.int32(0),
+        "bits": np.int32(0),
         "packed": False,
         "moves": True,
         "returns": False,
@@ -282,6 +283,9 @@ def wrong_calls():
     yield "packed too long", longer, {"packed": True}, "moments of another dtype or size"
     yield "format", good, {"format": np.int32(9)}, "an unknown format"
     yield "negative format", good, {"format": np.int32(-1)}, "an unknown format"
+    yield "bits", good, {"bits": np.int32(8)}, "another number of bits"
+    yield "packed bits", good, {"bits": np.int32(16), "packed": True}, "another number of bits"
+    yield "weights", good, {"bits": np.int32(16)}, "another dtype than bfloat16"
     lean = EightBit().encode(ones((2, 300)), ones((2, 300)), None)
     eight = [*good[:3], *jax.tree.leaves(lean), ones((2, 300)), ones((2, 300))]
     as_eight = {"format": np.int32(3)}
