@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make demo    train a small network on handwritten digits (ARGS=--help for its options)"
-	@echo "make test    all tests and every example in the documentation"
+	@echo "make test    all tests and every example in the documentation (with ARGS=, without those of"
+	@echo "             tests/eight_devices)"
 	@echo "make test-peers  the installed torch and optax beside adamfn, live (installs torch)"
 	@echo "make test-accelerators  programs compiled for a TPU and a GPU that are not at hand, held to"
 	@echo "             their bounds (installs the compilers in environments of their own)"
@@ -35,8 +36,13 @@ help:
 demo: $(VENV)/.examples
 	@$(BIN)/python examples/digits.py $(ARGS)
 
+# Processes share what they compile; the number of devices is fixed when a process begins.
+test: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/build/compiled
+test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
+test: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES = -1
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q -n auto $(ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile $(ARGS)
+	$(if $(ARGS),,$(BIN)/python -m pytest -q -n auto tests/eight_devices)
 
 test-peers: $(VENV)/.peers
 	$(BIN)/python -m pytest -q -n auto tests/peers $(ARGS)
