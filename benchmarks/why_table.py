@@ -101,7 +101,7 @@ def on_tpu() -> tuple[str, ...]:
     return (
         "**on TPU too**: bytes of memory that an 8-bit step moves for each parameter, on v5e",
         ours,
-        f"optax, in float32, {optax}; flashoptim-jax {flashoptim}",
+        f"optax, in float32, {optax}; flashoptim-jax, whose kernel is for GPU, {flashoptim}",
         "[accelerators](docs/accelerators.md#what-was-measured)",
     )
 
@@ -110,7 +110,8 @@ def narrow_weights() -> tuple[str, ...]:
     # tests/test_round_weights.py: test_a_weight_moves_as_far_as_it_should, of 24 bits and a rate of
     # 1e-6, and test_optaxs_own_bfloat16_stays_where_it_was.
     return (
-        "**Weights in 16 bits that train**: 1.0 after 2000 steps of 1e-6 down, where 0.998 is right",
+        "**Weights in 16 bits that train**: where a weight of 1 is after 2000 steps of 1e-6;"
+        " 0.998 is right",
         "0.998, with a byte beside each",
         "optax 1.000",
         "[weights in 16 bits](docs/sixteen_bit_weights.md)",
@@ -120,9 +121,9 @@ def narrow_weights() -> tuple[str, ...]:
 def taken_over() -> tuple[str, ...]:
     # tests/test_interop_torch.py: test_a_torch_run_goes_on.
     return (
-        "**Portable**: how far parameters are from torch's own after 40 steps in torch and 40 taken"
-        " over",
-        "1e-6 of the largest",
+        "**Portable**: how far parameters are from torch's own after 40 steps of its Adam and 40"
+        " taken over",
+        "1e-6 of the largest, at most",
         "optax reads no torch state",
         "[taking over a run](docs/taking_over_runs.md)",
     )
