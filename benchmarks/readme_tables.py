@@ -21,6 +21,7 @@ from accelerator_tables import (
     accelerators_versions,
 )
 from step_tables import step_cost, step_goals, step_limits, step_speed, step_variants
+from why_table import why
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -142,7 +143,7 @@ def stage_cost() -> str:
 
 
 TABLES = {
-    "README.md": (exactness, step_speed, trace_cost, accelerators, lean_quality),
+    "README.md": (why,),
     "docs/accelerators.md": (
         accelerators_versions,
         accelerators_step,
