@@ -68,9 +68,9 @@ def load() -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(train)[:LARGEST_TEXT], np.concatenate(held_out)
 
 
-def init(key: jax.Array) -> dict:
+def init(key: jax.Array, layers: int = LAYERS) -> dict:
     """Weights of standard deviation 1 / sqrt(inputs); the embedding is the last layer's too."""
-    keys = iter(jax.random.split(key, 1 + 4 * LAYERS))
+    keys = iter(jax.random.split(key, 1 + 4 * layers))
 
     def dense(inputs: int, outputs: int) -> jax.Array:
         return jax.random.normal(next(keys), (inputs, outputs)) / inputs**0.5
@@ -79,15 +79,15 @@ def init(key: jax.Array) -> dict:
         return {
             "norm_1": jnp.ones(WIDTH),
             "qkv": dense(WIDTH, 3 * WIDTH),
-            "out": dense(WIDTH, WIDTH) / (2 * LAYERS) ** 0.5,
+            "out": dense(WIDTH, WIDTH) / (2 * layers) ** 0.5,
             "norm_2": jnp.ones(WIDTH),
             "up": dense(WIDTH, 4 * WIDTH),
-            "down": dense(4 * WIDTH, WIDTH) / (2 * LAYERS) ** 0.5,
+            "down": dense(4 * WIDTH, WIDTH) / (2 * layers) ** 0.5,
         }
 
     return {
         "characters": dense(WIDTH, CHARACTERS).T,
-        "blocks": [block() for _ in range(LAYERS)],
+        "blocks": [block() for _ in range(layers)],
         "norm": jnp.ones(WIDTH),
     }
 

@@ -143,6 +143,52 @@ def test_sharded_training_shows_where_a_moment_lies():
         assert word in run.stdout, run.stdout
 
 
+def test_step_in_backward_forgets_gradients(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    found = example("step_in_backward")
+    grads, plain, by_layers = found["memory"](found["optimizer"](lean=False), 32, "float32")
+    # One layer's gradients, and its slices of weights and moments, are 4 of 32.
+    assert plain - by_layers > 0.8 * grads
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_step_in_backward_is_the_ordinary_step(lean, monkeypatch):
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import adamfn
+
+    monkeypatch.syspath_prepend(EXAMPLES)
+    found, layers = example("step_in_backward"), 2
+    tx = found["optimizer"](lean)
+    params = found["init"](jax.random.key(0), layers, "bfloat16" if lean else "float32")
+    state = found["init_by_layers"](tx, params)
+    windows = jax.random.randint(jax.random.key(1), (2, 9), 0, 128)
+
+    @jax.jit
+    def layer_by_layer(params, state):
+        """All gradients first. Each layer has a state of its own, and so the noise of its own."""
+        grads = jax.grad(found["ordinary_loss"])(params, windows)
+        ends = adamfn.step(tx, *(tree["ends"] for tree in (grads, state, params)))
+        rows = [
+            adamfn.step(tx, *found["at"](number, [t["blocks"] for t in (grads, state, params)]))
+            for number in range(layers)
+        ]
+        blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+        return tuple({"ends": a, "blocks": b} for a, b in zip(ends, blocks, strict=True))
+
+    expected, in_backward = (params, state), jax.jit(found["in_backward"](tx))
+    for _ in range(3):
+        expected = layer_by_layer(*expected)
+        params, state, _ = in_backward(params, state, windows)
+    wholes = [adamfn.whole_weights(*own) for own in ((params, state), expected)]
+    for a, b in zip(*map(jax.tree.leaves, wholes), strict=True):
+        # Two programs of one arithmetic: a gradient is summed in another order here and there.
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-2 * found["RATE"])
+    assert jax.tree.structure(state) == jax.tree.structure(expected[1])
+
+
 @pytest.mark.parametrize("name", ["resume", "sharded_training"])
 def test_they_can_be_interrupted(name, tmp_path):
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--steps", "100000"]
