@@ -1,6 +1,6 @@
 """What bfloat16 weights do to training: examples/char_lm.py with its weights kept in four ways.
 
-300 steps on each of three seeds. Gradients have their weights' dtype, and the forward pass computes
+800 steps on each of three seeds. Gradients have their weights' dtype, and the forward pass computes
 in float32: nothing differs but what is stored. The result of every run is written when it ends, and
 runs that are there already are not made again; after a change to adamfn, `--fresh` starts over.
 
@@ -28,7 +28,7 @@ from rich.progress import track
 
 import adamfn
 
-SEEDS, STEPS, WEIGHT_DECAY = (0, 1, 2), 300, 1e-2
+SEEDS, STEPS, WEIGHT_DECAY = (0, 1, 2), 800, 1e-2
 EXAMPLE = runpy.run_path(str(BENCHMARKS.parent / "examples" / "char_lm.py"))
 
 

@@ -162,8 +162,9 @@ def test_step_in_backward_is_the_ordinary_step(lean, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     found, layers = example("step_in_backward"), 2
     tx = found["optimizer"](lean)
-    params = found["init"](jax.random.key(0), layers, "bfloat16" if lean else "float32")
-    state = found["init_by_layers"](tx, params)
+    dtype = "bfloat16" if lean else "float32"
+    params = jax.jit(lambda: found["init"](jax.random.key(0), layers, dtype))()
+    state = jax.jit(lambda params: found["init_by_layers"](tx, params))(params)
     windows = jax.random.randint(jax.random.key(1), (2, 9), 0, 128)
 
     @jax.jit
