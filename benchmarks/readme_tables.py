@@ -97,7 +97,11 @@ def lean_fidelity() -> str:
             for c in row["spreads"].values()
         )
         lines.append(f"| {name} | {row['bytes_a_parameter']:.2f} | {cells} |")
-    head = "| moments by | bytes | " + " | ".join(f"{d} decades" for d in spreads) + " |"
+    head = (
+        "| moments by | bytes | "
+        + " | ".join(f"{d} decade{'s' * (d != '1')}" for d in spreads)
+        + " |"
+    )
     return "\n".join([head, "|---" * (2 + len(spreads)) + "|", *lines])
 
 
