@@ -119,6 +119,19 @@ def test_char_lm_trains_with_lean_moments_and_writes(capsys):
         assert word in printed
 
 
+def test_char_lm_takes_bfloat16_weights():
+    import jax
+    import jax.numpy as jnp
+
+    found = example("char_lm")
+    params = jax.eval_shape(lambda: found["init"](jax.random.key(0)))
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16), params)
+    windows = jax.ShapeDtypeStruct((1, 9), jnp.int32)
+    loss, grads = jax.eval_shape(jax.value_and_grad(found["loss_of"]), params, windows)
+    assert loss.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(jnp.bfloat16)}
+
+
 @pytest.mark.parametrize(
     ("options", "layer", "word"),
     [("--fault nan", "blocks/1/up", "not finite"), ("--fault exploding --nnx", "up", "exploding")],
