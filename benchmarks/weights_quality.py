@@ -136,7 +136,7 @@ def draw(recorded: dict, steps: int, path: Path) -> None:
         right.plot(above, [row] * len(above), "o", color="#8fbbe8", markersize=5)
         right.plot(mean(above), row, "D", color="#b3361e", markersize=7)
     right.axvline(0, color="#444444", linewidth=1, zorder=0)
-    right.set(xlabel="validation loss above float32's, %: seeds, mean")
+    right.set(xlabel="loss above float32's, %: seeds, mean")
     right.grid(axis="x", alpha=0.25)
     for panel in (left, right):
         panel.spines[["top", "right"]].set_visible(False)
