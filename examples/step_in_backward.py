@@ -128,20 +128,16 @@ def written(number: jax.Array, stacked: Any, values: Any) -> Any:
     return jax.tree.map(lambda leaf, value: leaf.at[number].set(value), stacked, values)
 
 
-def temporary(train_step: Step, params: Any, state: Any) -> int:
-    """Bytes that a compiled step takes besides weights and state. Nothing runs."""
+def compiled(tx: adamfn.GradientTransformation, params: dict) -> list[Any]:
+    """The ordinary step and the step in the backward pass, compiled. Nothing runs."""
     windows = jax.ShapeDtypeStruct((BATCH, char_lm.CONTEXT + 1), jnp.int32)
-    compiled = jax.jit(train_step, donate_argnums=(0, 1)).lower(params, state, windows).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
-
-
-def memory(tx: adamfn.GradientTransformation, layers: int, dtype: Any) -> tuple[int, int, int]:
-    """Bytes of all gradients, and the temporary bytes of the ordinary step and of the other."""
-    params = jax.eval_shape(lambda: init(jax.random.key(0), layers, dtype))
-    grads = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    plain = temporary(ordinary(tx), params, jax.eval_shape(tx.init, params))
-    state = jax.eval_shape(partial(init_by_layers, tx), params)
-    return grads, plain, temporary(in_backward(tx), params, state)
+    ways = {ordinary: tx.init, in_backward: partial(init_by_layers, tx)}
+    return [
+        jax.jit(way(tx), donate_argnums=(0, 1))
+        .lower(params, jax.eval_shape(init_state, params), windows)
+        .compile()
+        for way, init_state in ways.items()
+    ]
 
 
 def batch(text: jax.Array, number: int) -> jax.Array:
@@ -158,13 +154,14 @@ def main(argv: list[str] | None = None) -> list[float]:
     args = parser.parse_args(argv)
 
     tx, dtype = optimizer(args.lean), jnp.bfloat16 if args.lean else jnp.float32
-    grads, plain, by_layers = memory(tx, args.layers, dtype)
+    params = init(jax.random.key(0), args.layers, dtype)
+    steps = compiled(tx, params)
+    grads = sum(leaf.nbytes for leaf in jax.tree.leaves(params))  # of their weights' dtypes
+    plain, by_layers = (step.memory_analysis().temp_size_in_bytes for step in steps)
     print(f"All gradients take {grads:,} bytes. Besides weights and state, the ordinary step takes")
     print(f"{plain:,} bytes, the step in the backward pass {by_layers:,}: less by")
     print(f"{(plain - by_layers) / grads:.2f} times the gradients.")
-    params = init(jax.random.key(0), args.layers, dtype)
-    state = init_by_layers(tx, params)
-    train_step = jax.jit(in_backward(tx), donate_argnums=(0, 1))
+    state, train_step = init_by_layers(tx, params), steps[1]
     text, losses = jnp.asarray(char_lm.load()[0]), []
     for number in range(args.steps):
         params, state, loss = train_step(params, state, batch(text, number))
