@@ -27,8 +27,8 @@ help:
 	@echo "make bench   measure exactness, tracing and a step's speed, beside optax and torch, and draw"
 	@echo "             the README's tables from the results (installs torch in an environment of its"
 	@echo "             own; about 15 minutes, 16 GB)"
-	@echo "make bench-lean  measure moments in fewer bytes, beside torchao and bitsandbytes (installs"
-	@echo "             them in an environment of their own; about 40 minutes)"
+	@echo "make bench-lean  measure moments and weights in fewer bytes, beside torchao, bitsandbytes and"
+	@echo "             flashoptim-jax (installs them in an environment of their own; about an hour)"
 	@echo "make bench-accelerators  measure what an update costs on TPUs and GPUs that are not at hand, by"
 	@echo "             their compilers"
 	@echo "make clean   remove the virtual environment and what was built"
@@ -117,6 +117,7 @@ bench-lean: $(VENV)-lean/.lean
 	$(VENV)-lean/bin/python benchmarks/lean_fidelity.py $(ARGS)
 	$(VENV)-lean/bin/python benchmarks/lean_speed.py
 	$(VENV)-lean/bin/python benchmarks/lean_quality.py
+	$(VENV)-lean/bin/python benchmarks/weights_quality.py
 	$(VENV)-lean/bin/python benchmarks/readme_tables.py
 
 bench-accelerators: $(VENV)-tpu/.tpu $(VENV)-gpu/.gpu $(VENV)/.examples
