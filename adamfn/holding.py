@@ -36,10 +36,11 @@ def held_back(
 
 def _held(old: Any, new: Any, taken: jax.Array, apart: set[str]) -> Any:
     """A state with the fields of another where the step is not taken, but for some."""
+    taken = jnp.asarray(taken, jnp.float32) > 0
     fields: dict[str, Any] = {}
     for name in new._fields:
         if name == "stage" and isinstance(new, CountedState) and name not in apart:
             fields[name] = _held(old.stage, new.stage, taken, apart)
         elif name not in apart:
-            fields[name] = jnp.where(taken > 0, getattr(new, name), getattr(old, name))
+            fields[name] = jnp.where(taken, getattr(new, name), getattr(old, name))
     return new._replace(**fields)

@@ -6,6 +6,7 @@ programs.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -173,9 +174,12 @@ def _widened(x: jax.Array, real: Any) -> jax.Array:
 
 def _applied(part: Part, arrays: Sequence[Any], scalars: Sequence[Any]) -> Any:
     """What a formula returns, for each layer of a stacked leaf by itself."""
-    if not part.stacked:
-        return part.formula(*arrays, *scalars)
-    return jax.vmap(lambda *layer: part.formula(*layer, *scalars))(*arrays)
+    # With complex numbers formulas multiply real ones, which JAX's strict promotion refuses.
+    mixed = any(map(jnp.iscomplexobj, arrays))
+    with jax.numpy_dtype_promotion("standard") if mixed else nullcontext():
+        if not part.stacked:
+            return part.formula(*arrays, *scalars)
+        return jax.vmap(lambda *layer: part.formula(*layer, *scalars))(*arrays)
 
 
 def _checked(part: Part, u: jax.Array, live: Sequence[jax.Array], returned: Any) -> Sequence[Any]:

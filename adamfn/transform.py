@@ -167,7 +167,8 @@ def _add(params: list[jax.Array], updates: list[jax.Array]) -> list[jax.Array]:
 
 def wide_sum(param: jax.Array, update: jax.Array) -> jax.Array:
     """The sum in float32, or in the wider of the two dtypes."""
-    wide = jnp.promote_types(jnp.promote_types(param.dtype, update.dtype), jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):  # the two may differ, whatever the user's own may
+        wide = jnp.promote_types(jnp.promote_types(param.dtype, update.dtype), jnp.float32)
     return param.astype(wide) + update.astype(wide)
 
 

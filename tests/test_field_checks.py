@@ -9,6 +9,7 @@ import pytest
 from jax.experimental import checkify
 
 import adamfn
+from adamfn import monitor
 
 MEMBERS = {
     "adam": adamfn.adam,
@@ -68,6 +69,47 @@ def test_debugging_switches_in_jit(name, switches):
     step = jax.jit(lambda *trees: steps(tx, *trees)).lower(params, grads).compile()
     with jax.transfer_guard("disallow"):
         jax.block_until_ready(step(params, grads))
+
+
+def among_moments(*stages):
+    between = (adamfn.scale_by_moments(), adamfn.bias_correct(), *stages)
+    return adamfn.chain(*between, adamfn.scale_by_lr(1e-3))
+
+
+CHAINS = {
+    "atan2": adamfn.chain(adamfn.scale_by_atan2_moments(), adamfn.scale_by_lr(1e-3)),
+    "cautious updates": among_moments(adamfn.cautious_updates()),
+    "clipped updates": among_moments(adamfn.clip_updates()),
+    "cautious decay": among_moments(adamfn.add_decayed_weights(0.1, cautious=True)),
+    "corrected decay": among_moments(adamfn.add_corrected_decay(0.1, 1e-3, 1e-3)),
+    "clipped": adamfn.chain(adamfn.clip_by_global_norm(1.0), adamfn.adamw()),
+    "skipping": adamfn.chain(adamfn.skip_outliers(watched=("grad_norm",)), adamfn.adamw()),
+    **{
+        f"{bits} bits": adamfn.chain(adamfn.adamw(), adamfn.round_weights(bits))
+        for bits in (16, 24, 32)
+    },
+    "packed": adamfn.packed(adamfn.adamw()),
+}
+
+
+@pytest.mark.parametrize("name", [*MEMBERS, *CHAINS])
+def test_every_dtype_and_every_stage(name, switches):
+    tx = CHAINS[name] if name in CHAINS else MEMBERS[name]()
+    dtypes = (
+        ("float32", "bfloat16")
+        if name in ("packed", "16 bits", "24 bits", "32 bits")
+        else ("float32", "bfloat16", "float16", "complex64")
+    )
+    params = {dtype: jnp.ones(8, dtype) for dtype in dtypes}
+    grads = {dtype: jnp.resize(jnp.array([0.0, 1.0, 1e-3]), 8).astype(dtype) for dtype in dtypes}
+
+    @jax.jit
+    def both(params, state):
+        updates, state = tx.update(grads, state, params)
+        monitor.observe(tx, grads, state, params)
+        return adamfn.step(tx, grads, state, adamfn.apply_updates(params, updates))
+
+    jax.block_until_ready(both(params, tx.init(params)))
 
 
 @pytest.mark.parametrize("name", MEMBERS)

@@ -126,8 +126,8 @@ def skip_outliers(
 
 def _bound(recent: jax.Array, seen: jax.Array, sigmas: chex.Numeric) -> jax.Array:
     """The most that is usual, for each row of recent values, of which the first may be unseen."""
-    number = jnp.minimum(seen, recent.shape[1])
-    known = jnp.arange(recent.shape[1]) < number
+    known = jnp.arange(recent.shape[1]) < seen
+    number = jnp.minimum(seen, recent.shape[1]).astype(recent.dtype)
     mean = jnp.sum(recent, axis=1, where=known) / jnp.maximum(number, 1)
     apart = recent - mean[:, None]
     variance = jnp.sum(apart * apart, axis=1, where=known) / jnp.maximum(number - 1, 1)
