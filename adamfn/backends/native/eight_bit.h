@@ -22,8 +22,7 @@ struct BlockScales {
 
 inline float NearRoot(int32_t bits) { return FloatOf((bits >> 1) + (127 << 22)); }
 
-// Neither is inlined: the compiler vectorizes what it knows to be apart.
-[[gnu::noinline]] inline void DecodeBlock(const int8_t* __restrict mu_codes,
+ADAMFN_LOOPS inline void DecodeBlock(const int8_t* __restrict mu_codes,
                                           const uint8_t* __restrict nu_codes, BlockScales block,
                                           int size, float* __restrict mu, float* __restrict nu) {
   const float scale = *block.scale;
@@ -40,7 +39,7 @@ inline float NearRoot(int32_t bits) { return FloatOf((bits >> 1) + (127 << 22));
 }
 
 // `noise` has a random word for each element.
-[[gnu::noinline]] inline void EncodeBlock(const float* __restrict mu, const float* __restrict nu,
+ADAMFN_LOOPS inline void EncodeBlock(const float* __restrict mu, const float* __restrict nu,
                                           const uint32_t* __restrict noise, int size,
                                           int8_t* __restrict mu_codes,
                                           uint8_t* __restrict nu_codes, BlockScales block) {

@@ -9,6 +9,14 @@
 
 namespace adamfn {
 
+// A function whose loops take many operations for each number: in vectors of 512 bits, where GCC
+// would take 256. None is inlined: the compiler vectorizes what it knows to be apart.
+#if defined(__AVX512F__) && !defined(__clang__)
+#define ADAMFN_LOOPS [[gnu::noinline, gnu::target("prefer-vector-width=512")]]
+#else
+#define ADAMFN_LOOPS [[gnu::noinline]]
+#endif
+
 inline constexpr int32_t kInfinity = 0x7F800000;
 
 inline int32_t BitsOf(float x) {  // of |x|
@@ -39,7 +47,7 @@ class Noise {
   }
 
   // The words of some elements in a row.
-  [[gnu::noinline]] void Fill(uint32_t first, int64_t size, uint32_t* __restrict words) const {
+  ADAMFN_LOOPS void Fill(uint32_t first, int64_t size, uint32_t* __restrict words) const {
     const uint32_t add = add_ + first, key = key_;
     for (int64_t i = 0; i < size; ++i) words[i] = Hash(add + static_cast<uint32_t>(i), key);
   }

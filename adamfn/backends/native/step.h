@@ -6,9 +6,13 @@
 #ifndef ADAMFN_STEP_H_
 #define ADAMFN_STEP_H_
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+
+#include "rounding.h"
 
 namespace adamfn {
 
@@ -36,18 +40,26 @@ struct Scalars {
 };
 
 inline float Average(float old, float fresh, float complement, float rate) {
-  const float step = fresh - old;
-  return rate < 0.5f ? fresh - rate * step : old + complement * step;
+  const bool fast = rate < 0.5f;
+  return (fast ? fresh : old) + (fast ? -rate : complement) * (fresh - old);
 }
 
 inline float Bounded(float g) {  // finite and larger than 2^48: that, with its sign
-  constexpr float kLargest = 281474976710656.0f;
-  const float size = std::fabs(g);
-  return size > kLargest && size < HUGE_VALF ? std::copysign(kLargest, g) : g;
+  constexpr int32_t kLargest = (127 + 48) << 23, kLeastNegative = 0x00800000;
+  uint32_t word;
+  std::memcpy(&word, &g, sizeof word);
+  // Raised, infinity and NaN are negative.
+  const int32_t raised = static_cast<int32_t>((word & 0x7FFFFFFF) + kLeastNegative);
+  const int32_t held = std::min(raised, kLargest + kLeastNegative);
+  const uint32_t bounded = (static_cast<uint32_t>(held) - kLeastNegative) | (word & 0x80000000);
+  return FloatOf(static_cast<int32_t>(bounded));
 }
 
+// What is decayed: nothing, all alike, or what the update makes larger in its own way.
+enum class Decay { kNone, kAlike, kCautious };
+
 // Moves p by the update, or writes the update to u.
-template <bool kNesterov, bool kDecays, bool kMoves>
+template <bool kNesterov, Decay kDecay, bool kMoves>
 void StepRun(const Scalars& s, int64_t size, const float* g, float* mu, float* nu, float* p,
              float* u) {
   const Scalars c = s;  // a copy that nothing written below can be an alias of
@@ -58,10 +70,12 @@ void StepRun(const Scalars& s, int64_t size, const float* g, float* mu, float* n
     nu[i] = Average(nu[i], x * x, c[kComplement2], c[kRate2]);
     const float m =
         kNesterov ? mu[i] * ((1 - c[kComplement1]) * c[kAhead]) + x * c[kComplement1] : mu[i];
-    const float ratio = m / (std::sqrt(nu[i] + c[kEpsRoot]) + c[kEps]) * c[kCorrection];
-    const float decay =
-        kDecays ? (ratio * p[i] >= 0 ? c[kWeightDecay] : c[kWeightDecayAgainst]) * p[i] : 0;
-    const float update = (kDecays ? ratio + decay : ratio) * c[kFactor];
+    float update = m / (std::sqrt(nu[i] + c[kEpsRoot]) + c[kEps]) * c[kCorrection];
+    if (kDecay != Decay::kNone) {
+      const bool agrees = kDecay == Decay::kAlike || update * p[i] >= 0;
+      update += (agrees ? c[kWeightDecay] : c[kWeightDecayAgainst]) * p[i];
+    }
+    update *= c[kFactor];
     if (kMoves) {
       p[i] += update;
     } else {
@@ -70,18 +84,26 @@ void StepRun(const Scalars& s, int64_t size, const float* g, float* mu, float* n
   }
 }
 
-template <bool kNesterov, bool kDecays>
+template <bool kNesterov, Decay kDecay>
 void StepRun(const Scalars& s, int64_t size, const float* g, float* mu, float* nu, float* p,
              float* u) {
-  (u ? StepRun<kNesterov, kDecays, false> : StepRun<kNesterov, kDecays, true>)(s, size, g, mu, nu,
-                                                                               p, u);
+  (u ? StepRun<kNesterov, kDecay, false> : StepRun<kNesterov, kDecay, true>)(s, size, g, mu, nu, p,
+                                                                             u);
+}
+
+template <bool kNesterov>
+void StepRun(const Scalars& s, bool decays, int64_t size, const float* g, float* mu, float* nu,
+             float* p, float* u) {
+  const bool alike = s[kWeightDecay] == s[kWeightDecayAgainst];
+  const auto run = !decays ? StepRun<kNesterov, Decay::kNone>
+                   : alike ? StepRun<kNesterov, Decay::kAlike>
+                           : StepRun<kNesterov, Decay::kCautious>;
+  run(s, size, g, mu, nu, p, u);
 }
 
 inline void StepRun(const Scalars& s, bool nesterov, bool decays, int64_t size, const float* g,
                     float* mu, float* nu, float* p, float* u) {
-  const auto run = nesterov ? (decays ? StepRun<true, true> : StepRun<true, false>)
-                            : (decays ? StepRun<false, true> : StepRun<false, false>);
-  run(s, size, g, mu, nu, p, u);
+  (nesterov ? StepRun<true> : StepRun<false>)(s, decays, size, g, mu, nu, p, u);
 }
 
 }  // namespace adamfn

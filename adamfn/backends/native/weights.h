@@ -19,7 +19,7 @@ inline int32_t WordOf(float x) {
 
 // The float32 weights of bfloat16 ones and their corrections, if any are kept.
 template <typename Correction, int kBits>
-[[gnu::noinline]] void JoinWeights(const uint16_t* __restrict narrow,
+ADAMFN_LOOPS void JoinWeights(const uint16_t* __restrict narrow,
                                    const Correction* __restrict corrections, int64_t size,
                                    float* __restrict p) {
   for (int64_t i = 0; i < size; ++i) {
@@ -50,7 +50,7 @@ inline int32_t Added(float p, float u, float total, uint32_t noise) {
 // Writes the corrections, the updates that land on the bfloat16 unless `landing` is null, and if
 // `moves` where they land.
 template <typename Correction, int kBits>
-[[gnu::noinline]] void SplitWeights(const float* __restrict p, const float* __restrict u,
+ADAMFN_LOOPS void SplitWeights(const float* __restrict p, const float* __restrict u,
                                     const uint32_t* __restrict noise, int64_t size, bool moves,
                                     uint16_t* __restrict narrow,
                                     Correction* __restrict corrections,
