@@ -23,8 +23,8 @@ struct BlockScales {
 inline float NearRoot(int32_t bits) { return FloatOf((bits >> 1) + (127 << 22)); }
 
 ADAMFN_LOOPS inline void DecodeBlock(const int8_t* __restrict mu_codes,
-                                          const uint8_t* __restrict nu_codes, BlockScales block,
-                                          int size, float* __restrict mu, float* __restrict nu) {
+                                     const uint8_t* __restrict nu_codes, BlockScales block,
+                                     int size, float* __restrict mu, float* __restrict nu) {
   const float scale = *block.scale;
   const int32_t top = BitsOf(*block.top), step = *block.step;
 #pragma GCC ivdep
@@ -40,9 +40,9 @@ ADAMFN_LOOPS inline void DecodeBlock(const int8_t* __restrict mu_codes,
 
 // `noise` has a random word for each element.
 ADAMFN_LOOPS inline void EncodeBlock(const float* __restrict mu, const float* __restrict nu,
-                                          const uint32_t* __restrict noise, int size,
-                                          int8_t* __restrict mu_codes,
-                                          uint8_t* __restrict nu_codes, BlockScales block) {
+                                     const uint32_t* __restrict noise, int size,
+                                     int8_t* __restrict mu_codes, uint8_t* __restrict nu_codes,
+                                     BlockScales block) {
   constexpr int32_t kLevels = 255;
   constexpr int32_t kLeast = 0x00800000 + kLevels;  // the last level stays above the denormals
   int32_t highest = 0, lowest = kInfinity;

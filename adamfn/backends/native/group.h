@@ -17,8 +17,10 @@ namespace adamfn {
 // How moments are stored; adamfn.backends.cpu has the same numbers.
 enum Format : int32_t { kFloat32 = 0, kBfloat16 = 1, kBfloat16Nearest = 2, kEightBit = 3 };
 
-inline constexpr int64_t kTile = 1024;  // elements that are worked on in one go
-static_assert(kLargestBlock <= kTile);
+// Elements that are worked on in one go, but for those of a block: so few that what is computed
+// hides the way of the next ones from memory.
+inline constexpr int64_t kTile = 128;
+static_assert(kTile <= kLargestBlock);
 
 struct Leaf {
   const void* g;
@@ -76,8 +78,15 @@ inline void Split(int32_t bits, const Leaf& leaf, int64_t start, int64_t size, c
   }
 }
 
+// Asks for numbers that come next, so that they are there when the tile at hand is done.
+inline void ReadAhead(const void* array, int64_t bytes_each, int64_t start, int64_t size) {
+  const char* first = static_cast<const char*>(array) + start * bytes_each;
+  for (int64_t i = 0; i < size * bytes_each; i += 64) __builtin_prefetch(first + i);
+}
+
 inline void StepTile(const Group& group, const Leaf& leaf, int64_t tile) {
-  float g_tile[kTile], p_tile[kTile], u_tile[kTile], mu_tile[kTile], nu_tile[kTile];
+  float g_tile[kLargestBlock], p_tile[kLargestBlock], u_tile[kLargestBlock];
+  float mu_tile[kLargestBlock], nu_tile[kLargestBlock];
 
   // A tile of 8-bit moments is a block, and the last one of a row may be shorter.
   const int64_t tiles_per_row = (leaf.row + leaf.tile - 1) / leaf.tile;
@@ -85,10 +94,18 @@ inline void StepTile(const Group& group, const Leaf& leaf, int64_t tile) {
   const int64_t start = (tile / tiles_per_row) * leaf.row + within;
   const int64_t size = std::min(leaf.tile, leaf.row - within);
 
+  // Not of float32 moments: those wait for memory alone, and the processor reads ahead by itself.
+  if (group.format != kFloat32 && start + 2 * size <= leaf.size) {
+    const int64_t bytes_kept = group.format == kEightBit ? 1 : 2;
+    ReadAhead(leaf.g, leaf.g_is_narrow ? 2 : 4, start + size, size);
+    if (leaf.p) ReadAhead(leaf.p, leaf.p_is_narrow ? 2 : 4, start + size, size);
+    ReadAhead(leaf.mu, bytes_kept, start + size, size);
+    ReadAhead(leaf.nu, bytes_kept, start + size, size);
+  }
+
   const float* g = static_cast<const float*>(leaf.g) + start;
   if (leaf.g_is_narrow) {
-    const uint16_t* narrow = static_cast<const uint16_t*>(leaf.g) + start;
-    for (int64_t i = 0; i < size; ++i) g_tile[i] = FromBfloat16(narrow[i]);
+    Widen(static_cast<const uint16_t*>(leaf.g) + start, size, g_tile);
     g = g_tile;
   }
   float* p = leaf.p ? static_cast<float*>(leaf.p) + start : nullptr;
@@ -100,11 +117,11 @@ inline void StepTile(const Group& group, const Leaf& leaf, int64_t tile) {
     // Of all 32 bits the sum is float32's own, taken with the step.
     u = group.bits == 32 ? nullptr : u_tile;
   } else if (leaf.p && leaf.p_is_narrow) {
-    for (int64_t i = 0; i < size; ++i) p_tile[i] = FromBfloat16(narrow_p[i]);
+    Widen(narrow_p, size, p_tile);
     p = p_tile;
   }
 
-  uint32_t noise[kTile];
+  uint32_t noise[kLargestBlock];
   if (group.format == kBfloat16 || group.format == kEightBit) {
     Noise(group.count, leaf.number).Fill(static_cast<uint32_t>(start), size, noise);
   }
@@ -117,21 +134,14 @@ inline void StepTile(const Group& group, const Leaf& leaf, int64_t tile) {
     case kBfloat16Nearest: {
       uint16_t* mu = static_cast<uint16_t*>(leaf.mu) + start;
       uint16_t* nu = static_cast<uint16_t*>(leaf.nu) + start;
-      for (int64_t i = 0; i < size; ++i) {
-        mu_tile[i] = FromBfloat16(mu[i]);
-        nu_tile[i] = FromBfloat16(nu[i]);
-      }
+      Widen(mu, size, mu_tile);
+      Widen(nu, size, nu_tile);
       StepRun(group.scalars, group.nesterov, group.decays, size, g, mu_tile, nu_tile, p, u);
       if (group.format == kBfloat16) {
-        for (int64_t i = 0; i < size; ++i) {
-          mu[i] = ToBfloat16(mu_tile[i], noise[i]);
-          nu[i] = ToBfloat16(nu_tile[i], noise[i] >> 16);
-        }
+        Narrow(mu_tile, nu_tile, noise, size, mu, nu);
       } else {
-        for (int64_t i = 0; i < size; ++i) {
-          mu[i] = ToBfloat16(mu_tile[i]);
-          nu[i] = ToBfloat16(nu_tile[i]);
-        }
+        Narrow(mu_tile, size, mu);
+        Narrow(nu_tile, size, nu);
       }
       break;
     }
@@ -158,11 +168,10 @@ inline void StepTile(const Group& group, const Leaf& leaf, int64_t tile) {
     for (int64_t i = 0; i < size; ++i) p[i] += u[i];
   }
   if (u && leaf.u_is_narrow) {
-    uint16_t* narrow_u = static_cast<uint16_t*>(leaf.u) + start;
-    for (int64_t i = 0; i < size; ++i) narrow_u[i] = ToBfloat16(u[i]);
+    Narrow(u, size, static_cast<uint16_t*>(leaf.u) + start);
   }
   if (leaf.moves && leaf.p_is_narrow) {
-    for (int64_t i = 0; i < size; ++i) narrow_p[i] = ToBfloat16(p_tile[i]);
+    Narrow(p_tile, size, narrow_p);
   }
 }
 

@@ -26,7 +26,7 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kTilesPerTask = 16;  // that a thread takes at a time
+constexpr int64_t kTilesPerTask = 64;  // that a thread takes at a time
 
 // Tasks that the calling thread and those of XLA's pool take one after another. The calling thread
 // can finish them alone, so a pool that is busy, or gone after a fork, stops nothing; a pool thread

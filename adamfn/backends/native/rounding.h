@@ -74,6 +74,26 @@ inline uint16_t ToBfloat16(float x, uint32_t random) {  // up or down by the 16 
   return static_cast<uint16_t>((finite ? word + (random & 0xFFFF) : word | quiet) >> 16);
 }
 
+ADAMFN_LOOPS inline void Widen(const uint16_t* __restrict narrow, int64_t size,
+                               float* __restrict wide) {
+  for (int64_t i = 0; i < size; ++i) wide[i] = FromBfloat16(narrow[i]);
+}
+
+ADAMFN_LOOPS inline void Narrow(const float* __restrict wide, int64_t size,
+                                uint16_t* __restrict narrow) {
+  for (int64_t i = 0; i < size; ++i) narrow[i] = ToBfloat16(wide[i]);
+}
+
+// Of moments, mu by the lower bits of the noise, and nu by the upper.
+ADAMFN_LOOPS inline void Narrow(const float* __restrict mu, const float* __restrict nu,
+                                const uint32_t* __restrict noise, int64_t size,
+                                uint16_t* __restrict narrow_mu, uint16_t* __restrict narrow_nu) {
+  for (int64_t i = 0; i < size; ++i) {
+    narrow_mu[i] = ToBfloat16(mu[i], noise[i]);
+    narrow_nu[i] = ToBfloat16(nu[i], noise[i] >> 16);
+  }
+}
+
 // XLA takes denormals for zero, in and out. So does this, on whatever thread it runs.
 class FlushDenormals {
  public:
