@@ -13,6 +13,7 @@ from adamfn.backends.primitive import Backend, bind
 from adamfn.backends.xla import run_call
 from adamfn.formats import Format
 from adamfn.program import Call, Part, Program
+from adamfn.shards import Shards, run_on_shards
 from adamfn.stage import Stage
 from adamfn.storage import Kept
 from adamfn.trees import PyTree, as_array, real_dtype, wide_dtype
@@ -144,6 +145,7 @@ def together(
     params: Sequence[Any],
     kept: Sequence[Any],
     backend: Backend,
+    shards: Sequence[Shards | None],
 ) -> list[list[int]]:
     """The leaves of each call, by their numbers: alike in all but shape, and large ones alone."""
     most = 1 if backend == "pallas" else _LEAVES
@@ -156,7 +158,7 @@ def together(
         alone = k if g.size >= LARGE or isinstance(g, Bundle) else None
         arrays = [] if alone is not None else jax.tree.leaves((g, p, kept[k]))
         varies = frozenset(map(axes_of, arrays))
-        alike.setdefault((program, dtypes, place, varies, alone), []).append(k)
+        alike.setdefault((program, dtypes, place, varies, shards[k], alone), []).append(k)
     # Leaves of one shape beside one another: calls of one signature are traced once.
     ordered = (sorted(own, key=lambda k: grads[k].shape) for own in alike.values())
     return [own[i : i + most] for own in ordered for i in range(0, len(own), most)]
@@ -186,6 +188,7 @@ def run(
     kept: Sequence[Sequence[Kept]],
     grads: Sequence[Any],
     params: Sequence[Any],
+    shards: Shards | None,
 ) -> tuple[list[list[Kept]], Sequence[Any], Sequence[Any]]:
     """Runs a program on some leaves: what is kept, and the updates and parameters it returns."""
     bundle = grads[0] if isinstance(grads[0], Bundle) else None
@@ -194,11 +197,12 @@ def run(
         params = [p for own in params for p in own]
         numbers = [numbers[0]] * len(grads)
     call = Call(program, len(grads), jax.tree.structure(kept), packed=bundle is not None)
-    arrays = [np.array(numbers, np.uint32), *jax.tree.leaves(kept), *grads, *params]
+    of_whole_leaves = np.array([[number, 0] for number in numbers], np.uint32)
+    arrays = [of_whole_leaves, *jax.tree.leaves(kept), *grads, *params]
     operands = [vectors[program.dtype], count, *arrays]
     if not program.known:
         jax.eval_shape(partial(run_call, call), *operands)  # mistakes show now, not when it lowers
-    results = _run(call, backend, operands)
+    results = _run(call, backend, shards, operands)
     own = jax.tree.unflatten(call.kept, results[: call.arrays_kept])
     moved = results[call.arrays_kept :]
     split = call.leaves if program.update_dtype is not None else 0
@@ -212,6 +216,10 @@ def run(
     return own, [Bundle(us)], [Bundle(ps)]
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _run(call: Call, backend: Backend, operands: list[jax.Array]) -> list[jax.Array]:
-    return bind(call, backend, operands)
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(
+    call: Call, backend: Backend, shards: Shards | None, operands: list[jax.Array]
+) -> list[jax.Array]:
+    if shards is None:
+        return bind(call, backend, operands)
+    return run_on_shards(call, backend, shards, operands)

@@ -14,6 +14,8 @@ from adamfn.holding import held_back
 from adamfn.layers import layers_of
 from adamfn.masks import broadcast_mask
 from adamfn.measures import measured
+from adamfn.placement import Path
+from adamfn.shards import Shards, shards_of
 from adamfn.stage import CountedState, EmptyState, Scalars, Stage
 from adamfn.storage import as_fields, check_whole, first_kept, kept_by_leaf
 from adamfn.trees import (
@@ -27,11 +29,13 @@ from adamfn.varying import with_type_of
 
 
 class Wanted(NamedTuple):
-    """What joined stages are to return, and by which backend."""
+    """What joined stages are to return, by which backend, and on which devices."""
 
     updates: bool = True
     params: bool = False
     backend: Backend = "auto"
+    shards: Mapping[Path, Shards] | None = None
+    """How leaves are split, by their paths; None to take it from their types."""
 
 
 def first_states(stages: Sequence[Stage], params: PyTree) -> list[PyTree]:
@@ -115,7 +119,13 @@ def run(
     vectors = calls.Vectors(scalars)
     moved: list[Any] = [None] * len(gs)
     next_ps: list[Any] = [None] * len(gs)
-    for numbers in calls.together(programs, gs, ps, kept, wanted.backend):
+    shards = [
+        shards_of(wanted.shards, path, *leaf)
+        for (path, _), *leaf in zip(
+            jax.tree.leaves_with_path(updates), programs, gs, ps, kept, strict=True
+        )
+    ]
+    for numbers in calls.together(programs, gs, ps, kept, wanted.backend, shards):
         results = calls.run(
             programs[numbers[0]],
             wanted.backend,
@@ -125,6 +135,7 @@ def run(
             [kept[k] for k in numbers],
             [gs[k] for k in numbers],
             [ps[k] for k in numbers if ps[k] is not None],
+            shards[numbers[0]],
         )
         for column, values in zip((kept, moved, next_ps), results, strict=True):
             for k, value in zip(numbers, values, strict=False):
