@@ -11,12 +11,13 @@ from jax.core import Tracer
 
 from adamfn.backends.primitive import Backend, bind
 from adamfn.backends.xla import run_call
+from adamfn.bundle import Bundle
 from adamfn.formats import Format
 from adamfn.program import Call, Part, Program
 from adamfn.shards import Shards, run_on_shards
 from adamfn.stage import Stage
 from adamfn.storage import Kept
-from adamfn.trees import PyTree, as_array, real_dtype, wide_dtype
+from adamfn.trees import PyTree, real_dtype, wide_dtype
 from adamfn.varying import axes_of
 
 LARGE = 2**18
@@ -24,25 +25,6 @@ LARGE = 2**18
 
 _LEAVES = 16
 """Smaller leaves that share a call."""
-
-
-class Bundle(Sequence[Any]):
-    """Several leaves that have one program, and what is kept of them end to end: one leaf to it."""
-
-    def __init__(self, leaves: Sequence[Any]) -> None:
-        self._leaves = [as_array(leaf) for leaf in leaves]
-        dtypes = {leaf.dtype for leaf in self._leaves}
-        self.dtype = dtypes.pop() if len(dtypes) == 1 else jnp.dtype(jnp.float32)
-        self.size = sum(leaf.size for leaf in self._leaves)
-        self.shape = (self.size,)
-
-    def __getitem__(self, place: Any) -> Any:
-        """One of the leaves."""
-        return self._leaves[place]
-
-    def __len__(self) -> int:
-        """How many they are."""
-        return len(self._leaves)
 
 
 def leaf_programs(
@@ -179,7 +161,37 @@ class Vectors:
         return self._made[dtype]
 
 
-def run(
+def run_all(
+    programs: Sequence[Program],
+    backend: Backend,
+    scalars: PyTree,
+    count: jax.Array,
+    kept: Sequence[Any],
+    grads: Sequence[Any],
+    params: Sequence[Any],
+    shards: Sequence[Shards | None],
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Runs the program of every leaf: what is kept, and updates and parameters, or None each."""
+    vectors, columns = Vectors(scalars), ([*kept], [None] * len(grads), [None] * len(grads))
+    for numbers in together(programs, grads, params, kept, backend, shards):
+        results = _run_call(
+            programs[numbers[0]],
+            backend,
+            vectors,
+            count,
+            numbers,
+            [kept[k] for k in numbers],
+            [grads[k] for k in numbers],
+            [params[k] for k in numbers if params[k] is not None],
+            shards[numbers[0]],
+        )
+        for column, values in zip(columns, results, strict=True):
+            for k, value in zip(numbers, values, strict=False):
+                column[k] = value
+    return columns
+
+
+def _run_call(
     program: Program,
     backend: Backend,
     vectors: Vectors,

@@ -15,7 +15,7 @@ from adamfn.layers import layers_of
 from adamfn.masks import broadcast_mask
 from adamfn.measures import measured
 from adamfn.placement import Path
-from adamfn.shards import Shards, shards_of
+from adamfn.shards import Shards, split_leaves
 from adamfn.stage import CountedState, EmptyState, Scalars, Stage
 from adamfn.storage import as_fields, check_whole, first_kept, kept_by_leaf
 from adamfn.trees import (
@@ -116,30 +116,10 @@ def run(
         moves=wanted.params,
     )
     ps = [p if program.reads_params else None for p, program in zip(ps, programs, strict=True)]
-    vectors = calls.Vectors(scalars)
-    moved: list[Any] = [None] * len(gs)
-    next_ps: list[Any] = [None] * len(gs)
-    shards = [
-        shards_of(wanted.shards, path, *leaf)
-        for (path, _), *leaf in zip(
-            jax.tree.leaves_with_path(updates), programs, gs, ps, kept, strict=True
-        )
-    ]
-    for numbers in calls.together(programs, gs, ps, kept, wanted.backend, shards):
-        results = calls.run(
-            programs[numbers[0]],
-            wanted.backend,
-            vectors,
-            count,
-            numbers,
-            [kept[k] for k in numbers],
-            [gs[k] for k in numbers],
-            [ps[k] for k in numbers if ps[k] is not None],
-            shards[numbers[0]],
-        )
-        for column, values in zip((kept, moved, next_ps), results, strict=True):
-            for k, value in zip(numbers, values, strict=False):
-                column[k] = value
+    shards = split_leaves(wanted.shards, updates, programs, gs, ps, kept)
+    kept, moved, next_ps = calls.run_all(
+        programs, wanted.backend, scalars, count, kept, gs, ps, shards
+    )
     next_states: list[PyTree] = []
     for place, (stage, state, own, new) in enumerate(
         zip(stages, states, formats, remembered, strict=True)

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adamfn.backends.primitive import Backend, bind
+from adamfn.bundle import Bundle
 from adamfn.formats.elements import strides_of
 from adamfn.formats.shards import block_of, cut_block, on_shards
 from adamfn.formulas import lazy_ratio  # looks at other elements of its row alone
 from adamfn.placement import Axes, Path, axes_beside, axes_of_spec, size, spec_of
 from adamfn.program import Call, Program
-from adamfn.trees import describe, path_name
+from adamfn.trees import PyTree, describe, path_name
 
 
 @dataclass(frozen=True)
@@ -31,57 +32,65 @@ class Shards:
     """Likewise of the parameter, where results belong; None for where their operands are."""
 
 
-def shards_of(
+def split_leaves(
     given: Mapping[Path, Shards] | None,
-    path: Path,
-    program: Program,
-    g: Any,
-    p: Any,
-    kept: Any,
-) -> Shards | None:
-    """How a leaf is split for its step, if its shards can take it each by itself.
+    tree: PyTree,
+    programs: Sequence[Program],
+    grads: Sequence[Any],
+    params: Sequence[Any],
+    kept: Sequence[Any],
+) -> list[Shards | None]:
+    """How every leaf is split for its step, if its shards can take it each by itself.
 
     Args:
       given: how leaves are split, by their paths; None to take it from the arrays' types, which
         say it where the axes of a mesh are explicit.
-      path: the leaf's.
-      program: its program.
-      g: its gradient.
-      p: its parameter, or None.
+      tree: the tree of the leaves.
+      programs: the program of every leaf.
+      grads: its gradient.
+      params: its parameter, or None.
       kept: what is kept of it.
 
     Returns:
-      None where the program looks at the whole leaf, or stores it in a format that is not ours:
-      XLA runs it, and sends what it has to.
+      Of each leaf how it is split; None where its program looks at the whole leaf, or stores it in
+      a format that is not ours: XLA runs it, and sends what it has to.
 
     Raises:
       ValueError: a shard would have a part of a block; names the leaf.
     """
-    own = _by_type(g, p, kept) if given is None else given.get(path)
-    if own is None:
-        return None
-    last = size(own.axes[-1], own.mesh) if own.axes else 1
+    found: list[Shards | None] = []
+    leaves = jax.tree.leaves_with_path(tree)
+    for (path, _), program, g, p, own in zip(leaves, programs, grads, params, kept, strict=True):
+        shards = _by_type(g, p, own) if given is None else given.get(path)
+        found.append(shards if shards and _can_split(path, program, g, shards) else None)
+    return found
+
+
+def _can_split(path: Path, program: Program, g: Any, shards: Shards) -> bool:
+    last = size(shards.axes[-1], shards.mesh) if shards.axes else 1
     active = [part for part in program.parts if part.active]
     if not all(part.elementwise or (part.formula is lazy_ratio and last == 1) for part in active):
-        return None
+        return False
     blocks = [block_of(part.format) for part in active]
     if None in blocks:
-        return None
+        return False
     for part, block in zip(active, blocks, strict=True):
         cut = cut_block(block or 0, g.shape, last)
         if cut is not None:
             raise ValueError(
                 f"{part.name}: the leaf at {path_name(path) or 'the root'} is {describe(g)}, and"
-                f" what is kept of it is split as {spec_of(own.axes)}: a device has"
-                f" {g.shape[-1] / last:g} of its last axis, which cuts blocks of {cut}. Choose blocks"
-                " that fit, with moments=adamfn.sharding.whole_blocks(moments, params, shardings,"
-                " zero_axis), or split another axis."
+                f" what is kept of it is split as {spec_of(shards.axes)}: a device has"
+                f" {g.shape[-1] / last:g} of its last axis, which cuts blocks of {cut}. Choose"
+                " blocks that fit, with moments=adamfn.sharding.whole_blocks(moments, params,"
+                " shardings, zero_axis), or split another axis."
             )
-    return own
+    return True
 
 
 def _by_type(g: Any, p: Any, kept: Any) -> Shards | None:
     """How a leaf is split that is of a mesh whose axes are all explicit."""
+    if isinstance(g, Bundle):
+        return None
     arrays = [x for x in jax.tree.leaves(kept) if jnp.shape(x) == g.shape]
     for x in (*arrays, p, g):
         sharding = None if x is None else getattr(jax.typeof(x), "sharding", None)
@@ -129,7 +138,7 @@ def run_on_shards(
         check_vma=False,  # a leaf that is everywhere is computed everywhere
     )(vector, count, numbers, [_laid(x, mesh, s) for x, s in zip(arrays, specs, strict=True)])
     homes = [None] * len(kept) + [shards.home] * (len(like) - len(kept))
-    return [_brought(x, *to, mesh) for x, *to in zip(results, like, homes, strict=True)]
+    return [_brought(x, was, home, mesh) for x, was, home in zip(results, like, homes, strict=True)]
 
 
 def _first_number(strides: Sequence[int], shard: jax.Array, axes: Axes) -> jax.Array:

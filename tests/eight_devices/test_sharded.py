@@ -110,7 +110,7 @@ def one_step(tx, params, grads):
     return adamfn.step(tx, grads, tx.init(params), params)
 
 
-@pytest.mark.parametrize("kernel", ["mosaic", "triton"])
+@pytest.mark.parametrize("kernel", [mosaic, triton])
 def test_kernels_run_on_shards(kernel, monkeypatch):
     """Interpreted: their noise is that of the element in the whole leaf, however it is cut."""
     monkeypatch.setattr(
@@ -138,7 +138,7 @@ def test_native_code_runs_and_no_moment_is_gathered():
     program = jax.jit(
         functools.partial(adamfn.step, tx), in_shardings=(on(P()), laid, on(P()))
     ).lower(params, state, params)
-    assert "adamfn_step" in program.as_text() or not adamfn.backend("cpu").name == "native"
+    assert "adamfn_step" in program.as_text() or adamfn.backend("cpu").name != "native"
     compiled = program.compile()
     for line in compiled.as_text().splitlines():
         if " all-gather" in line.split("(")[0]:
