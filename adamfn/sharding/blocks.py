@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from adamfn.formats import Format, Moments, check_moments, get
+from adamfn.formats.blocks import size_for
 from adamfn.formats.shards import block_of, cut_block, with_block
 from adamfn.placement import place, size
 from adamfn.sharding.states import split_further
@@ -54,11 +55,12 @@ def whole_blocks(
         if not block or not format.holds(leaf.shape, leaf.dtype):
             continue
         for smaller in range(block, 15, -16):
-            candidate, axes = with_block(format, smaller), placed[path].axes
+            exact = size_for(leaf.shape[-1], smaller)
+            candidate, axes = with_block(format, exact), placed[path].axes
             if zero_axis is not None:
                 arrays = _stored(candidate, leaf.shape)
                 axes = split_further(placed[path], zero_axis, arrays, mesh)
-            if cut_block(smaller, leaf.shape, size(axes[-1], mesh)) is None:
+            if cut_block(exact, leaf.shape, size(axes[-1], mesh)) is None:
                 chosen[path_name(path)] = candidate
                 break
         else:

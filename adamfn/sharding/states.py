@@ -74,6 +74,17 @@ def state_shardings(
         _check_memory(mesh, memory_kind)
     shapes = jax.eval_shape(tx.init, params)
     owners, placed = with_zero("state_shardings", shapes, placed, zero_axis, mesh)
+    return shardings_of(shapes, owners, placed, mesh, memory_kind)
+
+
+def shardings_of(
+    state: PyTree,
+    owners: Sequence[Path | None],
+    placed: Mapping[Path, Placed],
+    mesh: Mesh | AbstractMesh,
+    memory_kind: str | None = None,
+) -> PyTree:
+    """The shardings of a state whose arrays belong to parameters that are placed so."""
 
     def sharding_of(owner: Path | None, array: Any) -> NamedSharding:
         if owner is None or len(array.shape) != len(placed[owner].shape):
@@ -82,8 +93,8 @@ def state_shardings(
         axes = axes_beside(array.shape, whole.shape, whole.axes, mesh)
         return NamedSharding(mesh, spec_of(axes), memory_kind=memory_kind or whole.memory_kind)
 
-    state, treedef = jax.tree.flatten(shapes)
-    return treedef.unflatten(map(sharding_of, owners, state))
+    arrays, treedef = jax.tree.flatten(state)
+    return treedef.unflatten(map(sharding_of, owners, arrays))
 
 
 def with_zero(

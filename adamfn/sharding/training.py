@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from adamfn.chaining import structure_of
 from adamfn.joined import Wanted
 from adamfn.placement import Path, place
-from adamfn.sharding.states import state_shardings, with_zero
+from adamfn.sharding.states import shardings_of, with_zero
 from adamfn.shards import Shards
 from adamfn.stepping import assemble, own_of
 from adamfn.transform import GradientTransformation, check_transformation, where_updated
@@ -65,10 +65,10 @@ def sharded(
     >>> tx = adamfn.sharding.sharded(tx, everywhere, zero_axis="data")
     >>> params = jax.device_put({"w": jnp.ones((512, 1024))}, everywhere)
     >>> state = tx.init(params)
-    >>> step = jax.jit(partial(adamfn.step, tx), donate_argnums=(1, 2))
-    >>> params, state = step(params, state, params)
     >>> print(tuple(state[0].mu["w"].sharding.spec))
     ('data',)
+    >>> grads = params
+    >>> params, state = jax.jit(partial(adamfn.step, tx))(grads, state, params)
     """
     check_transformation("sharded: the first argument", tx)
     own = own_of(tx)
@@ -84,15 +84,18 @@ def sharded(
         )
 
     @lru_cache(maxsize=8)
-    def known(treedef: Any, leaves: tuple[Any, ...]) -> dict[Path, Shards]:
+    def known(treedef: Any, leaves: tuple[Any, ...]) -> tuple[dict[Path, Shards], PyTree]:
         params = treedef.unflatten(leaves)
         # Leaves that a wrapper has masked have shardings all the same.
         placed, mesh = place("sharded", params, shardings, all_used=False)
         state = jax.eval_shape(tx.init, params)
-        _, split = with_zero("sharded", state, placed, zero_axis, mesh)
-        return {path: Shards(mesh, split[path].axes, placed[path].axes) for path in placed}
+        owners, split = with_zero("sharded", state, placed, zero_axis, mesh)
+        shards = {path: Shards(mesh, split[path].axes, placed[path].axes) for path in placed}
+        return shards, shardings_of(state, owners, split, mesh)
 
-    def shards_of(params: PyTree) -> dict[Path, Shards]:
+    def laid_out(params: PyTree) -> tuple[dict[Path, Shards], PyTree]:
+        """How the leaves are split, and the shardings of the state."""
+        check_inexact(params, "sharded: params")
         leaves, treedef = jax.tree.flatten(params)
         arrays = map(as_array, leaves)
         return known(treedef, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays))
@@ -100,16 +103,14 @@ def sharded(
     def init(params: PyTree) -> PyTree:
         if _inside_shard_map():
             return tx.init(params)
-        where = state_shardings(tx, params, shardings, zero_axis)
-        return jax.jit(tx.init, out_shardings=where)(params)
+        return jax.jit(tx.init, out_shardings=laid_out(params)[1])(params)
 
     def advance(
         updates: PyTree, state: PyTree, params: PyTree, extra: Mapping[str, Any], wanted: Wanted
     ) -> tuple[PyTree, PyTree, PyTree]:
         if not _inside_shard_map():
             like = updates if params is None else where_updated(params, updates)
-            check_inexact(like, "sharded: updates")
-            wanted = wanted._replace(shards=shards_of(like))
+            wanted = wanted._replace(shards=laid_out(like)[0])
         return own.advance(updates, state, params, extra, wanted)
 
     return assemble(init, advance, own.takes, made_of=structure_of(tx))
