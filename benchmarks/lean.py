@@ -45,8 +45,8 @@ def processor() -> str | None:
 
 def versions() -> dict[str, str]:
     """Of the libraries that take part, where they are installed."""
-    names = ("jax", "adamfn", "optax", "torch", "torchao", "bitsandbytes")
-    return {name: version(name) for name in names if find_spec(name)}
+    names = ("jax", "adamfn", "optax", "torch", "torchao", "bitsandbytes", "flashoptim-jax")
+    return {name: version(name) for name in names if find_spec(name.replace("-", "_"))}
 
 
 def version(name: str) -> str:

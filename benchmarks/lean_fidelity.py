@@ -1,9 +1,9 @@
 """What storing Adam's moments in fewer bytes does to an update: a stress test.
 
 Leaves of 32768 entries whose gradients are noise, the scales spread over 1, 2 and 4 decades inside
-every block of 256. After 1500 steps, the next update of each storage beside float32's own: cosine,
-relative length, largest entry. torchao and bitsandbytes take part where they are installed, on the
-same gradients.
+every block of 256; and over 1 decade, with all gradients scaled by 1e-8 to 1e5. After 1500 steps,
+the next update of each storage beside float32's own: cosine, relative length, largest entry.
+torchao, bitsandbytes and flashoptim-jax take part where they are installed, on the same gradients.
 
     python benchmarks/lean_fidelity.py           # writes benchmarks/results/lean_fidelity.json
                                                  # and docs/lean_fidelity.png
@@ -11,16 +11,16 @@ same gradients.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 from lean import DOCS, FORMATS, RESULTS, chosen, machine, quieten, save, versions
+from lean_peers import B1, B2, EPS, PEERS, Leaves, Storage
 from rich import box
 from rich.console import Console
 from rich.progress import track
@@ -28,21 +28,24 @@ from rich.table import Table
 
 import adamfn
 
-SHAPE, BLOCK, DECADES = (128, 256), 256, (1, 2, 4)
-B1, B2, EPS, STEPS = 0.9, 0.999, 1e-8, 1500
+SHAPE, BLOCK, DECADES, STEPS = (128, 256), 256, (1, 2, 4), 1500
+SCALES = (1e-8, 1e-7, 1e-6, 1e-4, 1e-2, 1e2, 1e4, 1e5)
+SPREADS, SCALED = [str(d) for d in DECADES], [f"{scale:.0e}" for scale in SCALES]
 ADAMFN = "adamfn {}"
-
-Leaves = dict[int, np.ndarray]
-Storage = Callable[[Iterator[Leaves]], tuple[Leaves, float]]
 
 
 def gradients(steps: int, seed: int) -> Iterator[Leaves]:
-    """Yields for each step one leaf for each spread: scales from 1 down to 10^-decades."""
+    """Yields for each step one leaf for each spread, of scales from 1 down to 10^-decades.
+
+    And one for each scale, of gradients that spread over one decade.
+    """
     random = np.random.default_rng(seed)
     exponents = random.permuted(np.tile(np.linspace(-1, 0, BLOCK), (SHAPE[0], 1)), axis=1)
+    factors = {str(d): 10 ** (d * exponents) for d in DECADES}
+    factors |= {f"{scale:.0e}": scale * 10**exponents for scale in SCALES}
     for _ in range(steps):
         noise = random.standard_normal(SHAPE)
-        yield {d: (noise * 10 ** (d * exponents)).astype(np.float32) for d in DECADES}
+        yield {name: (noise * factor).astype(np.float32) for name, factor in factors.items()}
 
 
 def by_adamfn(moments: str) -> Storage:
@@ -51,7 +54,7 @@ def by_adamfn(moments: str) -> Storage:
             adamfn.scale_by_moments(B1, B2, EPS, **chosen(moments)), adamfn.bias_correct(B1, B2)
         )
         update = jax.jit(tx.update, donate_argnums=1)
-        state = tx.init({d: jnp.zeros(SHAPE) for d in DECADES})
+        state = tx.init({name: jnp.zeros(SHAPE) for name in SPREADS + SCALED})
         for g in steps:
             updates, state = update(g, state)
         stored = sum(leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.ndim)
@@ -60,63 +63,20 @@ def by_adamfn(moments: str) -> Storage:
     return run
 
 
-def by_torch(module: str, name: str) -> Storage:
-    """A torch optimizer: a step of rate 1 from 0 leaves minus the update in the parameter."""
-
-    def run(steps: Iterator[Leaves]) -> tuple[Leaves, float]:
-        import torch
-
-        params = {d: torch.zeros(SHAPE, requires_grad=True) for d in DECADES}
-        optimizer = getattr(import_module(module), name)(
-            list(params.values()), lr=1.0, betas=(B1, B2), eps=EPS, weight_decay=0.0
-        )
-        for g in steps:
-            for d, param in params.items():
-                param.data.zero_()
-                param.grad = torch.from_numpy(g[d])
-            optimizer.step()
-        kept = [x for param in params.values() for x in moments_in(optimizer.state[param])]
-        stored = sum(x.numel() * x.element_size() for x in kept)
-        return {d: -param.detach().numpy() for d, param in params.items()}, stored / entries()
-
-    return run
-
-
-def moments_in(state: dict) -> Iterator:
-    """The arrays that a torch optimizer keeps of one parameter's moments.
-
-    Not the tables of levels (qmap), which could be one for all parameters.
-    """
-    for name, value in state.items():
-        if hasattr(value, "tensor_attrs"):  # torchao's quantized tensors
-            yield from (getattr(value, part) for part in value.tensor_attrs if part != "qmap")
-        elif hasattr(value, "numel") and value.numel() > 1 and "qmap" not in name:
-            yield value
-
-
-PEERS: dict[str, Storage] = {
-    f"{module.partition('.')[0]} {moments}": by_torch(module, name)
-    for module, moments, name in (
-        ("torchao.optim", "8bit", "AdamW8bit"),
-        ("torchao.optim", "fp8", "AdamWFp8"),
-        ("torchao.optim", "4bit", "AdamW4bit"),
-        ("bitsandbytes.optim", "8bit", "AdamW8bit"),
-    )
-    if find_spec(module.partition(".")[0])
-}
-
-
 def entries() -> int:
-    return len(DECADES) * SHAPE[0] * SHAPE[1]
+    return len(SPREADS + SCALED) * SHAPE[0] * SHAPE[1]
 
 
-def compare(updates: Leaves, expected: Leaves) -> dict[str, dict[str, float]]:
-    """Cosine, relative length and largest entry, for each spread."""
+def compare(updates: Leaves, expected: Leaves, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Cosine, relative length and largest entry of leaves; None where an update is not finite."""
     results = {}
-    for d in DECADES:
-        u, e = (x[d].astype(np.float64).ravel() for x in (updates, expected))
+    for name in names:
+        u, e = (x[name].astype(np.float64).ravel() for x in (updates, expected))
+        if not np.isfinite(u).all():
+            results[name] = dict.fromkeys(("cosine", "relative_length", "largest"))
+            continue
         lengths = np.linalg.norm(u), np.linalg.norm(e)
-        results[str(d)] = {
+        results[name] = {
             "cosine": float(u @ e / (lengths[0] * lengths[1])),
             "relative_length": float(lengths[0] / lengths[1]),
             "largest": float(np.abs(u).max()),
@@ -207,7 +167,11 @@ def main(argv: list[str] | None = None) -> None:
         )
         updates, stored = storage(steps)
         expected = updates if expected is None else expected
-        rows[name] = {"bytes_a_parameter": stored, "spreads": compare(updates, expected)}
+        rows[name] = {
+            "bytes_a_parameter": stored,
+            "spreads": compare(updates, expected, SPREADS),
+            "scales": compare(updates, expected, SCALED),
+        }
     console.print(table(rows))
     recorded = {
         "machine": machine(),

@@ -21,6 +21,7 @@ from accelerator_tables import (
     accelerators_versions,
 )
 from step_tables import step_cost, step_goals, step_limits, step_speed, step_variants
+from why_table import why
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -97,8 +98,49 @@ def lean_fidelity() -> str:
             for c in row["spreads"].values()
         )
         lines.append(f"| {name} | {row['bytes_a_parameter']:.2f} | {cells} |")
-    head = "| moments by | bytes | " + " | ".join(f"{d} decades" for d in spreads) + " |"
+    head = (
+        "| moments by | bytes | "
+        + " | ".join(f"{d} decade{'s' * (d != '1')}" for d in spreads)
+        + " |"
+    )
     return "\n".join([head, "|---" * (2 + len(spreads)) + "|", *lines])
+
+
+def lean_scales() -> str:
+    """Cosine and relative length of an update, for each scale of all gradients."""
+    rows = json.loads((RESULTS / "lean_fidelity.json").read_text())["rows"]
+    scales = list(next(iter(rows.values()))["scales"])
+    lines = []
+    for name, row in rows.items():
+        cells = " | ".join(
+            "not finite"
+            if c["cosine"] is None
+            else f"{c['cosine']:.3f} / {c['relative_length']:.3g}"
+            for c in row["scales"].values()
+        )
+        lines.append(f"| {name} | {cells} |")
+    head = "| moments by | " + " | ".join(f"{float(scale):g}" for scale in scales) + " |"
+    return "\n".join([head, "|---" * (1 + len(scales)) + "|", *lines])
+
+
+def weights_quality() -> str:
+    """Validation losses by how weights are kept, and the bytes of a parameter."""
+    recorded = json.loads((RESULTS / "weights_quality.json").read_text())
+    runs, held = recorded["runs"], recorded["bytes_a_parameter"]
+    losses = {(run["weights"], run["seed"]): run["validation_loss"] for run in runs}
+    rows = []
+    for name, uses in held.items():
+        own = [run for run in runs if run["weights"] == name]
+        beside = [run["validation_loss"] / losses["float32", run["seed"]] - 1 for run in own]
+        sizes = " | ".join(f"{size:.2f}" for size in (*uses.values(), sum(uses.values())))
+        shown = ", ".join(f"{run['validation_loss']:.4f}" for run in own)
+        rows.append(
+            f"| {name} | {sizes} | {shown} |"
+            f" {mean(beside):+.2%} ({min(beside):+.2%} to {max(beside):+.2%}) |"
+        )
+    uses = " | ".join(next(iter(held.values())))
+    head = f"| weights | {uses} | in all | validation loss of each seed | beside float32's: mean |"
+    return "\n".join([head, "|---" * 8 + "|", *rows])
 
 
 def lean_speed() -> str:
@@ -142,7 +184,7 @@ def stage_cost() -> str:
 
 
 TABLES = {
-    "README.md": (exactness, step_speed, trace_cost, accelerators, lean_quality),
+    "README.md": (why,),
     "docs/accelerators.md": (
         accelerators_versions,
         accelerators_step,
@@ -159,8 +201,9 @@ TABLES = {
         lean_quality,
         accelerators,
     ),
-    "docs/lean_moments.md": (lean_fidelity, lean_speed),
+    "docs/lean_moments.md": (lean_fidelity, lean_scales, lean_speed),
     "docs/recipes.md": (recipes_effect,),
+    "docs/sixteen_bit_weights.md": (weights_quality,),
     "docs/speed.md": (step_goals, step_speed, step_variants, step_limits, step_cost, stage_cost),
 }
 """The tables of each page."""

@@ -68,9 +68,9 @@ def load() -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(train)[:LARGEST_TEXT], np.concatenate(held_out)
 
 
-def init(key: jax.Array) -> dict:
+def init(key: jax.Array, layers: int = LAYERS) -> dict:
     """Weights of standard deviation 1 / sqrt(inputs); the embedding is the last layer's too."""
-    keys = iter(jax.random.split(key, 1 + 4 * LAYERS))
+    keys = iter(jax.random.split(key, 1 + 4 * layers))
 
     def dense(inputs: int, outputs: int) -> jax.Array:
         return jax.random.normal(next(keys), (inputs, outputs)) / inputs**0.5
@@ -79,15 +79,15 @@ def init(key: jax.Array) -> dict:
         return {
             "norm_1": jnp.ones(WIDTH),
             "qkv": dense(WIDTH, 3 * WIDTH),
-            "out": dense(WIDTH, WIDTH) / (2 * LAYERS) ** 0.5,
+            "out": dense(WIDTH, WIDTH) / (2 * layers) ** 0.5,
             "norm_2": jnp.ones(WIDTH),
             "up": dense(WIDTH, 4 * WIDTH),
-            "down": dense(4 * WIDTH, WIDTH) / (2 * LAYERS) ** 0.5,
+            "down": dense(4 * WIDTH, WIDTH) / (2 * layers) ** 0.5,
         }
 
     return {
         "characters": dense(WIDTH, CHARACTERS).T,
-        "blocks": [block() for _ in range(LAYERS)],
+        "blocks": [block() for _ in range(layers)],
         "norm": jnp.ones(WIDTH),
     }
 
@@ -105,16 +105,25 @@ def rotate(x: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
 
+def layer(block: dict, x: jax.Array) -> jax.Array:
+    """One block of the transformer, for x of shape (n, length, WIDTH)."""
+    qkv = normalize(x, block["norm_1"]) @ block["qkv"]
+    heads = (*x.shape[:2], HEADS, WIDTH // HEADS)
+    q, k, v = (part.reshape(heads) for part in jnp.split(qkv, 3, -1))
+    mixed = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+    x = x + mixed.reshape(x.shape) @ block["out"]
+    return x + jax.nn.gelu(normalize(x, block["norm_2"]) @ block["up"]) @ block["down"]
+
+
 def logits_of(params: dict, codes: jax.Array) -> jax.Array:
-    """Scores of the next character, (n, length, CHARACTERS), for codes of shape (n, length)."""
-    shape = (*codes.shape, HEADS, WIDTH // HEADS)
+    """Scores of the next character, (n, length, CHARACTERS), for codes of shape (n, length).
+
+    Computed in float32, whatever the weights are kept in.
+    """
+    params = jax.tree.map(lambda weight: weight.astype(jnp.float32), params)
     x = params["characters"][codes]
     for block in params["blocks"]:
-        qkv = normalize(x, block["norm_1"]) @ block["qkv"]
-        q, k, v = (part.reshape(shape) for part in jnp.split(qkv, 3, -1))
-        mixed = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
-        x = x + mixed.reshape(x.shape) @ block["out"]
-        x = x + jax.nn.gelu(normalize(x, block["norm_2"]) @ block["up"]) @ block["down"]
+        x = layer(block, x)
     return normalize(x, params["norm"]) @ params["characters"].T
 
 
@@ -136,6 +145,7 @@ def train(
     progress: Callable[[int, float], None] | None = None,
     recipe: Callable[[optax.Schedule], Any] | None = None,
     evaluated: Callable[[Any, dict], dict] | None = None,
+    dtype: Any = jnp.float32,
 ) -> Run:
     """Trains a new model.
 
@@ -146,6 +156,7 @@ def train(
       progress: called with the steps made so far and the loss of the last ones.
       recipe: makes the optimizer from the learning rate's schedule; None for AdamW.
       evaluated: what is validated, from state and parameters; None for the parameters.
+      dtype: of the weights and of their gradients.
     """
     key, batches = jax.random.split(jax.random.key(seed))
     schedule = optax.warmup_cosine_decay_schedule(
@@ -158,7 +169,7 @@ def train(
     chosen = {} if moments == "float32" else {"moments": moments}
     recipe = recipe or functools.partial(adamfn.adamw, weight_decay=WEIGHT_DECAY, **chosen)
     tx = recipe(schedule)
-    params = init(key)
+    params = jax.tree.map(lambda weight: weight.astype(dtype), init(key))
     state = tx.init(params)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

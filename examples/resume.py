@@ -6,7 +6,7 @@ ends with the very bits of a run that nothing stopped. A step's batch follows fr
 number, so that is all there is to know of the data.
 
     python examples/resume.py                            # again and again, until it is done
-    python examples/resume.py --moments 8bit --steps 2000 --out out/resume_8bit
+    python examples/resume.py --moments 8bit --bits 24 --steps 2000 --out out/resume_lean
 """
 
 import argparse
@@ -40,16 +40,17 @@ from sklearn.datasets import load_digits
 import adamfn
 from adamfn.interop.orbax import check_saved
 
-MOMENTS = tuple(adamfn.formats.FORMATS)
+MOMENTS, BITS = tuple(adamfn.formats.FORMATS), (16, 24, 32)
 HIDDEN, BATCH, RATE, KEPT = 256, 64, 2e-3, 2
 console = Console()
 
 
-def optimizer(moments: str) -> adamfn.GradientTransformation:
-    return adamfn.adamw(RATE, moments=moments)
+def optimizer(moments: str, bits: int | None) -> adamfn.GradientTransformation:
+    tx = adamfn.adamw(RATE, moments=moments)
+    return adamfn.chain(tx, adamfn.round_weights(bits)) if bits else tx
 
 
-def start(tx: adamfn.GradientTransformation) -> dict[str, Any]:
+def start(tx: adamfn.GradientTransformation, bits: int | None) -> dict[str, Any]:
     """All that a checkpoint holds, before the first step."""
     first, second = jax.random.split(jax.random.key(0))
     params = {
@@ -57,6 +58,8 @@ def start(tx: adamfn.GradientTransformation) -> dict[str, Any]:
         "bias": jnp.zeros(HIDDEN),
         "out": jax.random.normal(second, (HIDDEN, 10)) / HIDDEN**0.5,
     }
+    if bits:
+        params = jax.tree.map(lambda weight: weight.astype(jnp.bfloat16), params)
     return {"params": params, "state": tx.init(params)}
 
 
@@ -86,6 +89,7 @@ def restore(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
 def train(
     folder: Path,
     moments: str,
+    bits: int | None,
     steps: int,
     every: int,
     progress: Callable[[int, float], None] | None = None,
@@ -95,6 +99,7 @@ def train(
     Args:
       folder: where its checkpoints are.
       moments: how Adam's moments are stored, one of `MOMENTS`.
+      bits: how many bits of bfloat16 weights are kept, one of `BITS`; None for float32 weights.
       steps: training steps in all.
       every: steps from one checkpoint to the next.
       progress: called with the steps made so far and the loss of the last one.
@@ -102,7 +107,7 @@ def train(
     Returns:
       The step it went on from, and the parameters and state at the end.
     """
-    tx = optimizer(moments)
+    tx = optimizer(moments, bits)
     images, labels = map(jnp.asarray, load_digits(return_X_y=True))
     images = images / 16.0
     options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, save_interval_steps=every)
@@ -112,8 +117,9 @@ def train(
         options=options,
     ) as manager:
         begin = manager.latest_step() or 0
-        like = jax.eval_shape(partial(start, tx))
-        run = restore(manager, begin, like) if begin else jax.jit(partial(start, tx))()
+        begun = partial(start, tx, bits)
+        like = jax.eval_shape(begun)
+        run = restore(manager, begin, like) if begin else jax.jit(begun)()
         for step in range(begin, steps):
             run, loss = train_step(tx, run, step, images, labels)
             manager.save(step + 1, args=ocp.args.StandardSave(run), force=step + 1 == steps)
@@ -132,6 +138,7 @@ def positive(text: str) -> int:
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--moments", choices=MOMENTS, default="float32", help="(float32)")
+    parser.add_argument("--bits", type=int, choices=BITS, help="of bfloat16 weights (float32)")
     parser.add_argument("--steps", type=positive, default=1000, help="training steps (1000)")
     parser.add_argument("--every", type=positive, default=50, help="steps to a checkpoint (50)")
     parser.add_argument(
@@ -153,7 +160,7 @@ def main(argv: list[str] | None = None) -> dict:
             bar.update(task, completed=step, report=f"loss {loss:.4f}")
 
         try:
-            begin, run = train(args.out, args.moments, args.steps, args.every, progress)
+            begin, run = train(args.out, args.moments, args.bits, args.steps, args.every, progress)
         except ValueError as error:  # a checkpoint of another run
             bar.stop()
             raise SystemExit(f"{error}\nOr give another --out than {args.out}.") from error

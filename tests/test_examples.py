@@ -119,6 +119,19 @@ def test_char_lm_trains_with_lean_moments_and_writes(capsys):
         assert word in printed
 
 
+def test_char_lm_takes_bfloat16_weights():
+    import jax
+    import jax.numpy as jnp
+
+    found = example("char_lm")
+    params = jax.eval_shape(lambda: found["init"](jax.random.key(0)))
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16), params)
+    windows = jax.ShapeDtypeStruct((1, 9), jnp.int32)
+    loss, grads = jax.eval_shape(jax.value_and_grad(found["loss_of"]), params, windows)
+    assert loss.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(jnp.bfloat16)}
+
+
 @pytest.mark.parametrize(
     ("options", "layer", "word"),
     [("--fault nan", "blocks/1/up", "not finite"), ("--fault exploding --nnx", "up", "exploding")],
@@ -141,6 +154,72 @@ def test_sharded_training_shows_where_a_moment_lies():
     assert run.returncode == 0, run.stderr
     for word in ("4/4", "CPU 0", "CPU 7", "int8[128, 512]", "1,262,600 bytes", "163,016 bytes"):
         assert word in run.stdout, run.stdout
+
+
+def assert_same_weights(found, expected, rate):
+    import jax
+    import numpy as np
+
+    import adamfn
+
+    wholes = [adamfn.whole_weights(*own) for own in (found, expected)]
+    for a, b in zip(*map(jax.tree.leaves, wholes), strict=True):
+        # Two programs of one arithmetic: a gradient is summed in another order here and there.
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-2 * rate)
+
+
+def test_step_in_backward_is_the_ordinary_step_without_its_gradients(monkeypatch):
+    import jax
+
+    monkeypatch.syspath_prepend(EXAMPLES)
+    found = example("step_in_backward")
+    tx = found["optimizer"](lean=False)
+    params = found["init"](jax.random.key(0), 32, "float32")
+    plain, in_backward = found["compiled"](tx, params)
+    grads = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    temporary = [step.memory_analysis().temp_size_in_bytes for step in (plain, in_backward)]
+    # One layer's gradients, and its slices of weights and moments, are 4 of 32.
+    assert temporary[0] - temporary[1] > 0.8 * grads
+    windows = jax.random.randint(jax.random.key(1), (found["BATCH"], 65), 0, 128)
+    other = jax.tree.map(lambda leaf: leaf + 0, params)  # they are donated
+    state = found["init_by_layers"](tx, params)
+    expected = plain(other, tx.init(other), windows)
+    moved = in_backward(params, state, windows)
+    assert float(moved[2]) == pytest.approx(float(expected[2]), rel=1e-6)
+    assert_same_weights(moved[:2], expected[:2], found["RATE"])
+
+
+def test_step_in_backward_with_rounding_is_each_layers_own_step(monkeypatch):
+    import jax
+    import jax.numpy as jnp
+
+    import adamfn
+
+    monkeypatch.syspath_prepend(EXAMPLES)
+    found, layers = example("step_in_backward"), 2
+    tx = found["optimizer"](lean=True)
+    params = found["init"](jax.random.key(0), layers, "bfloat16")
+    state = jax.jit(lambda params: found["init_by_layers"](tx, params))(params)
+    windows = jax.random.randint(jax.random.key(1), (2, 9), 0, 128)
+
+    @jax.jit
+    def layer_by_layer(params, state):
+        """All gradients first. Each layer has a state of its own, and so the noise of its own."""
+        grads = jax.grad(found["ordinary_loss"])(params, windows)
+        ends = adamfn.step(tx, *(tree["ends"] for tree in (grads, state, params)))
+        rows = [
+            adamfn.step(tx, *found["at"](number, [t["blocks"] for t in (grads, state, params)]))
+            for number in range(layers)
+        ]
+        blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+        return tuple({"ends": a, "blocks": b} for a, b in zip(ends, blocks, strict=True))
+
+    expected, in_backward = (params, state), jax.jit(found["in_backward"](tx))
+    for _ in range(3):
+        expected = layer_by_layer(*expected)
+        params, state, _ = in_backward(params, state, windows)
+    assert jax.tree.structure(state) == jax.tree.structure(expected[1])
+    assert_same_weights((params, state), expected, found["RATE"])
 
 
 @pytest.mark.parametrize("name", ["resume", "sharded_training"])

@@ -323,6 +323,16 @@ def test_bfloat16_keeps_a_nan_whose_upper_half_is_that_of_infinity():
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_scale_of_all_gradients_changes_nothing(name):
+    mu, nu = moments((128, 256))
+    kept_mu, kept_nu = roundtrip(name, mu, nu)
+    for scale in (2.0**-27, 2.0**17):  # 7e-9 and 1e5, of which the product is exact
+        scaled_mu, scaled_nu = roundtrip(name, scale * mu, scale**2 * nu)
+        np.testing.assert_allclose(scaled_mu, scale * kept_mu, rtol=1e-6)
+        np.testing.assert_allclose(scaled_nu, scale**2 * kept_nu, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_denormals_and_the_ends_of_the_range(name):
     largest = np.finfo(np.float32).max
     sizes = np.array([1e-45, 1e-40, TINY, 2e-38, 1e-30, 1.0, 1e30, largest / 2**18], np.float32)

@@ -13,6 +13,7 @@ import adamfn
 from adamfn import formats, monitor
 
 WIDTH, HIDDEN, EXAMPLES = 16, 128, 256
+ADAM = adamfn.adam(1e-2)  # compiled once for all runs that share it
 BITS = jnp.bfloat16
 
 
@@ -224,24 +225,28 @@ def new_network(dtype=jnp.float32):
     }
 
 
-def train(tx, params, loss=network, steps=12, poison=None, ours=None, **options):
+@functools.partial(jax.jit, static_argnames="loss")
+def gradients(params, number, loss):
+    kx, ky = jax.random.split(jax.random.fold_in(jax.random.key(0), number))
+    x = jax.random.normal(kx, (EXAMPLES, WIDTH))
+    y = jnp.sin(x[:, :4]) + 0.1 * jax.random.normal(ky, (EXAMPLES, 4))
+    return jax.grad(loss)(params, (x, y))
+
+
+@functools.partial(jax.jit, static_argnames=("tx", "ours"))
+def seen_and_moved(tx, grads, state, params, ours):
+    seen = monitor.observe(tx, grads, state, params, ours=ours)
+    updates, state = tx.update(grads, state, params)
+    return seen, adamfn.apply_updates(params, updates), state
+
+
+def train(tx, params, loss=network, steps=12, poison=None, ours=None):
     """A short training run, and what was seen of every step."""
-    state = tx.init(params)
-
-    @jax.jit
-    def step(params, state, number):
-        kx, ky = jax.random.split(jax.random.fold_in(jax.random.key(0), number))
-        x = jax.random.normal(kx, (EXAMPLES, WIDTH))
-        y = jnp.sin(x[:, :4]) + 0.1 * jax.random.normal(ky, (EXAMPLES, 4))
-        grads = jax.grad(loss)(params, (x, y))
-        grads = grads if poison is None else poison(grads)
-        seen = monitor.observe(tx, grads, state, params, ours=ours, **options)
-        updates, state = tx.update(grads, state, params)
-        return adamfn.apply_updates(params, updates), state, seen
-
-    run = []
+    state, run = tx.init(params), []
     for number in range(steps):
-        params, state, seen = step(params, state, number)
+        grads = gradients(params, number, loss)
+        grads = grads if poison is None else poison(grads)
+        seen, params, state = seen_and_moved(tx, grads, state, params, ours)
         run.append(seen)
     return run
 
@@ -264,7 +269,7 @@ def test_a_dead_layer_is_found():
         return network(params | {"second": params["second"] | {"scale": 0.0}}, batch)
 
     # Nothing comes through `second`: what stands around it has no gradient either.
-    found = found_in(train(adamfn.adam(1e-2), new_network(), loss))
+    found = found_in(train(ADAM, new_network(), loss))
     assert {word for _, word in found} == {"dead"}
     assert {"second/kernel", "second/bias"} <= {layer for layer, _ in found}
 
@@ -276,7 +281,7 @@ def test_one_dead_layer_of_a_healthy_network_is_found():
         return network(params, (x + dead, batch[1]))
 
     params = new_network() | {"side": jnp.ones((WIDTH, 8)) / 8}
-    assert found_in(train(adamfn.adam(1e-2), params, loss)) == [("side", "dead")]
+    assert found_in(train(ADAM, params, loss)) == [("side", "dead")]
 
 
 def test_exploding_gradients_are_found():
@@ -284,7 +289,7 @@ def test_exploding_gradients_are_found():
         kernel = 1e4 * grads["second"]["kernel"]
         return grads | {"second": grads["second"] | {"kernel": kernel}}
 
-    run = train(adamfn.adam(1e-2), new_network(), poison=poison)
+    run = train(ADAM, new_network(), poison=poison)
     assert found_in(run) == [("second/kernel", "exploding")]
 
 
@@ -303,7 +308,7 @@ def test_updates_that_rounding_loses_are_found():
     run = train(adamfn.adam(1e-6), new_network() | {"out": new_network(BITS)["out"]})
     assert found_in(run) == [("out", "stalled by rounding")]
     # A thousand times the rate, and they arrive.
-    run = train(adamfn.adam(1e-2), new_network() | {"out": new_network(BITS)["out"]})
+    run = train(ADAM, new_network() | {"out": new_network(BITS)["out"]})
     assert found_in(run) == []
 
 
@@ -313,7 +318,7 @@ def test_one_element_that_is_not_finite_is_found(bad):
         bias = grads["second"]["bias"].at[5].set(bad)
         return grads | {"second": grads["second"] | {"bias": bias}}
 
-    run = train(adamfn.adam(1e-2), new_network(), poison=poison, steps=1)
+    run = train(ADAM, new_network(), poison=poison, steps=1)
     assert found_in(run) == [("second/bias", "not finite")]
     assert run[0].leaves["second/bias"]["not_finite_gradient"] == 1
     assert run[0].leaves["second/bias"]["not_finite_moments"] >= 1
@@ -322,7 +327,7 @@ def test_one_element_that_is_not_finite_is_found(bad):
 def test_a_weight_that_is_not_finite_comes_before_what_it_spoils():
     params = new_network()
     params["first"]["kernel"] = params["first"]["kernel"].at[3, 4].set(jnp.nan)
-    found = found_in(train(adamfn.adam(1e-2), params, steps=1))
+    found = found_in(train(ADAM, params, steps=1))
     assert found[0] == ("first/kernel", "not finite")
     assert len(found) == 5  # the loss is NaN, and so is every gradient
 
@@ -339,10 +344,9 @@ def test_codes_at_their_limit_are_found():
 
 
 def test_a_frozen_leaf_is_found():
-    tx = adamfn.adam(1e-2)
     labels = {"first": "train", "second": "train", "out": "freeze"}
-    frozen = optax.partition({"train": tx, "freeze": optax.set_to_zero()}, labels)
-    assert found_in(train(frozen, new_network(), ours=tx)) == [("out", "frozen")]
+    frozen = optax.partition({"train": ADAM, "freeze": optax.set_to_zero()}, labels)
+    assert found_in(train(frozen, new_network(), ours=ADAM)) == [("out", "frozen")]
     # At a rate of zero nothing moves, and nothing is wrong.
     assert found_in(train(adamfn.adam(0.0), new_network())) == []
 
@@ -436,7 +440,7 @@ def test_the_worst_layer_is_the_tables_first_row():
     def poison(grads):
         return grads | {"out": grads["out"].at[0, 0].set(jnp.nan)}
 
-    run = train(adamfn.adam(1e-2), new_network(), poison=poison, steps=1)
+    run = train(ADAM, new_network(), poison=poison, steps=1)
     console = Console(width=80, file=io.StringIO())
     console.print(monitor.report(run))
     title, *lines = console.file.getvalue().splitlines()

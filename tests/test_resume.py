@@ -42,9 +42,9 @@ def child(target, *arguments):
         process.join()
 
 
-def resume(folder, moments):
+def resume(folder, options):
     main = runpy.run_path(str(RESUME))["main"]
-    main(["--moments", moments, "--steps", str(STEPS), "--every", str(EVERY), "--out", folder])
+    main([*options, "--steps", str(STEPS), "--every", str(EVERY), "--out", folder])
 
 
 def saved_steps(folder):
@@ -52,20 +52,27 @@ def saved_steps(folder):
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
 
 
-@pytest.mark.parametrize(("moments", "kills"), [("float32", 2), ("bfloat16", 1), ("8bit", 2)])
-def test_killed_at_random_moments_it_ends_with_the_same_bits(moments, kills, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "kills"),
+    [
+        ("--moments float32", 2),
+        ("--moments bfloat16 --bits 16", 1),
+        ("--moments 8bit --bits 24", 2),
+    ],
+)
+def test_killed_at_random_moments_it_ends_with_the_same_bits(options, kills, tmp_path):
+    folder, chance, options = tmp_path / "killed", random.Random(options), options.split()
     uninterrupted = runpy.run_path(str(RESUME))["main"](
-        ["--moments", moments, "--steps", str(STEPS), "--out", str(tmp_path / "whole")]
+        [*options, "--steps", str(STEPS), "--out", str(tmp_path / "whole")]
     )
-    folder, chance = tmp_path / "killed", random.Random(moments)
     for _ in range(kills):
         begun = (saved_steps(folder) or [0])[-1]
-        with child(resume, str(folder), moments) as process:
+        with child(resume, str(folder), options) as process:
             wait_until(lambda begun=begun: (saved_steps(folder) or [0])[-1] > begun, process)
             time.sleep(chance.uniform(0, 0.1))
             process.kill()
     assert saved_steps(folder), "it was killed before its first checkpoint"
-    with child(resume, str(folder), moments) as process:
+    with child(resume, str(folder), options) as process:
         process.join(120)
         assert process.exitcode == 0
     assert saved_steps(folder)[-1] == STEPS

@@ -308,12 +308,13 @@ def test_inside_of_wrappers(wrap):
 
 
 def test_apply_if_finite():
-    # It wants updates of the gradients' dtype: of float32 here.
-    tx = optax.apply_if_finite(rounding(24, RATE), 3)
+    # It wants updates of the gradients' dtype, which are float32: so it is given such gradients.
+    widen = optax.stateless_with_tree_map(lambda g, _: g.astype(jnp.float32))
+    tx = optax.chain(widen, optax.apply_if_finite(rounding(24, RATE), 3))
     params = jnp.ones(MANY, BFLOAT16)
     state, update = tx.init(params), jax.jit(tx.update)
     for k in range(STEPS + 1):
-        g = jnp.full(MANY, np.nan if k == 7 else 1.0)
+        g = jnp.full(MANY, np.nan if k == 7 else 1.0, BFLOAT16)
         updates, state = update(g, state, params)
         params = optax.apply_updates(params, updates)
     assert_moved(params, state)

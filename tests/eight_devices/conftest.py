@@ -1,7 +1,7 @@
 """Eight devices on the CPU, for the tests of this folder: `pytest tests/eight_devices`.
 
-They run in a process of their own, which `tests/test_sharding.py` starts: the number of devices is
-fixed when JAX begins, and the other tests are to have one.
+`make test` runs them after the others, which are to have one: the number of devices is fixed when
+JAX begins.
 """
 
 import os

@@ -70,12 +70,21 @@ def test_the_wheel_has_the_package_and_nothing_else():
     assert {"adamfn/backends/native/handler.cc", "adamfn/py.typed"} <= names
 
 
+def test_an_index_shows_the_readme_without_links_into_the_repository():
+    wheel = zipfile.ZipFile(built("*.whl"))
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    shown = wheel.read(name).decode()
+    assert "## The chain beside its formulas" in shown
+    assert "](" not in shown
+
+
 def test_the_sdist_has_what_tests_and_documentation_need():
     with tarfile.open(built("*.tar.gz")) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert names >= PACKAGE
     assert {"pyproject.toml", "README.md", "LICENSE", "Makefile", "CHANGELOG.md"} <= names
     assert {"docs/stages.md", "examples/digits.py", "tests/test_stage.py"} <= names
+    assert {"mkdocs.yml", "website/hooks.py"} <= names
 
 
 def test_the_wheel_brings_jax_and_chex_alone(found):

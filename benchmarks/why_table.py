@@ -1,0 +1,133 @@
+"""The README's table: each claim, its figure, the peers' figures, and where the evidence is.
+
+Figures are those of `benchmarks/results/`. Two rows have none there: the tests that their comments
+name hold them.
+"""
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def why() -> str:
+    """At most eight claims."""
+    rows = [
+        exact(),
+        fast(),
+        traced(),
+        faithful(),
+        trained(),
+        on_tpu(),
+        narrow_weights(),
+        taken_over(),
+    ]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(["| | adamfn | others | evidence |", "|---|---|---|---|", *lines])
+
+
+def exact() -> tuple[str, ...]:
+    errors = {name: max(found) for name, found in _recorded("exactness")["errors"].items()}
+    return (
+        "**Exact**: the largest error of an update, over gradients of nine decades",
+        f"{errors['adamfn.adam']:.1e}",
+        f"optax {errors['optax.adam']:.1e}, torch {errors['torch.optim.Adam']:.1e}",
+        "[exactness](docs/benchmarks.md#exactness)",
+    )
+
+
+def fast() -> tuple[str, ...]:
+    rows = _recorded("step_speed")["updates"]["GPT-2 small"]
+    step, torch = (
+        rows[name]["times_as_fast_as"]["optax"]["median"] for name in ("adamfn step", "torch fused")
+    )
+    return (
+        "**Fast**: a step of GPT-2 small's parameters, in times of optax's speed",
+        f"{step:.2f}",
+        f"optax 1, torch's fused kernel {torch:.2f}",
+        "[speed](docs/benchmarks.md#speed)",
+    )
+
+
+def traced() -> tuple[str, ...]:
+    seconds = _recorded("trace_cost")["results"]["1000 leaves"]["seconds"]
+    ours, theirs = (seconds[who]["trace"] + seconds[who]["lower"] for who in ("adamfn", "optax"))
+    return (
+        "**Quick to begin**: tracing and lowering an update of 1000 leaves",
+        f"{ours:.2f} s",
+        f"optax {theirs:.2f} s",
+        "[tracing](docs/benchmarks.md#tracing-and-compiling)",
+    )
+
+
+def faithful() -> tuple[str, ...]:
+    rows = _recorded("lean_fidelity")["rows"]
+    ours, bitsandbytes, torchao = (
+        f"{rows[f'{who} 8bit']['spreads']['4']['cosine']:.3f}"
+        for who in ("adamfn", "bitsandbytes", "torchao")
+    )
+    return (
+        "**Lean**: the cosine between an update with moments in 8 bits and float32's, where"
+        " scales spread over four decades",
+        ours,
+        f"bitsandbytes {bitsandbytes}, torchao {torchao}",
+        "[lean moments](docs/lean_moments.md#why-they-hold)",
+    )
+
+
+def trained() -> tuple[str, ...]:
+    runs = _recorded("lean_quality")["runs"]
+    lean, wide = ([r for r in runs if r["moments"] == name] for name in ("8bit", "float32"))
+    loss, bytes_each = (
+        [mean(run[key] for run in own) for own in (lean, wide)]
+        for key in ("validation_loss", "bytes_a_parameter")
+    )
+    return (
+        "**and trains as well**: validation loss of a character transformer, mean of"
+        f" {len(lean)} seeds",
+        f"{loss[0]:.3f} with {bytes_each[0]:.2f} bytes a parameter",
+        f"{loss[1]:.3f} in float32, with {bytes_each[1]:.2f}",
+        "[lean moments](docs/benchmarks.md#lean-moments)",
+    )
+
+
+def on_tpu() -> tuple[str, ...]:
+    rows = _recorded("accelerators")["updates"]["v5e"]["large matrix"]["float32"]
+    ours, optax, flashoptim = (
+        f"{rows[name]['moved']:.1f}" for name in ("step 8bit", "optax", "flashoptim-jax")
+    )
+    return (
+        "**on TPU too**: bytes of memory that an 8-bit step moves for each parameter, on v5e",
+        ours,
+        f"optax, in float32, {optax}; flashoptim-jax, whose kernel is for GPU, {flashoptim}",
+        "[accelerators](docs/accelerators.md#what-was-measured)",
+    )
+
+
+def narrow_weights() -> tuple[str, ...]:
+    # tests/test_round_weights.py: test_a_weight_moves_as_far_as_it_should, of 24 bits and a rate of
+    # 1e-6, and test_optaxs_own_bfloat16_stays_where_it_was.
+    return (
+        "**Weights in 16 bits that train**: where a weight of 1 is after 2000 steps of 1e-6;"
+        " 0.998 is right",
+        "0.998, with a byte beside each",
+        "optax 1.000",
+        "[weights in 16 bits](docs/sixteen_bit_weights.md)",
+    )
+
+
+def taken_over() -> tuple[str, ...]:
+    # tests/test_interop_torch.py: test_a_torch_run_goes_on.
+    return (
+        "**Portable**: how far parameters are from torch's own after 40 steps of its Adam and 40"
+        " taken over",
+        "1e-6 of the largest, at most",
+        "optax reads no torch state",
+        "[taking over a run](docs/taking_over_runs.md)",
+    )
+
+
+def _recorded(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
