@@ -108,6 +108,10 @@ def test_weights_of_16_bits_too(moments, bits):
     check_equal(run(placed, on_mesh.init(placed), grads), expected)
 
 
+def firsts(grads):
+    return {name: g[0] for name, g in grads.items()}
+
+
 def one_step(tx, params, grads):
     return adamfn.step(tx, grads, tx.init(params), params)
 
@@ -151,3 +155,37 @@ def test_native_code_runs_and_no_moment_is_gathered():
     assert compiled.memory_analysis().temp_size_in_bytes < 3 * 4 * sum(
         p.size for p in params.values()
     )
+
+
+def test_a_stage_that_looks_at_whole_leaves_is_xlas():
+    params, grads = drawn()
+    grads = firsts(grads)
+    own = [f(b2=0.99) for f in (adamfn.scale_by_moments, adamfn.bias_correct, adamfn.clip_updates)]
+    tx = adamfn.chain(*own, adamfn.scale_by_lr(1e-2))
+    expected = jax.jit(functools.partial(one_step, tx))(params, grads)
+    on_mesh = sharded(tx, WHERE, "data")
+    found = jax.jit(functools.partial(one_step, on_mesh))(
+        jax.device_put(params, WHERE), firsts(grads)
+    )
+    check_equal(found, expected)
+
+
+def test_inside_shard_map_a_shard_is_a_leaf():
+    params, _ = drawn()
+    params = {"rows": params["rows"]}
+    tx = adamfn.adamw(1e-2, moments="8bit")
+
+    def run(tx):
+        step = functools.partial(one_step, tx)
+        specs = P(("data", "model"))
+        state = jax.tree.map(lambda x: specs if x.ndim else P(), jax.eval_shape(tx.init, params))
+        out_specs = ({"rows": specs}, state)
+        on_shards = jax.shard_map(
+            step, mesh=MESH, in_specs=(specs, specs), out_specs=out_specs, check_vma=False
+        )
+        return jax.jit(on_shards)(params, params)
+
+    for a, b in zip(
+        *(jax.tree.leaves(run(own)) for own in (tx, sharded(tx, on(P())))), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
