@@ -89,14 +89,15 @@ def _can_split(path: Path, program: Program, g: Any, shards: Shards) -> bool:
 
 def _by_type(g: Any, p: Any, kept: Any) -> Shards | None:
     """How a leaf is split that is of a mesh whose axes are all explicit."""
-    if isinstance(g, Bundle):
+    if isinstance(g, Bundle) or not _is_explicit(_sharding_in_type(g).mesh):
         return None
-    arrays = [x for x in jax.tree.leaves(kept) if jnp.shape(x) == g.shape]
-    for x in (*arrays, p, g):
-        sharding = None if x is None else getattr(jax.typeof(x), "sharding", None)
-        if isinstance(sharding, NamedSharding) and _is_explicit(sharding.mesh):
-            return Shards(sharding.mesh, axes_of_spec(sharding.spec, g.ndim))
-    return None
+    arrays = [x for x in jax.tree.leaves((kept, p, g)) if jnp.shape(x) == g.shape]
+    found = next(own for own in map(_sharding_in_type, arrays) if _is_explicit(own.mesh))
+    return Shards(found.mesh, axes_of_spec(found.spec, g.ndim))
+
+
+def _sharding_in_type(x: Any) -> Any:
+    return jax.typeof(x).sharding
 
 
 def run_on_shards(
@@ -153,7 +154,7 @@ def _first_number(strides: Sequence[int], shard: jax.Array, axes: Axes) -> jax.A
 
 def _laid(x: jax.Array, mesh: Any, spec: PartitionSpec) -> jax.Array:
     """The array as its shards are to come: where axes are explicit, XLA may not see to it."""
-    mine: Any = jax.typeof(x).sharding
+    mine = _sharding_in_type(x)
     if not _is_explicit(mesh) or mine.mesh.empty:
         return x
     return jax.sharding.reshard(x, NamedSharding(mine.mesh, spec))
@@ -161,7 +162,7 @@ def _laid(x: jax.Array, mesh: Any, spec: PartitionSpec) -> jax.Array:
 
 def _brought(x: jax.Array, like: jax.Array, home: Axes | None, mesh: Any) -> jax.Array:
     """A result, brought where it belongs."""
-    theirs: Any = jax.typeof(like).sharding
+    theirs = _sharding_in_type(like)
     if _is_explicit(mesh):
         return x if theirs.mesh.empty else jax.sharding.reshard(x, theirs)
     if home is None:
