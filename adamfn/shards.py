@@ -53,7 +53,8 @@ def split_leaves(
 
     Returns:
       Of each leaf how it is split; None where its program looks at the whole leaf, or stores it in
-      a format that is not ours: XLA runs it, and sends what it has to.
+      a format that is not ours, or a mesh has axes of several types: XLA runs it, and sends what it
+      has to.
 
     Raises:
       ValueError: a shard would have a part of a block; names the leaf.
@@ -67,6 +68,8 @@ def split_leaves(
 
 
 def _can_split(path: Path, program: Program, g: Any, shards: Shards) -> bool:
+    if len(set(shards.mesh.axis_types)) > 1:  # some are in the types of arrays, and some are not
+        return False
     last = size(shards.axes[-1], shards.mesh) if shards.axes else 1
     active = [part for part in program.parts if part.active]
     if not all(part.elementwise or (part.formula is lazy_ratio and last == 1) for part in active):

@@ -34,7 +34,7 @@ def sharded(
 
     A leaf goes through XLA as without this where a stage looks at all of it, as `clip_updates` and
     `cautious_updates` do, or a format is not one of ours. So does everything inside of
-    `jax.shard_map`.
+    `jax.shard_map`, and on a mesh of which some axes are explicit and some are not.
 
     Where all axes of the mesh are explicit, every optimizer of ours takes its steps so by itself.
 
