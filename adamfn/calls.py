@@ -11,11 +11,13 @@ from jax.core import Tracer
 
 from adamfn.backends.primitive import Backend, bind
 from adamfn.backends.xla import run_call
+from adamfn.bundle import Bundle
 from adamfn.formats import Format
 from adamfn.program import Call, Part, Program
+from adamfn.shards import Shards, run_on_shards
 from adamfn.stage import Stage
 from adamfn.storage import Kept
-from adamfn.trees import PyTree, as_array, real_dtype, wide_dtype
+from adamfn.trees import PyTree, real_dtype, wide_dtype
 from adamfn.varying import axes_of
 
 LARGE = 2**18
@@ -23,25 +25,6 @@ LARGE = 2**18
 
 _LEAVES = 16
 """Smaller leaves that share a call."""
-
-
-class Bundle(Sequence[Any]):
-    """Several leaves that have one program, and what is kept of them end to end: one leaf to it."""
-
-    def __init__(self, leaves: Sequence[Any]) -> None:
-        self._leaves = [as_array(leaf) for leaf in leaves]
-        dtypes = {leaf.dtype for leaf in self._leaves}
-        self.dtype = dtypes.pop() if len(dtypes) == 1 else jnp.dtype(jnp.float32)
-        self.size = sum(leaf.size for leaf in self._leaves)
-        self.shape = (self.size,)
-
-    def __getitem__(self, place: Any) -> Any:
-        """One of the leaves."""
-        return self._leaves[place]
-
-    def __len__(self) -> int:
-        """How many they are."""
-        return len(self._leaves)
 
 
 def leaf_programs(
@@ -144,6 +127,7 @@ def together(
     params: Sequence[Any],
     kept: Sequence[Any],
     backend: Backend,
+    shards: Sequence[Shards | None],
 ) -> list[list[int]]:
     """The leaves of each call, by their numbers: alike in all but shape, and large ones alone."""
     most = 1 if backend == "pallas" else _LEAVES
@@ -156,7 +140,7 @@ def together(
         alone = k if g.size >= LARGE or isinstance(g, Bundle) else None
         arrays = [] if alone is not None else jax.tree.leaves((g, p, kept[k]))
         varies = frozenset(map(axes_of, arrays))
-        alike.setdefault((program, dtypes, place, varies, alone), []).append(k)
+        alike.setdefault((program, dtypes, place, varies, shards[k], alone), []).append(k)
     # Leaves of one shape beside one another: calls of one signature are traced once.
     ordered = (sorted(own, key=lambda k: grads[k].shape) for own in alike.values())
     return [own[i : i + most] for own in ordered for i in range(0, len(own), most)]
@@ -177,7 +161,37 @@ class Vectors:
         return self._made[dtype]
 
 
-def run(
+def run_all(
+    programs: Sequence[Program],
+    backend: Backend,
+    scalars: PyTree,
+    count: jax.Array,
+    kept: Sequence[Any],
+    grads: Sequence[Any],
+    params: Sequence[Any],
+    shards: Sequence[Shards | None],
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Runs the program of every leaf: what is kept, and updates and parameters, or None each."""
+    vectors, columns = Vectors(scalars), ([*kept], [None] * len(grads), [None] * len(grads))
+    for numbers in together(programs, grads, params, kept, backend, shards):
+        results = _run_call(
+            programs[numbers[0]],
+            backend,
+            vectors,
+            count,
+            numbers,
+            [kept[k] for k in numbers],
+            [grads[k] for k in numbers],
+            [params[k] for k in numbers if params[k] is not None],
+            shards[numbers[0]],
+        )
+        for column, values in zip(columns, results, strict=True):
+            for k, value in zip(numbers, values, strict=False):
+                column[k] = value
+    return columns
+
+
+def _run_call(
     program: Program,
     backend: Backend,
     vectors: Vectors,
@@ -186,6 +200,7 @@ def run(
     kept: Sequence[Sequence[Kept]],
     grads: Sequence[Any],
     params: Sequence[Any],
+    shards: Shards | None,
 ) -> tuple[list[list[Kept]], Sequence[Any], Sequence[Any]]:
     """Runs a program on some leaves: what is kept, and the updates and parameters it returns."""
     bundle = grads[0] if isinstance(grads[0], Bundle) else None
@@ -194,11 +209,12 @@ def run(
         params = [p for own in params for p in own]
         numbers = [numbers[0]] * len(grads)
     call = Call(program, len(grads), jax.tree.structure(kept), packed=bundle is not None)
-    arrays = [np.array(numbers, np.uint32), *jax.tree.leaves(kept), *grads, *params]
+    of_whole_leaves = np.array([[number, 0] for number in numbers], np.uint32)
+    arrays = [of_whole_leaves, *jax.tree.leaves(kept), *grads, *params]
     operands = [vectors[program.dtype], count, *arrays]
     if not program.known:
         jax.eval_shape(partial(run_call, call), *operands)  # mistakes show now, not when it lowers
-    results = _run(call, backend, operands)
+    results = _run(call, backend, shards, operands)
     own = jax.tree.unflatten(call.kept, results[: call.arrays_kept])
     moved = results[call.arrays_kept :]
     split = call.leaves if program.update_dtype is not None else 0
@@ -212,6 +228,10 @@ def run(
     return own, [Bundle(us)], [Bundle(ps)]
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _run(call: Call, backend: Backend, operands: list[jax.Array]) -> list[jax.Array]:
-    return bind(call, backend, operands)
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(
+    call: Call, backend: Backend, shards: Shards | None, operands: list[jax.Array]
+) -> list[jax.Array]:
+    if shards is None:
+        return bind(call, backend, operands)
+    return run_on_shards(call, backend, shards, operands)

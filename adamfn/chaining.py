@@ -143,7 +143,7 @@ def _compose(structure: Structure) -> GradientTransformation:
             last = place == len(segments) - 1
             parts = states[len(next_states) :][: len(own)]
             if not foreign:
-                now = wanted if last else Wanted(backend=wanted.backend)
+                now = wanted if last else wanted._replace(updates=True, params=False)
                 updates, moved, parts = joined.run(own, updates, parts, params, extra, now)
             else:
                 known = extra if takes is None else {k: v for k, v in extra.items() if k in takes}

@@ -14,6 +14,8 @@ from adamfn.holding import held_back
 from adamfn.layers import layers_of
 from adamfn.masks import broadcast_mask
 from adamfn.measures import measured
+from adamfn.placement import Path
+from adamfn.shards import Shards, split_leaves
 from adamfn.stage import CountedState, EmptyState, Scalars, Stage
 from adamfn.storage import as_fields, check_whole, first_kept, kept_by_leaf
 from adamfn.trees import (
@@ -27,11 +29,13 @@ from adamfn.varying import with_type_of
 
 
 class Wanted(NamedTuple):
-    """What joined stages are to return, and by which backend."""
+    """What joined stages are to return, by which backend, and on which devices."""
 
     updates: bool = True
     params: bool = False
     backend: Backend = "auto"
+    shards: Mapping[Path, Shards] | None = None
+    """How leaves are split, by their paths; None to take it from their types."""
 
 
 def first_states(stages: Sequence[Stage], params: PyTree) -> list[PyTree]:
@@ -112,23 +116,10 @@ def run(
         moves=wanted.params,
     )
     ps = [p if program.reads_params else None for p, program in zip(ps, programs, strict=True)]
-    vectors = calls.Vectors(scalars)
-    moved: list[Any] = [None] * len(gs)
-    next_ps: list[Any] = [None] * len(gs)
-    for numbers in calls.together(programs, gs, ps, kept, wanted.backend):
-        results = calls.run(
-            programs[numbers[0]],
-            wanted.backend,
-            vectors,
-            count,
-            numbers,
-            [kept[k] for k in numbers],
-            [gs[k] for k in numbers],
-            [ps[k] for k in numbers if ps[k] is not None],
-        )
-        for column, values in zip((kept, moved, next_ps), results, strict=True):
-            for k, value in zip(numbers, values, strict=False):
-                column[k] = value
+    shards = split_leaves(wanted.shards, updates, programs, gs, ps, kept)
+    kept, moved, next_ps = calls.run_all(
+        programs, wanted.backend, scalars, count, kept, gs, ps, shards
+    )
     next_states: list[PyTree] = []
     for place, (stage, state, own, new) in enumerate(
         zip(stages, states, formats, remembered, strict=True)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from adamfn import joined
-from adamfn.calls import Bundle
+from adamfn.bundle import Bundle
 from adamfn.stage import Stage
 from adamfn.trees import PyTree, check_inexact
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamfn.calls import Bundle
+from adamfn.bundle import Bundle
 from adamfn.stage import Stage
 from adamfn.trees import wide_dtype
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from adamfn import joined
-from adamfn.calls import Bundle
+from adamfn.bundle import Bundle
 from adamfn.chaining import elements, flat_states, nested, structure_of
 from adamfn.joined import Wanted
 from adamfn.layout import Layout, Packed

@@ -30,8 +30,16 @@ def size(names: Sequence[str], mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def place(params: PyTree, shardings: PyTree) -> tuple[dict[Path, Placed], Mesh | AbstractMesh]:
+def place(
+    caller: str, params: PyTree, shardings: PyTree, *, all_used: bool = True
+) -> tuple[dict[Path, Placed], Mesh | AbstractMesh]:
     """Where each parameter is, by its path, and the mesh that all are on.
+
+    Args:
+      caller: what error messages begin with.
+      params: the parameters.
+      shardings: a `NamedSharding` for each of them, or for each subtree.
+      all_used: whether one that is for no parameter is a mistake.
 
     Raises:
       ValueError, TypeError: as `state_shardings`.
@@ -40,19 +48,19 @@ def place(params: PyTree, shardings: PyTree) -> tuple[dict[Path, Placed], Mesh |
     for path, sharding in given.items():
         if not isinstance(sharding, NamedSharding):
             raise TypeError(
-                f"state_shardings: shardings at {_name(path)} is {_describe(sharding)}; expected a"
+                f"{caller}: shardings at {_name(path)} is {_describe(sharding)}; expected a"
                 " jax.sharding.NamedSharding, which knows its mesh."
             )
     first = next(iter(given.items()), None)
     if first is None:
         raise ValueError(
-            "state_shardings: shardings has no leaves; expected a NamedSharding for each parameter,"
+            f"{caller}: shardings has no leaves; expected a NamedSharding for each parameter,"
             " or one for all of them, such as NamedSharding(mesh, PartitionSpec())."
         )
     for path, sharding in given.items():
         if sharding.mesh != first[1].mesh:
             raise ValueError(
-                f"state_shardings: the sharding at {_name(path)} is on {sharding.mesh}, and that at"
+                f"{caller}: the sharding at {_name(path)} is on {sharding.mesh}, and that at"
                 f" {_name(first[0])} on {first[1].mesh}; expected one mesh for all of them."
             )
     placed: dict[Path, Placed] = {}
@@ -67,16 +75,18 @@ def place(params: PyTree, shardings: PyTree) -> tuple[dict[Path, Placed], Mesh |
             continue
         if head is None:
             raise ValueError(
-                f"state_shardings: found no sharding for the parameter at {_name(path)},"
+                f"{caller}: found no sharding for the parameter at {_name(path)},"
                 f" {describe(leaf)}; expected a NamedSharding there or above it. Make them from"
                 " params: jax.tree.map(lambda p: NamedSharding(mesh, ...), params)."
             )
         sharding = given[head]
-        placed[path] = Placed(leaf.shape, _axes_on(path, leaf, sharding), sharding.memory_kind)
+        placed[path] = Placed(
+            leaf.shape, _axes_on(caller, path, leaf, sharding), sharding.memory_kind
+        )
     for path in given:
-        if path and path not in used:
+        if all_used and path and path not in used:
             raise ValueError(
-                f"state_shardings: found a sharding at {_name(path)}, where params has no leaf;"
+                f"{caller}: found a sharding at {_name(path)}, where params has no leaf;"
                 " expected shardings with the structure of params, or of its upper part."
             )
     return placed, first[1].mesh
@@ -139,14 +149,14 @@ def zeros_beside(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
     return vary_together([zeros, leaf])[0] if traced else zeros
 
 
-def _axes_on(path: Path, leaf: Any, sharding: NamedSharding) -> Axes:
+def _axes_on(caller: str, path: Path, leaf: Any, sharding: NamedSharding) -> Axes:
     """The axes that split a parameter, checked."""
     axes = axes_of_spec(sharding.spec, leaf.ndim)
     if len(axes) > leaf.ndim or any(
         n % size(names, sharding.mesh) for n, names in zip(leaf.shape, axes, strict=True)
     ):
         raise ValueError(
-            f"state_shardings: the parameter at {_name(path)} is {describe(leaf)}, and its"
+            f"{caller}: the parameter at {_name(path)} is {describe(leaf)}, and its"
             f" sharding is {sharding.spec} on a mesh of {_sizes(sharding.mesh)}; expected at most"
             " one entry a dimension, and axes whose sizes divide it."
         )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamfn import formulas
-from adamfn.formats import Format, noise
+from adamfn.formats import Format, elements, noise
 from adamfn.formats.base import noise_at
 from adamfn.storage import Kept, decode, encode
 from adamfn.trees import describe
@@ -80,7 +80,7 @@ class Program:
         g: jax.Array,
         p: jax.Array | None,
         kept: Sequence[Kept],
-        elements: jax.Array | None = None,
+        numbers: jax.Array | None = None,
     ) -> tuple[list[Kept], list[jax.Array]]:
         """Returns what is kept for each part, then the update and the parameter, if asked for.
 
@@ -91,8 +91,8 @@ class Program:
           g: the gradient, or what stages before these made of it.
           p: the parameter; None if the program does not read it.
           kept: what is kept of the leaf for each part.
-          elements: of a tile of a leaf, the numbers that its elements have there, uint32 of g's
-            shape; None for a whole leaf.
+          numbers: of a shard or a tile of a leaf, the numbers that its elements have there,
+            uint32 of g's shape; None for a whole leaf.
         """
         u = grad = _widened(g, self.dtype)
         stored_p = param = None if p is None else _widened(p, self.dtype)
@@ -102,9 +102,9 @@ class Program:
         known = {"params": param, "stored": stored_p, "grads": grad}
 
         def words(leaf: jax.Array) -> jax.Array:
-            if elements is None:
+            if numbers is None:
                 return noise(count, leaf, g.shape)
-            return noise_at(count, leaf, elements)
+            return noise_at(count, leaf, numbers)
 
         next_kept: list[Kept] = []
         taken: jax.Array | None = None
@@ -148,9 +148,10 @@ class Program:
 class Call:
     """Leaves with one program that take a step in one call: what is static of it.
 
-    Its operands are the scalars, a vector; the count, int32; the leaves' numbers, uint32[n]; what
-    is kept; n gradients; and n parameters where the program reads them. Its results are what is
-    kept; n updates where the program returns them; and n parameters where it moves them.
+    Its operands are the scalars, a vector; the count, int32; for each leaf its number and that of
+    its first element, uint32[n, 2]; what is kept; n gradients; and n parameters where the program
+    reads them. Its results are what is kept; n updates where the program returns them; and n
+    parameters where it moves them.
     """
 
     program: Program
@@ -160,11 +161,17 @@ class Call:
     all that are packed."""
     packed: bool = False
     """Whether what is kept lies end to end for all leaves, in flat buffers."""
+    strides: tuple[tuple[int, ...], ...] | None = None
+    """Of shards: the strides of each whole leaf, by which elements are numbered there."""
 
     @property
     def arrays_kept(self) -> int:
         """How many arrays are kept."""
         return self.kept.num_leaves
+
+    def strides_of(self, leaf: int, shape: Sequence[int]) -> tuple[int, ...]:
+        """The strides by which the elements of one of the leaves are numbered."""
+        return elements.strides_of(shape) if self.strides is None else self.strides[leaf]
 
 
 def _widened(x: jax.Array, real: Any) -> jax.Array:

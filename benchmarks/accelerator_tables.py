@@ -40,27 +40,32 @@ def accelerators_mesh() -> str:
     """What a chip of a mesh holds, needs and collects, beside float32."""
     recorded = _recorded()
     lines = []
-    for topology, rows in recorded.get("meshes", {}).items():
-        name = recorded["machines"][topology]["name"]
+    found = [
+        (topology, layout, rows)
+        for topology, layouts in recorded.get("meshes", {}).items()
+        for layout, rows in layouts.items()
+    ]
+    for topology, layout, rows in found:
+        name = f"{recorded['machines'][topology]['name']}, {topology} | {layout}"
         whole = _held(rows.get("step float32", {}))
         for moments in FORMATS:
             row = rows.get(f"step {moments}")
             if row is None:
                 continue
             if "error" in row:
-                lines.append(f'| {name}, {topology} | `"{moments}"` | does not compile | | | | | |')
+                lines.append(f'| {name} | `"{moments}"` | does not compile | | | | | |')
                 continue
             share = f"{_held(row) / whole:.2f}" if whole else ""
             cells = [f"{row[key] / 2**20:,.0f}" for key in ("state", "arguments", "temporary")]
             lines.append(
-                f'| {name}, {topology} | `"{moments}"` | {" | ".join(cells)} | {share} |'
+                f'| {name} | `"{moments}"` | {" | ".join(cells)} | {share} |'
                 f" {sum(row['collectives'].values())} | {row['seconds']:.0f} |"
             )
     head = (
-        "| mesh | moments | state, MiB | arguments, MiB | temporaries, MiB |"
+        "| mesh | split | moments | state, MiB | arguments, MiB | temporaries, MiB |"
         " arguments and temporaries, of float32's | collectives | compiled in, s |"
     )
-    return "\n".join([head, "|---|---|---|---|---|---|---|---|", *lines])
+    return "\n".join([head, "|---" * 9 + "|", *lines])
 
 
 def accelerators_versions() -> str:

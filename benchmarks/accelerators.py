@@ -24,11 +24,11 @@ if __name__ == "__main__":
     environment.prepare()
 
 import jax
-from ahead_of_time.candidates import FORMATS, Candidate, candidates
+from ahead_of_time.candidates import FORMATS, Candidate, by_step, candidates
 from ahead_of_time.cost import Cost, cost, on, one_chip
 from ahead_of_time.machines import KINDS, Machine, UnavailableError, machine, mesh_of
-from ahead_of_time.meshes import cost_on_mesh, split_by
-from ahead_of_time.trees import LLAMA_8B, LLAMA_8B_SPLIT, TREES, abstract
+from ahead_of_time.meshes import adam_on_mesh, cost_on_mesh, split_by
+from ahead_of_time.trees import LLAMA_8B, LLAMA_8B_FULLY_SPLIT, LLAMA_8B_SPLIT, TREES, abstract
 from lean import RESULTS, version
 
 OUT = RESULTS / "accelerators.json"
@@ -39,6 +39,9 @@ MESHES = {
     "h100:8": {"data": 2, "model": 4},
 }
 """Topologies, and the axes that their chips are cut into."""
+
+LAYOUTS = {"ZeRO-1": (LLAMA_8B_SPLIT, "data"), "fully sharded": (LLAMA_8B_FULLY_SPLIT, None)}
+"""How parameters are split, and the axis along which what is kept of them is split further."""
 
 LIBRARIES = ("jax", "adamfn", "optax", "flashoptim-jax", "libtpu", "jax-cuda12-plugin")
 LIBRARIES += ("nvidia-cuda-nvcc-cu12",)
@@ -75,12 +78,13 @@ def update(candidate: Candidate, params: Any, on_machine: Machine) -> dict[str, 
     return of_parameters(cost(candidate.step, params, state, params, on_machine), parameters)
 
 
-def llama(candidate: Candidate, topology: str) -> dict[str, Any]:
-    """A row of a mesh: Llama's 8B in bfloat16, split along `model`, its state along `data` too."""
-    chips = machine(topology)
+def llama(moments: str, topology: str, layout: str) -> dict[str, Any]:
+    """A row of a mesh: Llama's 8B in bfloat16, by `step`."""
+    chips, (split, zero_axis) = machine(topology), LAYOUTS[layout]
     params = abstract(LLAMA_8B, "bfloat16")
-    shardings = split_by(LLAMA_8B_SPLIT, params, mesh_of(chips, MESHES[topology]))
-    return of_a_chip(cost_on_mesh(candidate, params, shardings, "data", chips))
+    shardings = split_by(split, params, mesh_of(chips, MESHES[topology]))
+    candidate = by_step(adam_on_mesh(moments, params, shardings, zero_axis))
+    return of_a_chip(cost_on_mesh(candidate, params, shardings, zero_axis, chips))
 
 
 def versions() -> dict[str, str]:
@@ -136,10 +140,11 @@ def main(argv: list[str] | None = None) -> None:
     for topology in args.meshes:
         chips = machine(topology)
         record({"name": chips.name, **versions()}, "machines", topology)
-        for name, candidate in candidates("bfloat16", chips.platform).items():
-            if wanted(name) and name in [f"step {moments}" for moments in FORMATS]:
-                row = attempt(partial(llama, candidate, topology))
-                record(row, "meshes", topology, name)
+        for layout in LAYOUTS:
+            for moments in FORMATS:
+                if wanted(f"step {moments}"):
+                    row = attempt(partial(llama, moments, topology, layout))
+                    record(row, "meshes", topology, layout, f"step {moments}")
 
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:

@@ -143,7 +143,9 @@ def measured(args: argparse.Namespace) -> dict[str, cost.Cost | str]:
 
     found: dict[str, cost.Cost | str] = {}
     for moments in args.moments:
-        candidate = WAYS[args.by](adamfn.adam(1e-3, moments=moments))
+        on_mesh = params, shardings, args.zero_axis
+        tx = meshes.adam_on_mesh(moments, *on_mesh) if mesh else adamfn.adam(1e-3, moments=moments)
+        candidate = WAYS[args.by](tx)
         with console.status(f"{machine.name}'s compiler takes Adam in {moments} ..."):
             try:
                 if mesh:

@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import adamfn
-from adamfn.sharding import state_shardings
+from adamfn.sharding import sharded, state_shardings, whole_blocks
 
 RATE, BATCH = 3e-3, 16
 SPLIT = {  # of each matrix, what goes to which device along `model`
@@ -75,15 +75,16 @@ def bytes_on_a_device(tree: Any, shardings: Any) -> int:
 def train(moments: str, steps: int, data: int, model: int) -> Run:
     """Trains with moments split along both axes."""
     mesh = jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    tx = adamfn.adamw(RATE, moments=moments)
     init = partial(char_lm.init, jax.random.key(0))
     shapes = jax.eval_shape(init)
     placed = parameter_shardings(shapes, mesh)
+    formats = whole_blocks(moments, shapes, placed, zero_axis="data")
+    tx = sharded(adamfn.adamw(RATE, moments=formats), placed, zero_axis="data")
     state_placed = state_shardings(tx, shapes, placed, zero_axis="data")
 
     # Made where they belong: no device ever holds all of them.
     params = jax.jit(init, out_shardings=placed)()
-    state = jax.jit(tx.init, out_shardings=state_placed)(params)
+    state = tx.init(params)
     batches = NamedSharding(mesh, jax.P("data"))
 
     @partial(

@@ -36,5 +36,5 @@ def call_of(tx, g, p):
         moves=True,
     )
     vector = calls.Vectors(scalars)[program.dtype]
-    arrays = [jnp.zeros(1, jnp.uint32), *jax.tree.leaves(kept), g, p]
+    arrays = [jnp.zeros((1, 2), jnp.uint32), *jax.tree.leaves(kept), g, p]
     return Call(program, 1, jax.tree.structure(kept)), [vector, count, *arrays]

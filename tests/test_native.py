@@ -221,7 +221,10 @@ def test_block_sizes(block):
 
 def native_call(operands, results, **attributes):
     assert loader.load().reason is None  # which registers it
+    leaves = max(attributes.get("blocks", np.zeros(1)).size, 1)
+    gradients = operands[-2 * leaves :][:leaves]
     attributes = {
+        "axes": np.array([n for g in gradients for n in (1, g.size, 1)], np.int64),
         "format": np.int32(0),
         "bits": np.int32(0),
         "packed": False,
@@ -257,7 +260,7 @@ def test_results_that_are_not_in_place():
 
 def wrong_calls():
     f32, ones = jnp.float32, jnp.ones
-    good = [ones(7), jnp.int32(1), jnp.zeros(1, jnp.uint32), *[ones(4)] * 4]
+    good = [ones(7), jnp.int32(1), jnp.zeros((1, 2), jnp.uint32), *[ones(4)] * 4]
 
     def operand(index, value):
         operands = list(good)
@@ -271,7 +274,7 @@ def wrong_calls():
     yield "too few scalars", operand(0, ones(6)), {}, "other scalars"
     yield "places", good, {"scalars": PLACES[:9]}, "another number of scalars"
     yield "count", operand(1, f32(1)), {}, "other scalars"
-    yield "numbers", operand(2, jnp.zeros(2, jnp.uint32)), {}, "other scalars"
+    yield "numbers", operand(2, jnp.zeros((2, 2), jnp.uint32)), {}, "other scalars"
     yield "mu's size", operand(3, ones(5)), {}, "moments of another dtype or size"
     yield "nu's dtype", operand(4, ones(4, jnp.int32)), {}, "moments of another dtype or size"
     yield "gradient's dtype", operand(5, ones(4, jnp.float16)), {}, "other dtypes or sizes"
@@ -292,6 +295,8 @@ def wrong_calls():
     as_eight = {"format": np.int32(3)}
     yield "block", eight, as_eight, "block of another size"
     yield "wide", eight, as_eight | blocks(4096), "block of another size"
+    for axes in ([], [2, 4, 1], [1, 5, 1], [-1], [1, -4, 1]):
+        yield f"axes {axes}", good, {"axes": np.array(axes, np.int64)}, "other axes"
     yield "scales", eight, as_eight | blocks(32), "moments of another dtype or size"
 
 

@@ -1,5 +1,6 @@
 """Pallas kernels: interpreted on CPU beside XLA's program, and lowered for GPU and TPU."""
 
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 
@@ -14,6 +15,7 @@ import adamfn
 from adamfn import formats
 from adamfn.backends import mosaic, pallas, pieces, triton
 from adamfn.backends.xla import run_call
+from adamfn.formats.elements import strides_of
 
 DEVICES = {
     "tpu": {"platform": "tpu", "device_kind": "TPU v5e", "num_cores": 1},
@@ -245,6 +247,9 @@ def test_pieces_are_the_whole_to_the_bit(monkeypatch, tx, shape):
     monkeypatch.setattr(pieces, "ELEMENTS", 5000)
     p, g = (special(np.random.default_rng(seed), shape, jnp.float32) for seed in (0, 1))
     call, operands = call_of(tx, g, p)
+    # As of a shard, which begins at an element of a leaf twice as wide.
+    call = replace(call, strides=(tuple(2 * n for n in strides_of(shape)),))
+    operands[2] = jnp.array([[0, 150]], jnp.uint32)
     assert pallas.kernel_for(call, operands, "tpu", asked=True) is None
     assert pieces.can_run(call, operands)
     text = jax.jit(partial(pieces.run_leaf, call)).lower(*operands).as_text()

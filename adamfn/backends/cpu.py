@@ -10,6 +10,7 @@ import numpy as np
 from adamfn.backends.native import loader
 from adamfn.formats import EightBit, Format, Pair, Rounded
 from adamfn.formats.blocks import size_for
+from adamfn.formats.elements import runs_of
 from adamfn.formulas import (
     add_agreeing_multiple,
     add_multiple,
@@ -105,10 +106,13 @@ def lower(ctx: Any, *operands: Any, call: Call) -> Any:
     if program.moves:
         updates = 0 if program.update_dtype is None else leaves
         aliases |= {first + leaves + k: call.arrays_kept + updates + k for k in range(leaves)}
-    sizes = [0] * leaves
+    grads, sizes = ctx.avals_in[first : first + leaves], [0] * leaves
     if isinstance(format, EightBit):
-        grads = ctx.avals_in[first : first + leaves]
         sizes = [size_for(g.shape[-1], format.block) for g in grads]
+    axes: list[int] = []
+    for k, g in enumerate(grads):
+        runs = runs_of(g.shape, call.strides_of(k, g.shape))
+        axes += [len(runs), *(number for run in reversed(runs) for number in run)]
     rule = jax.ffi.ffi_lowering(_TARGET, operand_output_aliases=aliases)
     return rule(
         ctx,
@@ -120,4 +124,5 @@ def lower(ctx: Any, *operands: Any, call: Call) -> Any:
         returns=program.update_dtype is not None,
         scalars=np.array(scalar_places(program), np.int64),
         blocks=np.array(sizes, np.int64),
+        axes=np.array(axes, np.int64),
     )

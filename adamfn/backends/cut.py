@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from adamfn.formats.blocks import size_for
+from adamfn.formats.elements import wrapped
 
 LANES = 128
 _WIDEST = 2048
@@ -92,20 +93,20 @@ def unviewed(x: jax.Array, shape: tuple[int, ...], cut: Cut) -> jax.Array:
     return x.transpose([cut.order.index(axis) for axis in range(len(shape))])
 
 
-def numbers_of(
-    shape: tuple[int, ...], cut: Cut, slab: jax.Array, row: jax.Array, place: jax.Array
+def numbers_in(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    cut: Cut,
+    slab: jax.Array,
+    row: jax.Array,
+    place: jax.Array,
 ) -> jax.Array:
-    """The numbers of elements in the leaf, modulo 2^32."""
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    """The numbers of elements in the whole leaf, modulo 2^32, after that of the first."""
     if cut.merged:
-        return row * strides[-2] + place
+        return row * wrapped(strides[-2]) + place
     *slabs, outer, inner = cut.order
-    numbers = row * _wrapped(strides[inner if cut.turned else outer]) + place
+    numbers = row * wrapped(strides[inner if cut.turned else outer]) + place
     for axis in reversed(slabs):
-        numbers += jax.lax.rem(slab, jnp.int32(shape[axis])) * _wrapped(strides[axis])
+        numbers += jax.lax.rem(slab, jnp.int32(shape[axis])) * wrapped(strides[axis])
         slab = jax.lax.div(slab, jnp.int32(shape[axis]))
     return numbers
-
-
-def _wrapped(stride: int) -> int:
-    return (stride + 2**31) % 2**32 - 2**31

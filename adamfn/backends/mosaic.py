@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 
-from adamfn.backends.cut import LANES, Cut, blocks_viewed, cut_of, numbers_of, unviewed, viewed
+from adamfn.backends.cut import LANES, Cut, blocks_viewed, cut_of, numbers_in, unviewed, viewed
 from adamfn.backends.tile import (
     common_block,
     cost_of,
@@ -22,9 +22,11 @@ from adamfn.backends.tile import (
     results_of,
     run_tile,
     with_factors,
+    words_of,
 )
 from adamfn.backends.xla import run_call
 from adamfn.formats.blocks import along
+from adamfn.formats.elements import runs_of
 from adamfn.program import Call
 from adamfn.varying import shape_like
 
@@ -34,7 +36,9 @@ def _cut_for(call: Call, avals: Sequence[Any]) -> Cut | None:
     block, shape, factors = common_block(call, avals), avals[3 + call.arrays_kept].shape, []
     if block is not None:
         factors = [avals[3 + k].shape for k in factor_places(call)]
-    cut = None if block is None else cut_of(shape, block, merges=not factors)
+    strides = call.strides_of(0, shape)
+    merges = not factors and len(runs_of(shape[:-1], strides[:-1])) == 1
+    cut = None if block is None else cut_of(shape, block, merges=merges)
     if cut is None:
         return None
     slabs = [[factor[axis] for axis in cut.order[:-2]] for factor in factors]
@@ -54,6 +58,7 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
     cut = _cut_for(call, operands)
     assert cut is not None
     shape = arrays[kept].shape
+    strides = call.strides_of(0, shape)
     arrays = with_factors(call, arrays)
     given = [_operand(x, shape, cut, k in factors) for k, x in enumerate(arrays)]
     views = [own.view for own in given]
@@ -82,7 +87,7 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
             tile = cut.size, LANES
             place = (first + k) * cut.size + jax.lax.broadcasted_iota(jnp.int32, tile, 0)
             at = row * LANES + jax.lax.broadcasted_iota(jnp.int32, tile, 1)
-            numbers = numbers_of(shape, cut, slab, at, place)
+            numbers = words[2] + numbers_in(shape, strides, cut, slab, at, place)
             inside = place < cut.length
             values = run_tile(call, vector, words, tiles, numbers, inside, along(0))
             for (source, *_), out, value in zip(results, outs, values, strict=True):
@@ -118,7 +123,7 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
         cost_estimate=cost_of(views, results),
         interpret=interpret,
         name="adamfn_step",
-    )(vector, jnp.stack([numbers[0].astype(jnp.int32), count]), *views)
+    )(vector, words_of(numbers, count), *views)
     moved = [unviewed(x, arrays[k].shape, cut) for (k, *_), x in zip(results, found, strict=True)]
     if factors:
         whole = run_call(call, *operands)  # of which no more than the means is computed

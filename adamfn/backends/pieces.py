@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from adamfn.backends.tile import block_of, factor_places, results_of
+from adamfn.formats.elements import numbers_of
 from adamfn.formulas import lazy_ratio  # looks at other elements of its row alone
 from adamfn.program import Call
 from adamfn.varying import vary_together
@@ -41,26 +42,33 @@ def run_leaf(call: Call, *operands: jax.Array) -> list[jax.Array]:
     shape = arrays[call.arrays_kept].shape
     below = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     axis = next(a for a in range(len(shape)) if below[a] <= ELEMENTS or a == len(shape) - 2)
-    length = shape[axis]
+    length, strides = shape[axis], call.strides_of(0, shape)
     rows = min(max(ELEMENTS // below[axis], 1), length)
     # Along an axis of their own, pieces are cut from a TPU's tiles of 32 rows without a copy.
     even = next((n for n in range(rows // 32 * 32, 0, -32) if length % n == 0), None)
     if even is None or even == length:
-        return _run(call, operands, axis, rows)
+        return _run(call, strides, operands, axis, rows)
     views = [x.reshape(*x.shape[:axis], length // even, even, *x.shape[axis + 1 :]) for x in arrays]
-    moved = _run(call, [vector, count, numbers, *views], axis + 1, even)
+    strides = *strides[:axis], even * strides[axis], *strides[axis:]
+    moved = _run(call, strides, [vector, count, numbers, *views], axis + 1, even)
     return [
         x.reshape(arrays[k].shape)
         for (k, *_), x in zip(results_of(call, arrays), moved, strict=True)
     ]
 
 
-def _run(call: Call, operands: Sequence[jax.Array], axis: int, rows: int) -> list[jax.Array]:
+def _run(
+    call: Call,
+    strides: tuple[int, ...],
+    operands: Sequence[jax.Array],
+    axis: int,
+    rows: int,
+) -> list[jax.Array]:
     """The call in pieces that have so many rows of an axis, and one of those before it."""
     vector, count, numbers, *arrays = operands
     program, leaf = call.program, arrays[call.arrays_kept]
     results, scalars, shape = results_of(call, arrays), list(vector), leaf.shape
-    below = [math.prod(shape[a + 1 :]) for a in range(leaf.ndim)]
+    number, first_element = numbers[0]
 
     def advance(starts: Sequence[jax.Array], rows: int, done: list[jax.Array]) -> list[jax.Array]:
         """The results, with those of one piece put in."""
@@ -72,11 +80,11 @@ def _run(call: Call, operands: Sequence[jax.Array], axis: int, rows: int) -> lis
         own = [jax.lax.dynamic_slice(x, at, (*sizes, *x.shape[axis + 1 :])) for x in current]
         (kept,) = jax.tree.unflatten(call.kept, own[: call.arrays_kept])
         g, *p = own[call.arrays_kept :]
-        elements = jnp.zeros(g.shape, jnp.uint32)
-        for a, stride in enumerate(below):
-            along = jax.lax.broadcasted_iota(jnp.int32, g.shape, a) + at[a]
-            elements += along.astype(jnp.uint32) * jnp.uint32(stride % 2**32)
-        moved = program(numbers[0], scalars, count, g, p[0] if p else None, kept, elements)
+        start = first_element
+        for place, stride in zip(at, strides, strict=True):
+            start += place.astype(jnp.uint32) * jnp.uint32(stride % 2**32)
+        elements = numbers_of(g.shape, strides, start)
+        moved = program(number, scalars, count, g, p[0] if p else None, kept, elements)
         return [
             jax.lax.dynamic_update_slice(x, value, at)
             for x, value in zip(done, jax.tree.leaves(moved), strict=True)

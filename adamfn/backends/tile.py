@@ -94,6 +94,12 @@ def cost_of(arrays: Sequence[jax.Array], results: Sequence["Result"]) -> pl.Cost
     return pl.CostEstimate(flops=100 * size, transcendentals=2 * size, bytes_accessed=moved)
 
 
+def words_of(numbers: jax.Array, count: jax.Array) -> jax.Array:
+    """What a kernel makes noise of, int32: the leaf's number, the count, the first element's."""
+    leaf, first = numbers[0].astype(jnp.int32)
+    return jnp.stack([leaf, count, first])
+
+
 class Result(NamedTuple):
     """A result of a kernel: what it is like, and whether it lies where its operand did."""
 
@@ -152,7 +158,7 @@ def run_tile(
     vector: Any,
     words: Any,
     arrays: Sequence[jax.Array],
-    elements: jax.Array,
+    numbers: jax.Array,
     inside: jax.Array,
     over: Extremes,
 ) -> list[jax.Array]:
@@ -161,9 +167,9 @@ def run_tile(
     Args:
       call: the leaf's.
       vector: the scalars.
-      words: the leaf's number and the count.
+      words: those of `words_of`.
       arrays: the tile of each of the call's arrays.
-      elements: the numbers that the tile's elements have in the leaf, int32.
+      numbers: those that the tile's elements have in the whole leaf, int32.
       inside: whether they are of the leaf.
       over: the extremes of the tile's blocks.
     """
@@ -175,7 +181,7 @@ def run_tile(
     scalars = [vector[k] for k in range(program.scalars.num_leaves)]
     (kept,) = jax.tree.unflatten(call.kept, arrays[: call.arrays_kept])
     g, *p = arrays[call.arrays_kept :]
-    numbers = elements.astype(jnp.uint32)
+    p = p[0] if p else None
     return jax.tree.leaves(
-        program(words[0], scalars, words[1], g, p[0] if p else None, kept, numbers)
+        program(words[0], scalars, words[1], g, p, kept, numbers.astype(jnp.uint32))
     )

@@ -12,8 +12,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from adamfn.backends.tile import common_block, cost_of, factor_places, results_of, run_tile
+from adamfn.backends.tile import (
+    common_block,
+    cost_of,
+    factor_places,
+    results_of,
+    run_tile,
+    words_of,
+)
 from adamfn.formats.blocks import along, size_for
+from adamfn.formats.elements import numbers_at, runs_of
 from adamfn.program import Call
 from adamfn.varying import shape_like
 
@@ -36,15 +44,17 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
     """`run_call` of a call that it `can_run`."""
     vector, count, numbers, *arrays = operands
     leaf = arrays[call.arrays_kept]
-    block = common_block(call, operands)
-    assert block is not None
-    length = leaf.shape[-1] if block else leaf.size
-    size = size_for(length, block) if block else _ELEMENTS
+    block_size = common_block(call, operands)
+    assert block_size is not None
+    length = leaf.shape[-1] if block_size else leaf.size
+    size = size_for(length, block_size) if block_size else _ELEMENTS
     across = pl.cdiv(length, size)
     blocks = leaf.size // length * across
     width = 2 ** math.ceil(math.log2(size))
     height = _ELEMENTS // width
     results = results_of(call, arrays)
+    strides = call.strides_of(0, leaf.shape)
+    runs, rows = runs_of(leaf.shape, strides), runs_of(leaf.shape[:-1], strides[:-1])
 
     def kernel(vector: Any, words: Any, *refs: Any) -> None:
         block = pl.program_id(0) * height + jax.lax.broadcasted_iota(jnp.int32, (height, 1), 0)
@@ -62,7 +72,15 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
             for ref in refs[: len(arrays)]
             for at, mask in [places[ref.size]]
         ]
-        values = run_tile(call, vector, words, tiles, elements, inside, along(1))
+        if len(runs) == 1:
+            numbers = elements
+        elif block_size:
+            row = jax.lax.div(block, jnp.int32(across))
+            start = (block - row * across) * size
+            numbers = numbers_at(row, rows) + start + within
+        else:
+            numbers = numbers_at(elements, runs)
+        values = run_tile(call, vector, words, tiles, words[2] + numbers, inside, along(1))
         for ref, value in zip(refs[len(arrays) :], values, strict=True):
             at, mask = places[ref.size]
             triton.store(ref.at[at], value.astype(ref.dtype), mask=mask)
@@ -77,5 +95,5 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
         cost_estimate=cost_of(views, results),
         interpret=interpret,
         name="adamfn_step",
-    )(vector, jnp.stack([numbers[0].astype(jnp.int32), count]), *views)
+    )(vector, words_of(numbers, count), *views)
     return [x.reshape(arrays[k].shape) for (k, *_), x in zip(results, found, strict=True)]

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adamfn.formats.elements import numbers_of
 from adamfn.program import Call, Program
 from adamfn.storage import Kept
 
@@ -23,7 +24,16 @@ def run_call(call: Call, *operands: jax.Array) -> list[jax.Array]:
     if call.packed:
         return _run_packed(call, scalars, count, numbers, kept[0], grads, params)
     rows = [
-        _run_leaf(call.program, numbers[k], scalars, count, grads[k], params[k], kept[k])
+        _run_leaf(
+            call.program,
+            None if call.strides is None else call.strides[k],
+            numbers[k],
+            scalars,
+            count,
+            grads[k],
+            params[k],
+            kept[k],
+        )
         for k in range(call.leaves)
     ]
     columns = zip(*(results for _, results in rows), strict=True)
@@ -42,16 +52,28 @@ def by_leaf(
     kept: list[jax.Array] = []
     moved: list[list[jax.Array]] = []
     for k, (row, column) in enumerate(zip(rows, columns, strict=True)):
-        one = Call(call.program, 1, jax.tree.structure([row]))
+        strides = None if call.strides is None else call.strides[k : k + 1]
+        one = Call(call.program, 1, jax.tree.structure([row]), strides=strides)
         results = run(one, vector, count, numbers[k : k + 1], *jax.tree.leaves(row), *column)
         kept += results[: one.arrays_kept]
         moved.append(results[one.arrays_kept :])
     return [*kept, *(x for column in zip(*moved, strict=True) for x in column)]
 
 
-@partial(jax.jit, static_argnums=0)
-def _run_leaf(program: Program, *operands: Any) -> tuple[list[Kept], list[jax.Array]]:
-    return program(*operands)  # traced once for all leaves of one signature
+@partial(jax.jit, static_argnums=(0, 1))  # traced once for all leaves of one signature
+def _run_leaf(
+    program: Program,
+    strides: tuple[int, ...] | None,
+    number: jax.Array,
+    scalars: Sequence[jax.Array],
+    count: jax.Array,
+    g: jax.Array,
+    p: jax.Array | None,
+    kept: Kept,
+) -> tuple[list[Kept], list[jax.Array]]:
+    leaf, first = number
+    numbers = None if strides is None else numbers_of(g.shape, strides, first)
+    return program(leaf, scalars, count, g, p, kept, numbers)
 
 
 def _run_packed(
@@ -67,7 +89,7 @@ def _run_packed(
         return jnp.concatenate([leaf.reshape(-1).astype(call.program.dtype) for leaf in leaves])
 
     p = None if params[0] is None else flat(params)
-    own, results = call.program(numbers[0], scalars, count, flat(grads), p, kept)
+    own, results = call.program(numbers[0, 0], scalars, count, flat(grads), p, kept)
     ends = [*accumulate(math.prod(g.shape) for g in grads)]
     moved = [
         result[end - g.size : end].reshape(g.shape)

@@ -7,6 +7,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from adamfn.formats.elements import numbers_of
+
 SMALLEST = 4096
 """Leaves of fewer elements stay in float32: all together they are a thousandth of a model."""
 
@@ -88,12 +90,7 @@ def noise(count: chex.Numeric, leaf: chex.Numeric, shape: tuple[int, ...]) -> ja
     >>> print(noise(1, 0, (3,)) == noise(1, 0, (3,)), noise(1, 0, (3,)) == noise(2, 0, (3,)))
     [ True  True  True] [False False False]
     """
-    elements, stride = jnp.zeros(shape, jnp.uint32), 1
-    for axis in reversed(range(len(shape))):
-        iota = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-        elements += iota * jnp.uint32(stride % 2**32)
-        stride *= shape[axis]
-    return noise_at(count, leaf, elements)
+    return noise_at(count, leaf, numbers_of(shape))
 
 
 def noise_at(count: chex.Numeric, leaf: chex.Numeric, elements: jax.Array) -> jax.Array:

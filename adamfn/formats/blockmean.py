@@ -1,12 +1,13 @@
 """`BlockMean`: one nu for a whole row."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 
 from adamfn.formats.base import is_large
 from adamfn.formats.codec import Encoded
+from adamfn.formats.means import MeshAxes, mean_over
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class BlockMean:
 
     Attributes:
       axis: the axis to average over.
+      split: inside `jax.shard_map`, for each axis of a leaf the mesh axes that split it.
 
     References:
       Zhang et al., Adam-mini: Use Fewer Learning Rates To Gain More, 2024 (arXiv 2406.16793).
@@ -34,6 +36,7 @@ class BlockMean:
     """
 
     axis: int = -1
+    split: MeshAxes = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         """Checks the axis."""
@@ -42,7 +45,7 @@ class BlockMean:
 
     def encode(self, x: jax.Array, bits: jax.Array | None) -> Encoded:
         """Returns no codes, and the means: float32 of x's shape, but 1 along the axis."""
-        return Encoded(None, x.mean(self.axis, keepdims=True))
+        return Encoded(None, mean_over(x, self.axis, self.split))
 
     def decode(self, codes: None, scales: Any) -> jax.Array:
         """Returns the means, which broadcast to the leaf's shape."""

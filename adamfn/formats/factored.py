@@ -1,12 +1,13 @@
 """`Factored`: nu as the means of its rows and columns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from adamfn.formats.codec import Encoded
+from adamfn.formats.means import MeshAxes, mean_over, whole_shape
 
 _SMALLEST_AXIS = 128
 
@@ -33,6 +34,9 @@ class Factored:
 
     Infinities and NaN spread over their row and column, and from R's mean over the whole matrix.
 
+    Attributes:
+      split: inside `jax.shard_map`, for each axis of a leaf the mesh axes that split it.
+
     References:
       Shazeer and Stern, Adafactor: Adaptive Learning Rates with Sublinear Memory Cost, 2018,
       algorithm 2 (arXiv 1804.04235).
@@ -46,10 +50,13 @@ class Factored:
     True
     """
 
+    split: MeshAxes = field(default=(), repr=False)
+
     def encode(self, x: jax.Array, bits: jax.Array | None) -> Encoded:
         """Returns no codes, and `Factors`."""
-        first, second = _two_longest(x.shape)
-        return Encoded(None, Factors(x.mean(second, keepdims=True), x.mean(first, keepdims=True)))
+        first, second = _two_longest(whole_shape(x.shape, self.split))
+        rows, columns = (mean_over(x, axis, self.split) for axis in (second, first))
+        return Encoded(None, Factors(rows, columns))
 
     def decode(self, codes: None, scales: Any) -> jax.Array:
         """Returns it in float32."""
@@ -59,8 +66,9 @@ class Factored:
     def factors(self, scales: Any) -> tuple[jax.Array, ...]:
         """What `decode` multiplies, with an axis of 1 where all elements share a factor."""
         rows, columns = scales
-        (first,) = (i for i, n in enumerate(columns.shape) if n < rows.shape[i])
-        mean = rows.mean(first, keepdims=True)
+        shape = tuple(map(max, rows.shape, columns.shape))
+        first, _ = _two_longest(whole_shape(shape, self.split))
+        mean = mean_over(rows, first, self.split)
         # The quotient first: the product of two small means would underflow.
         return jnp.where(mean == 0, 0, rows / jnp.where(mean == 0, 1, mean)), columns
 

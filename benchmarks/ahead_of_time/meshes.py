@@ -5,11 +5,20 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from adamfn.sharding import state_shardings
+import adamfn
+from adamfn.sharding import sharded, state_shardings, whole_blocks
 
-from .candidates import Candidate
+from .candidates import RATE, Candidate
 from .cost import Cost, cost, on
 from .machines import Machine, UnavailableError
+
+
+def adam_on_mesh(
+    moments: Any, params: Any, shardings: Any, zero_axis: str | None
+) -> adamfn.GradientTransformation:
+    """Adam as it is to be used on a mesh: on the shards of leaves, in blocks that none cuts."""
+    moments = whole_blocks(moments, params, shardings, zero_axis)
+    return sharded(adamfn.adam(RATE, moments=moments), shardings, zero_axis)
 
 
 def cost_on_mesh(

@@ -63,6 +63,19 @@ LLAMA_8B_SPLIT = {
 }
 """Which dimensions lie along the mesh's axis `model`; of the others, none."""
 
+LLAMA_8B_FULLY_SPLIT = {
+    "embedding": ("data", "model"),
+    "query": (None, "data", "model"),
+    "key": (None, "data", "model"),
+    "value": (None, "data", "model"),
+    "out": (None, "model", "data"),
+    "gate": (None, "data", "model"),
+    "up": (None, "data", "model"),
+    "down": (None, "model", "data"),
+    "head": ("data", "model"),
+}
+"""Likewise where parameters are split along the batches' axis too."""
+
 
 def abstract(shapes: Any, dtype: str) -> Any:
     """A tree of shapes as `ShapeDtypeStruct`s of one dtype."""

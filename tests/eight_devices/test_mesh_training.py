@@ -132,7 +132,8 @@ def sizes_of(program, operation):
 
 @pytest.mark.parametrize("moments", formats.FORMATS)
 def test_twenty_steps_equal_one_devices(moments):
-    tx = adamfn.adamw(1e-2, moments=moments)
+    # By XLA as on the mesh: native code may round an ulp otherwise, and turn a code.
+    tx = adamfn.with_backend(adamfn.adamw(1e-2, moments=moments), "xla")
     params, state = alone(tx, weighted, [whole_numbers(step) for step in range(STEPS)])
     for way in ("update", "step") if moments in ("float32", "8bit") else ("update",):
         compare(run_on_eight(moments, way), params, state)

@@ -22,6 +22,11 @@ enum Format : int32_t { kFloat32 = 0, kBfloat16 = 1, kBfloat16Nearest = 2, kEigh
 inline constexpr int64_t kTile = 128;
 static_assert(kTile <= kLargestBlock);
 
+// An axis of a leaf, and how far apart the numbers of elements along it are in the whole leaf.
+struct Axis {
+  int64_t length, stride;
+};
+
 struct Leaf {
   const void* g;
   void* p;                        // null if it is not read
@@ -30,6 +35,8 @@ struct Leaf {
   bool g_is_narrow, p_is_narrow, u_is_narrow;  // bfloat16, not float32
   void* correction;                            // the lower bits of p, if any are kept
   uint32_t number;     // in the tree of parameters: its noise is made from it
+  uint32_t first;      // of the first element in the whole leaf, if this is a shard of it
+  std::vector<Axis> axes;  // from the innermost
   void* mu;
   void* nu;
   BlockScales blocks;  // the first, of an 8-bit leaf
@@ -47,6 +54,25 @@ struct Group {
   std::vector<Leaf> leaves;
   int64_t tiles;
 };
+
+// The random words of some elements of a leaf, by their numbers in the whole leaf.
+inline void FillNoise(const Noise& noise, const Leaf& leaf, int64_t start, int64_t size,
+                      uint32_t* words) {
+  const Axis& inner = leaf.axes[0];
+  for (int64_t done = 0; done < size;) {
+    const int64_t within = (start + done) % inner.length;
+    const int64_t run = std::min(size - done, inner.length - within);
+    int64_t outer = (start + done) / inner.length;
+    uint64_t number = leaf.first + static_cast<uint64_t>(within);
+    for (size_t i = 1; i < leaf.axes.size(); ++i) {
+      number += static_cast<uint64_t>(outer % leaf.axes[i].length) *
+                static_cast<uint64_t>(leaf.axes[i].stride);
+      outer /= leaf.axes[i].length;
+    }
+    noise.Fill(static_cast<uint32_t>(number), run, words + done);
+    done += run;
+  }
+}
 
 inline void Join(int32_t bits, const Leaf& leaf, int64_t start, int64_t size, float* p) {
   const uint16_t* narrow = static_cast<const uint16_t*>(leaf.p) + start;
@@ -123,7 +149,7 @@ inline void StepTile(const Group& group, const Leaf& leaf, int64_t tile) {
 
   uint32_t noise[kLargestBlock];
   if (group.format == kBfloat16 || group.format == kEightBit) {
-    Noise(group.count, leaf.number).Fill(static_cast<uint32_t>(start), size, noise);
+    FillNoise(Noise(group.count, leaf.number), leaf, start, size, noise);
   }
   switch (group.format) {
     case kFloat32:
@@ -159,7 +185,7 @@ inline void StepTile(const Group& group, const Leaf& leaf, int64_t tile) {
   if (group.bits) {
     if (group.bits < 32) {
       // Leaves of weights are numbered beyond those of moments.
-      Noise(group.count, leaf.number + (1u << 31)).Fill(static_cast<uint32_t>(start), size, noise);
+      FillNoise(Noise(group.count, leaf.number + (1u << 31)), leaf, start, size, noise);
     }
     Split(group.bits, leaf, start, size, p_tile, u_tile, noise);
     return;

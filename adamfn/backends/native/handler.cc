@@ -1,7 +1,7 @@
 // A call of Adam's program, as a handler of XLA's foreign function interface.
 //
 // Operands and results are those of adamfn.program.Call: the scalars, float32; the count, int32; the
-// leaves' numbers, uint32; the moments; the gradients; the parameters where they are read. Results
+// leaves' numbers and those of their first elements, uint32; the moments; the gradients; the parameters where they are read. Results
 // are the moments, the updates if they are returned, and the parameters if they are moved. Moments
 // and parameters lie in the buffers of their operands.
 //
@@ -80,9 +80,27 @@ std::vector<ffi::DataType> MomentTypes(int32_t format) {
   return {kBF16, kBF16};
 }
 
+// The axes of a leaf of so many elements, at their place among those of all leaves: how many, and
+// the length and the stride of each. Moves the place on.
+bool ReadAxes(ffi::Span<const int64_t> numbers, size_t& next, size_t size,
+              std::vector<Axis>& axes) {
+  if (next >= numbers.size()) return false;
+  const int64_t count = numbers[next++];
+  if (count < 0 || static_cast<uint64_t>(count) > (numbers.size() - next) / 2) return false;
+  size_t elements = 1;
+  for (int64_t i = 0; i < count; ++i, next += 2) {
+    if (numbers[next] < 0) return false;
+    axes.push_back({numbers[next], numbers[next + 1]});
+    elements *= static_cast<size_t>(numbers[next]);
+  }
+  if (axes.empty()) axes.push_back({1, 1});
+  return elements == size;
+}
+
 ffi::Error Run(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results,
                int32_t format, int32_t bits, bool packed, bool moves, bool returns,
-               ffi::Span<const int64_t> places, ffi::Span<const int64_t> blocks) {
+               ffi::Span<const int64_t> places, ffi::Span<const int64_t> blocks,
+               ffi::Span<const int64_t> axes) {
   if (format < kFloat32 || format > kEightBit) return Wrong("an unknown format");
   if ((bits != 0 && bits != 16 && bits != 24 && bits != 32) || (bits && packed)) {
     return Wrong("another number of bits of a weight");
@@ -109,7 +127,7 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remainin
     return operands[i].element_type() == type && operands[i].element_count() == size;
   };
   if (operands[0].element_type() != ffi::DataType::F32 || !is(1, ffi::DataType::S32, 1) ||
-      !is(2, ffi::DataType::U32, leaves)) {
+      !is(2, ffi::DataType::U32, 2 * leaves)) {
     return Wrong("other scalars");
   }
 
@@ -163,6 +181,7 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remainin
   group.nesterov = places[kAhead] >= 0;
   group.decays = decays;
   size_t together = 0;  // elements of packed leaves so far
+  size_t next_axes = 0;
   for (size_t k = 0; k < leaves; ++k) {
     const ffi::AnyBuffer& g = operands[first + k];
     const ffi::AnyBuffer& p = operands[first + (has_params ? leaves : 0) + k];
@@ -183,7 +202,9 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remainin
     leaf.p_is_narrow = IsNarrow(p);
     leaf.u_is_narrow = leaf.g_is_narrow && !bits;
     if (bits && !leaf.p_is_narrow) return Wrong("a weight of another dtype than bfloat16");
-    leaf.number = numbers[k];
+    leaf.number = numbers[2 * k];
+    leaf.first = numbers[2 * k + 1];
+    if (!ReadAxes(axes, next_axes, size, leaf.axes)) return Wrong("other axes");
     leaf.size = static_cast<int64_t>(size);
     leaf.row = format == kEightBit && shape.size() ? shape[shape.size() - 1] : leaf.size;
     leaf.tile = format == kEightBit ? blocks[k] : kTile;
@@ -211,7 +232,7 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remainin
                        static_cast<int32_t*>(kept[own + 4])};
       }
     }
-    if (size) group.leaves.push_back(leaf);
+    if (size) group.leaves.push_back(std::move(leaf));
     group.tiles += tiles;
   }
   if (packed && (!is(3, types[0], together) || !is(4, types[1], together))) {
@@ -241,4 +262,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(adamfn_step, adamfn::Run,
                                   .Attr<bool>("moves")
                                   .Attr<bool>("returns")
                                   .Attr<xla::ffi::Span<const int64_t>>("scalars")
-                                  .Attr<xla::ffi::Span<const int64_t>>("blocks"));
+                                  .Attr<xla::ffi::Span<const int64_t>>("blocks")
+                                  .Attr<xla::ffi::Span<const int64_t>>("axes"));

@@ -69,26 +69,22 @@ def state_shardings(
     ('data', 'model') ()
     >>> state = jax.jit(tx.init, out_shardings=shardings)({"w": jnp.zeros((512, 1024))})
     """
-    placed, mesh = place(params, shardings)
-    if zero_axis is not None and zero_axis not in mesh.axis_names:
-        raise ValueError(
-            f"state_shardings: zero_axis is {zero_axis!r}; expected an axis of the mesh, which has"
-            f" {', '.join(map(repr, mesh.axis_names))}."
-        )
+    placed, mesh = place("state_shardings", params, shardings)
     if memory_kind is not None:
         _check_memory(mesh, memory_kind)
-
     shapes = jax.eval_shape(tx.init, params)
-    state, treedef = jax.tree.flatten_with_path(shapes)
-    owners = _owners(state, placed, _leaf_of_scales(shapes))
-    kept: defaultdict[Path, list[Any]] = defaultdict(list)
-    for owner, (_, array) in zip(owners, state, strict=True):
-        if owner is not None and len(array.shape) == len(placed[owner].shape):
-            kept[owner].append(array)
-    if zero_axis is not None:
-        for owner, arrays in kept.items():
-            axes = _split_further(placed[owner], zero_axis, arrays, mesh)
-            placed[owner] = placed[owner]._replace(axes=axes)
+    owners, placed = with_zero("state_shardings", shapes, placed, zero_axis, mesh)
+    return shardings_of(shapes, owners, placed, mesh, memory_kind)
+
+
+def shardings_of(
+    state: PyTree,
+    owners: Sequence[Path | None],
+    placed: Mapping[Path, Placed],
+    mesh: Mesh | AbstractMesh,
+    memory_kind: str | None = None,
+) -> PyTree:
+    """The shardings of a state whose arrays belong to parameters that are placed so."""
 
     def sharding_of(owner: Path | None, array: Any) -> NamedSharding:
         if owner is None or len(array.shape) != len(placed[owner].shape):
@@ -97,9 +93,34 @@ def state_shardings(
         axes = axes_beside(array.shape, whole.shape, whole.axes, mesh)
         return NamedSharding(mesh, spec_of(axes), memory_kind=memory_kind or whole.memory_kind)
 
-    return treedef.unflatten(
-        [sharding_of(owner, array) for owner, (_, array) in zip(owners, state, strict=True)]
-    )
+    arrays, treedef = jax.tree.flatten(state)
+    return treedef.unflatten(map(sharding_of, owners, arrays))
+
+
+def with_zero(
+    caller: str,
+    state: PyTree,
+    placed: Mapping[Path, Placed],
+    zero_axis: str | None,
+    mesh: Mesh | AbstractMesh,
+) -> tuple[list[Path | None], dict[Path, Placed]]:
+    """The parameter of each array of a state, and how what is kept of each parameter is split."""
+    if zero_axis is not None and zero_axis not in mesh.axis_names:
+        raise ValueError(
+            f"{caller}: zero_axis is {zero_axis!r}; expected an axis of the mesh, which has"
+            f" {', '.join(map(repr, mesh.axis_names))}."
+        )
+    leaves: list[tuple[Path, Any]] = jax.tree.leaves_with_path(state)
+    owners, split = _owners(leaves, placed, _leaf_of_scales(state)), dict(placed)
+    kept: defaultdict[Path, list[Any]] = defaultdict(list)
+    for owner, (_, array) in zip(owners, leaves, strict=True):
+        if owner is not None and len(array.shape) == len(placed[owner].shape):
+            kept[owner].append(array)
+    if zero_axis is not None:
+        for owner, arrays in kept.items():
+            axes = split_further(placed[owner], zero_axis, arrays, mesh)
+            split[owner] = placed[owner]._replace(axes=axes)
+    return owners, split
 
 
 def _leaf_of_scales(state: PyTree) -> dict[Path, Path]:
@@ -162,10 +183,10 @@ def _fits(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
     return len(shape) == len(whole) > 0 and all(n <= m for n, m in zip(shape, whole, strict=True))
 
 
-def _split_further(
+def split_further(
     placed: Placed, axis: str, arrays: Sequence[Any], mesh: Mesh | AbstractMesh
 ) -> Axes:
-    """The parameter's axes with one more, where it leaves least of these arrays on a device."""
+    """The parameter's axes with one more: rather where it cuts no block, and leaves least."""
     if any(axis in names for names in placed.axes):
         return placed.axes
     candidates = [
@@ -182,7 +203,19 @@ def _split_further(
             for array in arrays
         )
 
-    return min(candidates, key=bytes_on_a_device, default=placed.axes)
+    def cuts_blocks(axes: Axes) -> bool:
+        """Whether numbers of blocks, which are along the last axis, are not split with it."""
+        return axes[-1] != placed.axes[-1] and any(
+            array.shape[:-1] == placed.shape[:-1]
+            and axes_beside(array.shape, placed.shape, axes, mesh)[-1] != axes[-1]
+            for array in arrays
+        )
+
+    return min(
+        candidates,
+        key=lambda axes: (cuts_blocks(axes), bytes_on_a_device(axes)),
+        default=placed.axes,
+    )
 
 
 def _check_memory(mesh: Mesh | AbstractMesh, kind: str) -> None:
