@@ -1,66 +1,28 @@
 // A call of Adam's program, as a handler of XLA's foreign function interface.
 //
 // Operands and results are those of adamfn.program.Call: the scalars, float32; the count, int32; the
-// leaves' numbers and those of their first elements, uint32; the moments; the gradients; the parameters where they are read. Results
-// are the moments, the updates if they are returned, and the parameters if they are moved. Moments
-// and parameters lie in the buffers of their operands.
+// leaves' numbers and those of their first elements, uint32; the moments; the gradients; the
+// parameters where they are read. Results are the moments, the updates if they are returned, and the
+// parameters if they are moved. Moments and parameters lie in the buffers of their operands.
 //
 // Each leaf has moments of its own, in its shape; or all share two buffers, in which they lie end to
 // end. What XLA hands over is checked: a mistake is an error of the step and not a crash.
 
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
 #include "group.h"
+#include "tasks.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace adamfn {
 namespace {
 
 namespace ffi = xla::ffi;
-
-constexpr int64_t kTilesPerTask = 64;  // that a thread takes at a time
-
-// Tasks that the calling thread and those of XLA's pool take one after another. The calling thread
-// can finish them alone, so a pool that is busy, or gone after a fork, stops nothing; a pool thread
-// that comes late finds none left, and touches nothing but this.
-class Tasks {
- public:
-  explicit Tasks(Group group)
-      : group_(std::move(group)), number_((group_.tiles + kTilesPerTask - 1) / kTilesPerTask) {}
-
-  int64_t number() const { return number_; }
-
-  void Work() {
-    for (int64_t task; (task = next_.fetch_add(1)) < number_;) {
-      StepTiles(group_, task * kTilesPerTask,
-                std::min((task + 1) * kTilesPerTask, group_.tiles));
-      if (done_.fetch_add(1) + 1 == number_) {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        all_done_.notify_all();
-      }
-    }
-  }
-
-  void Wait() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    all_done_.wait(lock, [this] { return done_.load() == number_; });
-  }
-
- private:
-  const Group group_;
-  const int64_t number_;
-  std::atomic<int64_t> next_{0}, done_{0};
-  std::mutex mutex_;
-  std::condition_variable all_done_;
-};
 
 bool IsNarrow(const ffi::AnyBuffer& buffer) { return buffer.element_type() == ffi::DataType::BF16; }
 
