@@ -36,7 +36,7 @@ help:
 demo: $(VENV)/.examples
 	@$(BIN)/python examples/digits.py $(ARGS)
 
-# Processes share what they compile; the number of devices is fixed when a process begins.
+# What is compiled is kept for the next run; the number of devices is fixed when a process begins.
 test: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/build/compiled
 test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 test: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES = -1
