@@ -41,9 +41,10 @@ def carry_over(
 
     As in torch, each late parameter is corrected for the steps that it has taken itself: its first
     step is one rate long. To that end the late ones get a transformation of their own, and the
-    state becomes a pair. They follow the rate that the others take, a schedule's too. With
-    `one_count`, `tx` and the arrangement of its state stay as they are. Then a late parameter's
-    moments are corrected as if they had seen all t steps, and its first step is
+    state becomes a pair, whose `step` is an `update` and a sum, not one pass. They follow the rate
+    that the others take, a schedule's too. With `one_count`, `tx` and the arrangement of its state
+    stay as they are. Then a late parameter's moments are corrected as if they had seen all t steps,
+    and its first step is
 
     $$ \frac{1 - b_1}{\sqrt{1 - b_2}} \cdot \frac{\sqrt{1 - b_2^t}}{1 - b_1^t} $$
 
