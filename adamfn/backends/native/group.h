@@ -120,13 +120,14 @@ inline void StepTile(const Group& group, const Leaf& leaf, int64_t tile) {
   const int64_t start = (tile / tiles_per_row) * leaf.row + within;
   const int64_t size = std::min(leaf.tile, leaf.row - within);
 
-  // Not of float32 moments: those wait for memory alone, and the processor reads ahead by itself.
-  if (group.format != kFloat32 && start + 2 * size <= leaf.size) {
-    const int64_t bytes_kept = group.format == kEightBit ? 1 : 2;
+  // Float32's step by itself waits for memory alone, and the processor reads ahead.
+  if ((group.format != kFloat32 || group.bits) && start + 2 * size <= leaf.size) {
+    const int64_t of_moments = group.format == kFloat32 ? 4 : group.format == kEightBit ? 1 : 2;
     ReadAhead(leaf.g, leaf.g_is_narrow ? 2 : 4, start + size, size);
     if (leaf.p) ReadAhead(leaf.p, leaf.p_is_narrow ? 2 : 4, start + size, size);
-    ReadAhead(leaf.mu, bytes_kept, start + size, size);
-    ReadAhead(leaf.nu, bytes_kept, start + size, size);
+    if (leaf.correction) ReadAhead(leaf.correction, group.bits == 24 ? 1 : 2, start + size, size);
+    ReadAhead(leaf.mu, of_moments, start + size, size);
+    ReadAhead(leaf.nu, of_moments, start + size, size);
   }
 
   const float* g = static_cast<const float*>(leaf.g) + start;
