@@ -234,10 +234,21 @@ class OnesOwn(formats.EightBit):
         return super().encode(mu, nu, noise)
 
 
+class ScalesWithAnAxis(formats.EightBit):
+    def encode(self, mu, nu, noise):
+        stored = super().encode(mu, nu, noise)
+        return stored._replace(scales=jax.tree.map(lambda x: x[..., None], stored.scales))
+
+    def decode(self, stored):
+        scales = jax.tree.map(lambda x: x[..., 0], stored.scales)
+        return super().decode(stored._replace(scales=scales))
+
+
 @pytest.mark.parametrize(
     ("tx", "shape"),
     [
         (adamfn.adamw(0.1, moments=OnesOwn()), (64, 300)),
+        (adamfn.adamw(0.1, moments=ScalesWithAnAxis()), (3, 31, 300)),
         (adamfn.adamw(0.1, moments=OnesOwn()), (3, 5, 31, 300)),
         (adamfn.adamw(0.1, moments=OnesOwn()), (2, 128, 160)),
         (adamfn.lazy_adam(0.1, moments="8bit"), (256, 160)),

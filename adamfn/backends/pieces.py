@@ -32,7 +32,7 @@ def can_run(call: Call, avals: Sequence[Any]) -> bool:
         and not factor_places(call)  # a sum is rounded otherwise in another shape
         and leaf.ndim > 1
         and leaf.size > 2 * ELEMENTS
-        and all(x.ndim == leaf.ndim and x.shape[:-1] == leaf.shape[:-1] for x in kept)
+        and all(x.ndim >= leaf.ndim and x.shape[: leaf.ndim - 1] == leaf.shape[:-1] for x in kept)
     )
 
 
@@ -72,21 +72,24 @@ def _run(
 
     def advance(starts: Sequence[jax.Array], rows: int, done: list[jax.Array]) -> list[jax.Array]:
         """The results, with those of one piece put in."""
+
+        def at(x: jax.Array) -> list[jax.Array]:
+            return [*starts, *[jnp.int32(0)] * (x.ndim - 1 - axis)]
+
         current = list(arrays)
         for (k, _, in_place), x in zip(results, done, strict=True):
             current[k] = x if in_place else current[k]
-        at = [*starts, *[jnp.int32(0)] * (leaf.ndim - 1 - axis)]
         sizes = *[1] * axis, rows
-        own = [jax.lax.dynamic_slice(x, at, (*sizes, *x.shape[axis + 1 :])) for x in current]
+        own = [jax.lax.dynamic_slice(x, at(x), (*sizes, *x.shape[axis + 1 :])) for x in current]
         (kept,) = jax.tree.unflatten(call.kept, own[: call.arrays_kept])
         g, *p = own[call.arrays_kept :]
         start = first_element
-        for place, stride in zip(at, strides, strict=True):
+        for place, stride in zip(at(leaf), strides, strict=True):
             start += place.astype(jnp.uint32) * jnp.uint32(stride % 2**32)
         elements = numbers_of(g.shape, strides, start)
         moved = program(number, scalars, count, g, p[0] if p else None, kept, elements)
         return [
-            jax.lax.dynamic_update_slice(x, value, at)
+            jax.lax.dynamic_update_slice(x, value, at(x))
             for x, value in zip(done, jax.tree.leaves(moved), strict=True)
         ]
 

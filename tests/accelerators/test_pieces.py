@@ -31,14 +31,15 @@ class TwiceRounded:
         return len(shape) > 1 and shape[-1] % 32 == 0
 
 
-def check_memory(found, leaf):
-    assert found.temporary <= max(64 * MIB, 0.05 * leaf)
+def check_memory(found, leaf, updates=0):
+    assert found.temporary - updates <= max(64 * MIB, 0.05 * leaf)
 
 
 @pytest.mark.parametrize("way", ["step", "update"])
 def test_a_users_own_format(measure, way):
     leaf = 4 * SHAPE[0] * SHAPE[1]
-    check_memory(measure(way, TwiceRounded(), SHAPE), leaf)
+    # Of `update` the updates are there until they are applied.
+    check_memory(measure(way, TwiceRounded(), SHAPE), leaf, leaf if way == "update" else 0)
 
 
 @pytest.mark.parametrize("moments", ["8bit", "4bit", "factored"])
