@@ -43,7 +43,7 @@ def check_one_pass(found, shape, dtype, way):
 
 def expect_failure_of_vectors(machine):
     if machine.platform == "tpu":
-        pytest.xfail("a leaf of one axis has no kernel on TPU, and XLA takes over 80 temporary bytes")
+        pytest.xfail("a leaf of one axis has no kernel on TPU; XLA takes 80 temporary bytes")
 
 
 def check_kernels(found, way, machine, moments):
