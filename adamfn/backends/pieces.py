@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamfn.backends.tile import block_of, factor_places, results_of
+from adamfn.backends.tile import kernel_block, factor_places, results_of
 from adamfn.formats.elements import numbers_of
 from adamfn.formulas import lazy_ratio  # looks at other elements of its row alone
 from adamfn.program import Call
@@ -25,7 +25,7 @@ def can_run(call: Call, avals: Sequence[Any]) -> bool:
     """Whether a call gains by it, and stores each row by itself, as far as shapes tell."""
     kept, leaf = avals[3:][: call.arrays_kept], avals[3 + call.arrays_kept]
     return (
-        any(block_of(part.format) != 0 for part in call.program.parts)
+        any(kernel_block(part.format) != 0 for part in call.program.parts)
         and not call.packed
         and call.leaves == 1
         and all(part.elementwise or part.formula is lazy_ratio for part in call.program.parts)

@@ -24,7 +24,7 @@ from adamfn.formats.blocks import Extremes
 from adamfn.program import Call
 
 
-def block_of(format: Format | None) -> int | None:
+def kernel_block(format: Format | None) -> int | None:
     """The largest block that a format's kernel works by; 0 for none, None if it has no kernel."""
     if format is None:
         return 0
@@ -71,7 +71,7 @@ def with_factors(call: Call, arrays: Sequence[jax.Array]) -> list[jax.Array]:
 def common_block(call: Call, avals: Sequence[Any]) -> int | None:
     """The largest block that a kernel for a call works by; 0 for none, None if none can be made."""
     program, leaves = call.program, avals[3 + call.arrays_kept :]
-    found = [block_of(part.format) for part in program.parts if part.keeps]
+    found = [kernel_block(part.format) for part in program.parts if part.keeps]
     blocks = {block for block in found if block}
     fits = (
         not call.packed
