@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamfn.backends.tile import kernel_block, factor_places, results_of
+from adamfn.backends.tile import factor_places, kernel_block, results_of
 from adamfn.formats.elements import numbers_of
 from adamfn.formulas import lazy_ratio  # looks at other elements of its row alone
 from adamfn.program import Call
