@@ -118,12 +118,15 @@ def test_llamas_leaves_compile_within_a_minute(measure, moments):
 def test_shared_moments_move_24_bytes(measure, machine, moments, name, way):
     shape = SHAPES[name]
     moved, _, temporary = of_parameters(measure(way, moments, shape), shape)
-    if moved > 24 and way == "update":
-        pytest.xfail(f"{moved:.1f} bytes: 8 of them are the update, written and read")
-    if moved > 24 and machine.platform == "gpu" and moments == "factored" and name != "matrix":
-        pytest.xfail(f"{moved:.1f} bytes: XLA for GPU reads a stack once more for its factors")
-    assert moved <= 24
-    assert temporary <= 0.3
+    aim = reached = 24, 0.3
+    if machine.platform == "gpu" and moments == "factored":
+        reached = {"layers in a stack": (31, 4.1), "a convolution": (39, 8.1)}.get(name, aim)
+    elif machine.platform == "tpu" and way == "update":
+        reached = 26.1, 4.1  # the update is written, and read by apply_updates
+    assert moved <= reached[0]
+    assert temporary <= reached[1]
+    if moved > aim[0] or temporary > aim[1]:
+        pytest.xfail(f"{moved:.1f} bytes moved and {temporary:.1f} temporary; the aim is {aim}")
 
 
 @pytest.mark.quick

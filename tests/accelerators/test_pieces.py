@@ -45,6 +45,6 @@ def test_a_users_own_format(measure, way):
 @pytest.mark.parametrize("moments", ["8bit", "4bit", "factored"])
 def test_float64(measure, machine, moments):
     if machine.platform == "tpu":
-        pytest.xfail("XLA for TPU fails: a shift of operands of two types, which the program lacks")
+        pytest.xfail("XLA for TPU does not compile it: a shift of operands of two types")
     with jax.enable_x64(True):
         check_memory(measure("step", moments, {"leaf": SHAPE}, "float64"), 8 * SHAPE[0] * SHAPE[1])
