@@ -1,8 +1,8 @@
 """State dicts of torch's look-alikes: what their groups say is done, or refused by name.
 
 The dicts are as the libraries write them; the steps beside them are their formulas in float64.
-Apex issue 577 (a group without bias_correction), apex pull 1615 and TransformerEngine pull 3318 (the
-step in the group), fairseq issue 3965 (amsgrad turned on), apex issue 1124 (no bias correction).
+Apex issue 577 (a group without bias_correction), apex pull 1615 and TransformerEngine pull 3318
+(the step in the group), fairseq issue 3965 (amsgrad turned on), apex issue 1124 (no correction).
 """
 
 import pickle
