@@ -104,7 +104,10 @@ inline void Split(int32_t bits, const Leaf& leaf, int64_t start, int64_t size, c
   }
 }
 
-// Asks for numbers that come next, so that they are there when the tile at hand is done.
+// Elements between those that are worked on and those that are asked for: what the processor reads
+// ahead by itself of four arrays comes too late.
+inline constexpr int64_t kReadAhead = 512;
+
 inline void ReadAhead(const void* array, int64_t bytes_each, int64_t start, int64_t size) {
   const char* first = static_cast<const char*>(array) + start * bytes_each;
   for (int64_t i = 0; i < size * bytes_each; i += 64) __builtin_prefetch(first + i);
@@ -120,14 +123,13 @@ inline void StepTile(const Group& group, const Leaf& leaf, int64_t tile) {
   const int64_t start = (tile / tiles_per_row) * leaf.row + within;
   const int64_t size = std::min(leaf.tile, leaf.row - within);
 
-  // Float32's step by itself waits for memory alone, and the processor reads ahead.
-  if ((group.format != kFloat32 || group.bits) && start + 2 * size <= leaf.size) {
+  if (const int64_t next = start + kReadAhead; next + size <= leaf.size) {
     const int64_t of_moments = group.format == kFloat32 ? 4 : group.format == kEightBit ? 1 : 2;
-    ReadAhead(leaf.g, leaf.g_is_narrow ? 2 : 4, start + size, size);
-    if (leaf.p) ReadAhead(leaf.p, leaf.p_is_narrow ? 2 : 4, start + size, size);
-    if (leaf.correction) ReadAhead(leaf.correction, group.bits == 24 ? 1 : 2, start + size, size);
-    ReadAhead(leaf.mu, of_moments, start + size, size);
-    ReadAhead(leaf.nu, of_moments, start + size, size);
+    ReadAhead(leaf.g, leaf.g_is_narrow ? 2 : 4, next, size);
+    if (leaf.p) ReadAhead(leaf.p, leaf.p_is_narrow ? 2 : 4, next, size);
+    if (leaf.correction) ReadAhead(leaf.correction, group.bits == 24 ? 1 : 2, next, size);
+    ReadAhead(leaf.mu, of_moments, next, size);
+    ReadAhead(leaf.nu, of_moments, next, size);
   }
 
   const float* g = static_cast<const float*>(leaf.g) + start;

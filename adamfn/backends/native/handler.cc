@@ -202,7 +202,7 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remainin
   }
   if (group.tiles == 0) return ffi::Error::Success();
 
-  const auto tasks = std::make_shared<Tasks>(std::move(group));
+  const auto tasks = std::make_shared<Tasks>(std::move(group), pool.num_threads());
   const int64_t threads = std::min(pool.num_threads(), tasks->number());
   for (int64_t i = 1; i < threads; ++i) pool.Schedule([tasks] { tasks->Work(); });
   tasks->Work();

@@ -14,22 +14,27 @@
 
 namespace adamfn {
 
-inline constexpr int64_t kTilesPerTask = 64;  // that a thread takes at a time
+// Tiles that a thread takes at a time: many, for memory is read faster in long runs, but so few that
+// the threads end together.
+inline int64_t TilesPerTask(int64_t tiles, int64_t threads) {
+  return std::clamp<int64_t>(tiles / (16 * threads), 64, 512);
+}
 
 // Tasks that the calling thread and those of XLA's pool take one after another. The calling thread
 // can finish them alone, so a pool that is busy, or gone after a fork, stops nothing; a pool thread
 // that comes late finds none left, and touches nothing but this.
 class Tasks {
  public:
-  explicit Tasks(Group group)
-      : group_(std::move(group)), number_((group_.tiles + kTilesPerTask - 1) / kTilesPerTask) {}
+  Tasks(Group group, int64_t threads)
+      : group_(std::move(group)),
+        tiles_(TilesPerTask(group_.tiles, threads)),
+        number_((group_.tiles + tiles_ - 1) / tiles_) {}
 
   int64_t number() const { return number_; }
 
   void Work() {
     for (int64_t task; (task = next_.fetch_add(1)) < number_;) {
-      StepTiles(group_, task * kTilesPerTask,
-                std::min((task + 1) * kTilesPerTask, group_.tiles));
+      StepTiles(group_, task * tiles_, std::min((task + 1) * tiles_, group_.tiles));
       if (done_.fetch_add(1) + 1 == number_) {
         const std::lock_guard<std::mutex> lock(mutex_);
         all_done_.notify_all();
@@ -44,7 +49,7 @@ class Tasks {
 
  private:
   const Group group_;
-  const int64_t number_;
+  const int64_t tiles_, number_;
   std::atomic<int64_t> next_{0}, done_{0};
   std::mutex mutex_;
   std::condition_variable all_done_;
