@@ -343,12 +343,24 @@ def test_a_step_is_over_when_it_returns():
     assert {float(largest(state)) for _ in range(100)} == {-0.25}
 
 
+def test_a_step_is_dispatched_as_what_it_costs():
+    # What XLA counts as cheap it runs in the calling thread, and a call of native code as nothing.
+    tx = adamfn.adam(0.1)
+    for size, takes_long in ((2**15 - 1, False), (2**15, True)):
+        params = jnp.ones(size)
+        step = jax.jit(partial(adamfn.step, tx)).lower(params, tx.init(params), params).compile()
+        assert "adamfn_step" in step.as_text()
+        assert (step.cost_analysis()["flops"] >= 1000) == takes_long
+
+
 def test_a_process_forked_after_use():
+    # XLA's own dispatch waits for its threads there, unless it is told to do without them.
     done = python(
         """
         import os, signal, warnings
         import jax, jax.numpy as jnp, numpy as np, adamfn
         warnings.simplefilter("ignore")  # JAX warns of forks
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         params, tx = jnp.ones(200_000), adamfn.adam(0.1)
         state = tx.init(params)
         step = jax.jit(lambda p, s: adamfn.step(tx, p, s, p)[0])

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.core import ShapedArray
 from jax.interpreters import mlir
 
 from adamfn.backends.native import loader
@@ -26,7 +28,10 @@ from adamfn.program import Call, Program
 
 _TARGET = "adamfn_step"
 _LARGEST_BLOCK = 1024
-_COUNTED = jax.core.ShapedArray((1024,), jnp.float32)
+_UNREAD = 1000
+"""The least number of operations for which XLA takes a thread of its own."""
+_WORTH_A_THREAD = 2**15
+"""The least number of elements whose step takes longer than another thread takes to begin."""
 _FORMATS: dict[Format | None, int] = {
     None: 0,
     Pair(Rounded(), Rounded()): 1,
@@ -101,13 +106,13 @@ def can_run(call: Call, avals: Any) -> bool:
 
 
 def _counted(scalars: jax.Array, count: jax.Array) -> jax.Array:
-    """The scalars, and behind them the results of a thousand operations that nothing reads.
+    """The scalars, and behind them the results of operations that nothing reads.
 
-    XLA runs a program of fewer than 1000 operations in the thread that calls it, which then waits
-    for the step; and it counts none for a call of native code.
+    XLA runs a program of few operations in the thread that calls it, which then waits for the step;
+    and it counts none for a call of native code.
     """
-    unread = count.astype(scalars.dtype) + jnp.arange(_COUNTED.size, dtype=scalars.dtype)
-    return unread.at[: scalars.size].set(scalars)
+    counts = lax.broadcast(count.astype(scalars.dtype), (_UNREAD,))
+    return lax.concatenate([scalars, counts + lax.iota(scalars.dtype, _UNREAD)], 0)
 
 
 def lower(ctx: Any, *operands: Any, call: Call) -> Any:
@@ -125,12 +130,15 @@ def lower(ctx: Any, *operands: Any, call: Call) -> Any:
     for k, g in enumerate(grads):
         runs = runs_of(g.shape, call.strides_of(k, g.shape))
         axes += [len(runs), *(number for run in reversed(runs) for number in run)]
-    (scalars,) = mlir.lower_fun(_counted, multiple_results=False)(
-        ctx.replace(avals_in=ctx.avals_in[:2], avals_out=[_COUNTED]), *operands[:2]
-    )
+    scalars, in_avals = operands[0], list(ctx.avals_in)
+    if sum(g.size for g in grads) >= _WORTH_A_THREAD:
+        in_avals[0] = ShapedArray((in_avals[0].size + _UNREAD,), jnp.float32)
+        counted = mlir.lower_fun(_counted, multiple_results=False)
+        own = ctx.replace(avals_in=ctx.avals_in[:2], avals_out=in_avals[:1])
+        (scalars,) = counted(own, *operands[:2])
     rule = jax.ffi.ffi_lowering(_TARGET, operand_output_aliases=aliases)
     return rule(
-        ctx.replace(avals_in=[_COUNTED, *ctx.avals_in[1:]]),
+        ctx.replace(avals_in=in_avals),
         scalars,
         *operands[1:],
         format=np.int32(_FORMATS.get(format, _EIGHT_BIT)),

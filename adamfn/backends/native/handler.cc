@@ -202,8 +202,9 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remainin
   }
   if (group.tiles == 0) return ffi::Error::Success();
 
-  const auto tasks = std::make_shared<Tasks>(std::move(group), pool.num_threads());
-  const int64_t threads = std::min(pool.num_threads(), tasks->number());
+  const int64_t threads =
+      std::clamp<int64_t>(group.tiles / kTilesPerThread, 1, std::max<int64_t>(pool.num_threads(), 1));
+  const auto tasks = std::make_shared<Tasks>(std::move(group), threads);
   for (int64_t i = 1; i < threads; ++i) pool.Schedule([tasks] { tasks->Work(); });
   tasks->Work();
   tasks->Wait();

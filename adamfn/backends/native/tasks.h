@@ -14,6 +14,9 @@
 
 namespace adamfn {
 
+// Tiles whose step takes about as long as a thread takes to begin.
+inline constexpr int64_t kTilesPerThread = 256;
+
 // Tiles that a thread takes at a time: many, for memory is read faster in long runs, but so few that
 // the threads end together.
 inline int64_t TilesPerTask(int64_t tiles, int64_t threads) {
