@@ -121,7 +121,7 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
 
     small = pl.BlockSpec(memory_space=tpu.SMEM)
     squared = [jnp.float32, jnp.int32] if cut.flat else []
-    found = pl.pallas_call(
+    call_kernel = pl.pallas_call(
         kernel,
         out_shape=[shape_like(views[k], dtype) for k, dtype, _ in results],
         grid=cut.grid(shape),
@@ -139,7 +139,10 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
         cost_estimate=cost_of(views, results),
         interpret=interpret,
         name="adamfn_step",
-    )(vector, words_of(numbers, count), *views)
+    )
+    words = words_of(numbers, count)
+    with jax.enable_x64(False):  # Mosaic has no numbers of 64 bits, not even for constants
+        found = call_kernel(vector, words, *views)
     moved = [
         unview(given[k], x, arrays[k].shape, cut) for (k, *_), x in zip(results, found, strict=True)
     ]

@@ -5,6 +5,7 @@ All leaves are larger than the nearer memory of a TPU. Bytes are of each paramet
 
 import math
 
+import jax
 import pytest
 
 MATRIX = (16384, 16384)
@@ -71,6 +72,14 @@ def test_a_matrix_takes_one_pass(measure, moments, way):
     found = measure(way, moments, MATRIX)
     check_one_pass(found, MATRIX, "float32", way)
     check_kernels(found, way)
+
+
+@lean
+def test_numbers_of_64_bits_elsewhere_change_nothing(measure, moments):
+    with jax.enable_x64(True):
+        found = measure("step", moments, {"leaf": MATRIX, "odd": (2**27 + 5,)})
+    assert found.moved <= 1.05 * found.least
+    assert found.kernels == 2
 
 
 @lean
