@@ -91,7 +91,7 @@ def bounded(g: jax.Array) -> jax.Array:
     over = (size > largest) & (size <= info.max)
     if jnp.iscomplexobj(g):
         return g * jnp.where(over, largest / jnp.where(over, size, 1), 1)
-    return jnp.where(over, jnp.copysign(largest, g), g)
+    return jnp.where(over, jnp.where(g < 0, -largest, largest), g)
 
 
 def average_moments(

@@ -44,7 +44,10 @@ def test_a_users_own_format(measure, way):
 
 @pytest.mark.parametrize("moments", ["8bit", "4bit", "factored"])
 def test_float64(measure, machine, moments):
-    if machine.platform == "tpu":
-        pytest.xfail("XLA for TPU does not compile it: a shift of operands of two types")
+    leaf = 8 * SHAPE[0] * SHAPE[1]
     with jax.enable_x64(True):
-        check_memory(measure("step", moments, {"leaf": SHAPE}, "float64"), 8 * SHAPE[0] * SHAPE[1])
+        found = measure("step", moments, {"leaf": SHAPE}, "float64")
+    if machine.platform == "tpu":
+        assert found.temporary <= 4.6 * leaf
+        pytest.xfail("XLA for TPU splits float64 in halves: x + 1 alone takes 1.5 leaves of memory")
+    check_memory(found, leaf)
