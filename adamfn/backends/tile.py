@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from adamfn.backends.xla import run_call
 from adamfn.formats import (
     BlockMean,
     Blockwise,
@@ -67,18 +66,6 @@ def with_factors(call: Call, arrays: Sequence[jax.Array]) -> list[jax.Array]:
             scales = tuple((own, codec.factors(means)) for own, means in row[-1])
             rows[k] = (*row[:-1], scales)
     return [*jax.tree.leaves(rows), *arrays[call.arrays_kept :]]
-
-
-def with_means(
-    call: Call, operands: Sequence[jax.Array], moved: Sequence[jax.Array]
-) -> list[jax.Array]:
-    """The results of a kernel, with the means of nu that XLA computes among them."""
-    results = list(moved)
-    if places := sorted(factor_places(call)):
-        whole = run_call(call, *operands)  # of which no more than the means is computed
-        for place in places:
-            results.insert(place, whole[place])
-    return results
 
 
 def common_block(call: Call, avals: Sequence[Any]) -> int | None:

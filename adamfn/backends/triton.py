@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from adamfn.backends import means
 from adamfn.backends.tile import (
     common_block,
     cost_of,
@@ -19,7 +20,6 @@ from adamfn.backends.tile import (
     results_of,
     run_tile,
     with_factors,
-    with_means,
     words_of,
 )
 from adamfn.formats.blocks import along, size_for
@@ -38,6 +38,8 @@ def can_run(call: Call, avals: Any) -> bool:
         block is not None
         and block <= _ELEMENTS
         and avals[3 + call.arrays_kept].size < 2**31
+        # Else `means` runs it: XLA joins the update with what it is for, and never writes it.
+        and (call.program.update_dtype is None or not factor_places(call))
     )
 
 
@@ -106,4 +108,4 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
         name="adamfn_step",
     )(vector, words_of(numbers, count), *views)
     moved = [x.reshape(arrays[k].shape) for (k, *_), x in zip(results, found, strict=True)]
-    return with_means(call, operands, moved)
+    return means.with_means(call, operands, moved)

@@ -113,15 +113,13 @@ def test_llamas_leaves_compile_within_a_minute(measure, moments):
 
 
 @pytest.mark.parametrize("moments", ["factored", "blockmean"])
-@pytest.mark.parametrize("name", ["matrix", "layers in a stack", "a convolution"])
+@pytest.mark.parametrize("name", ["matrix", "an embedding", "layers in a stack", "a convolution"])
 @ways
 def test_shared_moments_move_24_bytes(measure, machine, moments, name, way):
     shape = SHAPES[name]
     moved, _, temporary = of_parameters(measure(way, moments, shape), shape)
     aim = reached = 24, 0.3
-    if machine.platform == "gpu" and moments == "factored":
-        reached = {"layers in a stack": (31, 4.1), "a convolution": (39, 8.1)}.get(name, aim)
-    elif machine.platform == "tpu" and way == "update":
+    if machine.platform == "tpu" and way == "update":
         reached = 26.1, 4.1  # the update is written, and read by apply_updates
     assert moved <= reached[0]
     assert temporary <= reached[1]
