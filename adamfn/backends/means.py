@@ -1,7 +1,7 @@
 """The means of nu that a format keeps instead of nu itself, in passes of their own.
 
-They are of more than a kernel's tile, so XLA computes them. Without a kernel for the rest it would
-join the two on GPU, and write to memory what both compute.
+They are of more than a kernel's tile, so XLA computes them. On GPU it would join two passes that
+read the same array, and write to memory what both compute.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,11 @@ def with_means(
     call: Call, operands: Sequence[jax.Array], others: Sequence[jax.Array]
 ) -> list[jax.Array]:
     """The results of a call, of its operands and its results but for means of nu."""
-    results, gradient = list(others), 3 + call.arrays_kept
-    if places := sorted(factor_places(call)):
-        apart = list(operands)
+    results, apart, gradient = list(others), list(operands), 3 + call.arrays_kept
+    for place in sorted(factor_places(call)):
+        # One more barrier each time: no two passes have an operation in common.
         apart[gradient] = jax.lax.optimization_barrier(apart[gradient])
-        whole = run_call(call, *apart)  # of which no more than the means is computed
-        for place in places:
-            results.insert(place, whole[place])
+        results.insert(place, run_call(call, *apart)[place])  # computes no more than this
     return results
 
 

@@ -115,9 +115,10 @@ def test_llamas_leaves_compile_within_a_minute(measure, moments):
 @pytest.mark.parametrize("moments", ["factored", "blockmean"])
 @pytest.mark.parametrize("name", ["matrix", "an embedding", "layers in a stack", "a convolution"])
 @ways
-def test_shared_moments_move_24_bytes(measure, machine, moments, name, way):
+@dtypes
+def test_shared_moments_move_24_bytes(measure, machine, moments, name, way, dtype):
     shape = SHAPES[name]
-    moved, _, temporary = of_parameters(measure(way, moments, shape), shape)
+    moved, _, temporary = of_parameters(measure(way, moments, shape, dtype), shape)
     aim = reached = 24, 0.3
     if machine.platform == "tpu" and way == "update":
         reached = 26.1, 4.1  # the update is written, and read by apply_updates
