@@ -75,7 +75,9 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
             shape = arrays[k].shape
             if k not in factors:
                 return of_elements if shape == leaf.shape else of_blocks
-            steps = [0 if n == 1 else step for n, step in zip(shape, strides_of(shape), strict=True)]
+            steps = [
+                0 if n == 1 else step for n, step in zip(shape, strides_of(shape), strict=True)
+            ]
             outer = numbers_at(row, runs_of(leaf.shape[:-1], steps[:-1]))
             return (outer + place, inside) if steps[-1] else (outer, block < blocks)
 
