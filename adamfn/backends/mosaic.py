@@ -2,7 +2,8 @@
 
 A tile has 128 rows of the leaf, in the lanes of the TPU's registers, and whole blocks of them along
 the sublanes: so a block of any size is reduced and scaled lane by lane. Where the leaf lies the
-other way round, the tile is turned over in the near memory.
+other way round, the tile is turned over in the near memory. Of a leaf of one axis, a tile has 128
+blocks that follow each other.
 """
 
 import math
@@ -15,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 
 from adamfn.backends.cut import LANES, Cut, blocks_viewed, cut_of, numbers_in, unviewed, viewed
+from adamfn.backends.lanes import gather_blocks, scatter_blocks, squares
 from adamfn.backends.tile import (
     common_block,
     cost_of,
@@ -64,36 +66,56 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
     views = [own.view for own in given]
     results = results_of(call, arrays)
     columns = cut.width // cut.size
+    slabs = 1 if cut.flat else views[kept].shape[0]
 
     def kernel(vector: Any, words: Any, *refs: Any) -> None:
         ins, refs = refs[: len(arrays)], refs[len(arrays) :]
-        outs, staged = refs[: len(results)], iter(refs[len(results) :])
-        spaces = [None if own.turns is None else next(staged) for own in given]
+        outs, scratch = refs[: len(results)], iter(refs[len(results) :])
+        spaces = [None if own.turns is None else next(scratch) for own in given]
+        square = {ref.dtype: ref for ref in scratch}
         slab, row, column = (pl.program_id(axis) for axis in range(3))
         for own, ref, space in zip(given, ins, spaces, strict=True):
             if space is not None:
                 x = ref[...].astype(space.dtype)
-                space[...] = jnp.broadcast_to(x, (LANES, cut.width)).T if own.turns else x
+                if own.turns:
+                    x = jnp.broadcast_to(x, (LANES, cut.width)).T
+                space[...] = x.reshape(space.shape)
         first = column * columns
 
+        def kept_of(own: _Operand, ref: Any, k: jax.Array) -> Any:
+            if cut.flat:
+                return ref.at[:, pl.ds(pl.multiple_of(k * LANES, LANES), LANES)]
+            return ref.at[pl.ds(0 if own.view.shape[1] == 1 else first + k, 1), :]
+
         def one_block(k: jax.Array, carry: None) -> None:
-            here = pl.ds(pl.multiple_of(k * cut.size, 16), cut.size)
+            start = pl.multiple_of(k * cut.size, 16)
+            here = pl.ds(start, cut.size)
             tiles = [
-                ref[pl.ds(0 if own.view.shape[1] == 1 else first + k, 1), :]
+                kept_of(own, ref, k)[...]
                 if space is None
+                else gather_blocks(space, start, cut.size, square[space.dtype])
+                if cut.flat
                 else space[here, :]
                 for own, ref, space in zip(given, ins, spaces, strict=True)
             ]
-            tile = cut.size, LANES
-            place = (first + k) * cut.size + jax.lax.broadcasted_iota(jnp.int32, tile, 0)
-            at = row * LANES + jax.lax.broadcasted_iota(jnp.int32, tile, 1)
-            numbers = words[2] + numbers_in(shape, strides, cut, slab, at, place)
-            inside = place < cut.length
+            within, lane = (
+                jax.lax.broadcasted_iota(jnp.int32, (cut.size, LANES), axis) for axis in (0, 1)
+            )
+            at = row * LANES + lane
+            numbers = numbers_in(shape, strides, cut, slab, at, first + k, within)
+            if cut.flat:
+                inside = numbers < shape[0]
+            else:
+                inside = (first + k) * cut.size + within < cut.length
+            numbers += words[2]
             values = run_tile(call, vector, words, tiles, numbers, inside, along(0))
             for (source, *_), out, value in zip(results, outs, values, strict=True):
                 space = spaces[source]
                 if space is None:
-                    out[pl.ds(first + k, 1), :] = value
+                    kept_of(given[source], out, k)[...] = value
+                elif cut.flat:
+                    value = value.astype(space.dtype)
+                    scatter_blocks(value, space, start, cut.size, square[space.dtype])
                 else:
                     space[here, :] = value.astype(space.dtype)
 
@@ -101,23 +123,35 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
         for (source, *_), out in zip(results, outs, strict=True):
             space = spaces[source]
             if space is not None:
-                out[...] = (space[...].T if given[source].turns else space[...]).astype(out.dtype)
+                x = space[...].T if given[source].turns else space[...]
+                out[...] = x.astype(out.dtype).reshape(out.shape)
 
     small = pl.BlockSpec(memory_space=tpu.SMEM)
     found = pl.pallas_call(
         kernel,
         out_shape=[shape_like(views[k], dtype) for k, dtype, _ in results],
-        grid=(views[kept].shape[0], pl.cdiv(cut.rows, LANES), pl.cdiv(cut.length, cut.width)),
+        grid=(slabs, pl.cdiv(cut.rows, LANES), pl.cdiv(cut.length, cut.width)),
         in_specs=[small, small, *(own.spec for own in given)],
         out_specs=[given[k].spec for k, *_ in results],
         scratch_shapes=[
-            tpu.VMEM((cut.width, LANES), _widened(own.view.dtype))
-            for own in given
-            if own.turns is not None
+            *(
+                tpu.VMEM((cut.width, LANES), _widened(own.view.dtype))
+                for own in given
+                if own.turns is not None
+            ),
+            *(
+                tpu.VMEM((LANES * squares(cut.size), LANES), dtype)
+                for dtype in (jnp.float32, jnp.int32)
+                if cut.flat
+            ),
         ],
         input_output_aliases={2 + k: at for at, (k, _, same) in enumerate(results) if same},
         compiler_params=tpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            dimension_semantics=(
+                "parallel",
+                "parallel",
+                "parallel" if cut.flat else "arbitrary",
+            ),
             vmem_limit_bytes=64 * 2**20,
         ),
         cost_estimate=cost_of(views, results),
@@ -156,6 +190,15 @@ def _operand(x: jax.Array, leaf: tuple[int, ...], cut: Cut, is_factor: bool) -> 
         if view.shape[1] == 1:
             return _Operand(view, spec((1, cut.width), lambda i, j: (0, j)), True)
         return _Operand(view, spec((LANES, cut.width), lambda i, j: (i, j)), True)
+    if cut.flat:
+        if x.shape != leaf:
+            lanes = cut.width // cut.size * LANES
+            return _Operand(blocks_viewed(x, cut), spec((1, lanes), lambda i, j: (0, j)), None)
+        view = viewed(x, cut)
+        if view.ndim == 1:
+            whole = pl.BlockSpec((cut.width * LANES,), lambda s, i, j: (j,))
+            return _Operand(view, whole, False)
+        return _Operand(view, spec((cut.width, LANES), lambda i, j: (j, 0)), False)
     if x.shape != leaf:
         kept = spec((cut.blocks, LANES), lambda i, j: (0, i))
         return _Operand(blocks_viewed(x, cut), kept, None)
