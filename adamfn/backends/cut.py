@@ -60,10 +60,10 @@ def cut_of(shape: tuple[int, ...], block: int, *, merges: bool = True) -> Cut | 
     if size > _WIDEST:
         return None
     if len(shape) == 1:
-        columns = -(-length // (size * LANES))
-        width = min(_WIDEST // size, columns) * size
-        fits = columns * size * LANES < 2**31
-        return Cut((0,), False, False, True, LANES, columns * size, size, width) if fits else None
+        whole = -(-length // (size * LANES)) * size
+        width = max(_WIDEST // (8 * size), 1) * (8 * size)
+        fits = size <= _WIDEST // 2 and whole * LANES < 2**31
+        return Cut((0,), False, False, True, LANES, whole, size, width) if fits else None
     last = len(shape) - 1
     inner, outer = _places(shape)
     if last not in (inner, outer):
@@ -81,12 +81,7 @@ def cut_of(shape: tuple[int, ...], block: int, *, merges: bool = True) -> Cut | 
 
 
 def viewed(x: jax.Array, cut: Cut) -> jax.Array:
-    """A leaf, or an array like it with axes of 1, as the kernel takes it: three axes.
-
-    One of one axis stays as it is where it cannot be cut into rows of 128 without a copy.
-    """
-    if cut.flat:
-        return x if x.size % LANES else x.reshape(1, -1, LANES)
+    """A leaf, or an array like it with axes of 1, as the kernel takes it: three axes."""
     if cut.merged:
         return x.reshape(1, -1, x.shape[-1])
     x = x.transpose(cut.order)
@@ -95,8 +90,6 @@ def viewed(x: jax.Array, cut: Cut) -> jax.Array:
 
 def blocks_viewed(x: jax.Array, cut: Cut) -> jax.Array:
     """What is kept of blocks, as the kernel takes it: with the blocks of a row before the rows."""
-    if cut.flat:
-        return x.reshape(1, 1, -1)
     x = viewed(x, cut)
     return x if cut.turned else x.transpose(0, 2, 1)
 

@@ -53,6 +53,20 @@ def can_run(call: Call, avals: Sequence[Any]) -> bool:
     return _cut_for(call, avals) is not None
 
 
+def can_lower(call: Call, avals: Sequence[Any]) -> bool:
+    """Whether Pallas lowers it here: where a leaf stays of one axis, it asks what TPU it is for."""
+    leaf = avals[3 + call.arrays_kept]
+    if leaf.ndim != 1 or leaf.size % LANES == 0:
+        return True
+    try:
+        tpu.get_tpu_info()
+    except AttributeError:  # of before jax 0.9, which does not ask
+        return True
+    except ValueError:  # compiled on another machine, and no mesh names the TPU
+        return False
+    return True
+
+
 def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[jax.Array]:
     """`run_call` of a call that it `can_run`."""
     vector, count, numbers, *arrays = operands
@@ -84,14 +98,15 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
 
         def kept_of(own: _Operand, ref: Any, k: jax.Array) -> Any:
             if cut.flat:
-                return ref.at[:, pl.ds(pl.multiple_of(k * LANES, LANES), LANES)]
+                here = pl.ds(pl.multiple_of(k * LANES, LANES), LANES)
+                return ref.at[here] if own.view.ndim == 1 else ref.at[:, here]
             return ref.at[pl.ds(0 if own.view.shape[1] == 1 else first + k, 1), :]
 
         def one_block(k: jax.Array, carry: None) -> None:
             start = pl.multiple_of(k * cut.size, 16)
             here = pl.ds(start, cut.size)
             tiles = [
-                kept_of(own, ref, k)[...]
+                kept_of(own, ref, k)[...].reshape(1, LANES)
                 if space is None
                 else gather_blocks(space, start, cut.size, square[space.dtype])
                 if cut.flat
@@ -112,7 +127,8 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
             for (source, *_), out, value in zip(results, outs, values, strict=True):
                 space = spaces[source]
                 if space is None:
-                    kept_of(given[source], out, k)[...] = value
+                    here_kept = kept_of(given[source], out, k)
+                    here_kept[...] = value.reshape(here_kept.shape)
                 elif cut.flat:
                     value = value.astype(space.dtype)
                     scatter_blocks(value, space, start, cut.size, square[space.dtype])
@@ -191,14 +207,14 @@ def _operand(x: jax.Array, leaf: tuple[int, ...], cut: Cut, is_factor: bool) -> 
             return _Operand(view, spec((1, cut.width), lambda i, j: (0, j)), True)
         return _Operand(view, spec((LANES, cut.width), lambda i, j: (i, j)), True)
     if cut.flat:
-        if x.shape != leaf:
-            lanes = cut.width // cut.size * LANES
-            return _Operand(blocks_viewed(x, cut), spec((1, lanes), lambda i, j: (0, j)), None)
-        view = viewed(x, cut)
-        if view.ndim == 1:
-            whole = pl.BlockSpec((cut.width * LANES,), lambda s, i, j: (j,))
-            return _Operand(view, whole, False)
-        return _Operand(view, spec((cut.width, LANES), lambda i, j: (j, 0)), False)
+        turns = None if x.shape != leaf else False
+        each = cut.width if turns is False else cut.width // cut.size  # in a lane
+        if leaf[0] % LANES:
+            return _Operand(x, pl.BlockSpec((each * LANES,), lambda s, i, j: (j,)), turns)
+        if turns is None:
+            kept = spec((1, each * LANES), lambda i, j: (0, j))
+            return _Operand(x.reshape(1, 1, -1), kept, turns)
+        return _Operand(x.reshape(1, -1, LANES), spec((each, LANES), lambda i, j: (j, 0)), turns)
     if x.shape != leaf:
         kept = spec((cut.blocks, LANES), lambda i, j: (0, i))
         return _Operand(blocks_viewed(x, cut), kept, None)
