@@ -143,6 +143,7 @@ def check_same(found, expected, bfloat16):
         (mosaic, "8bit", (2, 32, 256)),  # slabs are so many more rows
         (mosaic, "8bit", (128, 150)),  # lies the other way round
         (mosaic, "4bit", (8, 2500)),  # two tiles to a row
+        (mosaic, formats.FourBit(block=16), (130, 4096)),  # scales lie by rows, two tiles to each
         (mosaic, "8bit", (40000,)),  # blocks of 160 end to end, two tiles and a half
         (mosaic, "4bit", (300 * 128,)),
         (mosaic, "8bit", (300003,)),  # no rows of 128 lanes, two steps of the grid

@@ -38,6 +38,16 @@ class Cut(NamedTuple):
         """How many a row has."""
         return -(-self.length // self.size)
 
+    @property
+    def columns(self) -> int:
+        """How many blocks of a row are in a tile."""
+        return self.width // self.size
+
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """How many tiles there are: slabs, tiles of 128 rows, tiles of a row."""
+        slabs = math.prod(shape) // (self.rows * self.length) if not self.flat else 1
+        return slabs, -(-self.rows // LANES), -(-self.length // self.width)
+
 
 def _places(shape: tuple[int, ...]) -> tuple[int, int]:
     """The innermost axis and the one around it that XLA chooses: those that need least padding."""
@@ -88,17 +98,18 @@ def viewed(x: jax.Array, cut: Cut) -> jax.Array:
     return x.reshape(-1, *x.shape[-2:])
 
 
-def blocks_viewed(x: jax.Array, cut: Cut) -> jax.Array:
-    """What is kept of blocks, as the kernel takes it: with the blocks of a row before the rows."""
-    x = viewed(x, cut)
-    return x if cut.turned else x.transpose(0, 2, 1)
+def lies_by_rows(kept: tuple[int, ...], cut: Cut) -> bool:
+    """Whether what is kept of blocks, in whole vectors of a row's, lies row after row.
+
+    XLA chooses so where either way needs no padding.
+    """
+    last = len(kept) - 1
+    whole = cut.order == tuple(range(last + 1)) and cut.blocks % LANES == 0
+    return whole and _places(kept) == (last, last - 1)
 
 
 def unviewed(x: jax.Array, shape: tuple[int, ...], cut: Cut) -> jax.Array:
     """The array of a shape that one of these views is of."""
-    if cut.flat:
-        return x.reshape(shape)
-    x = x.transpose(0, 2, 1) if x.shape[1:] == (cut.blocks, cut.rows) and not cut.turned else x
     if cut.merged:
         return x.reshape(shape)
     x = x.reshape([shape[axis] for axis in cut.order])
@@ -136,3 +147,17 @@ def numbers_in(
         numbers += jax.lax.rem(slab, jnp.int32(shape[axis])) * wrapped(strides[axis])
         slab = jax.lax.div(slab, jnp.int32(shape[axis]))
     return numbers
+
+
+def inside_of(
+    shape: tuple[int, ...],
+    cut: Cut,
+    slab: jax.Array,
+    row: jax.Array,
+    block: jax.Array,
+    within: jax.Array,
+) -> jax.Array:
+    """Whether elements, as in `numbers_in`, are of the leaf."""
+    if cut.flat:
+        return (block * LANES + row) * cut.size + within < shape[0]
+    return block * cut.size + within < cut.length
