@@ -154,6 +154,11 @@ MEANS = [
         (mosaic, "8bit", (2, 32, 256)),  # slabs are so many more rows
         (mosaic, "8bit", (128, 150)),  # lies the other way round
         (mosaic, "4bit", (8, 2500)),  # two tiles to a row
+        (mosaic, formats.FourBit(block=16), (130, 4096)),  # scales lie by rows, two tiles to each
+        (mosaic, "8bit", (40000,)),  # blocks of 160 end to end, two tiles and a half
+        (mosaic, "4bit", (300 * 128,)),
+        (mosaic, "8bit", (300003,)),  # no rows of 128 lanes, two steps of the grid
+        (mosaic, "bfloat16", (5000,)),
         (triton, "8bit", (64, 300)),
         (triton, "4bit", (3, 2, 9, 300)),
         (triton, "8bit", (5000,)),
@@ -229,6 +234,16 @@ def test_lowers_without_the_device(platform, moments, kernels, x64):
             text = traced.lower(lowering_platforms=(platform,)).as_text()
             assert text.count(target) == expected
             assert text.count("output_operand_alias<") == expected * arrays  # in place
+
+
+def test_a_vector_that_no_lanes_divide_is_lowered_where_no_device_is_named_too():
+    """Pallas would ask what TPU it is for."""
+    params = jax.ShapeDtypeStruct((5003,), jnp.float32)
+    tx = adamfn.adam(moments="8bit")
+    assert lowered(tx, params, "tpu").count("tpu_custom_call") == 1
+    state = jax.eval_shape(tx.init, params)
+    traced = jax.jit(partial(adamfn.step, tx)).trace(params, state, params)
+    traced.lower(lowering_platforms=("tpu",))
 
 
 def where_signs_agree(u, g):

@@ -11,7 +11,7 @@ from adamfn.formats.elements import wrapped
 
 LANES = 128
 _WIDEST = 2048
-"""Elements of a row in a tile, at most."""
+"""Elements of a row in a tile, and of a block, at most."""
 _MOST_BLOCKS = 4096
 """Blocks in a row: what is kept of them lies in the near memory for a whole row."""
 
@@ -25,6 +25,9 @@ class Cut(NamedTuple):
     """Whether the slabs are so many more rows."""
     turned: bool
     """Whether its last axis comes before the rows."""
+    flat: bool
+    """Whether it has one axis: then 128 neighbouring blocks make a column of blocks, as if each
+    were of another row."""
     rows: int
     length: int
     size: int
@@ -34,6 +37,16 @@ class Cut(NamedTuple):
     def blocks(self) -> int:
         """How many a row has."""
         return -(-self.length // self.size)
+
+    @property
+    def columns(self) -> int:
+        """How many blocks of a row are in a tile."""
+        return self.width // self.size
+
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """How many tiles there are: slabs, tiles of 128 rows, tiles of a row."""
+        slabs = math.prod(shape) // (self.rows * self.length) if not self.flat else 1
+        return slabs, -(-self.rows // LANES), -(-self.length // self.width)
 
 
 def _places(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -51,13 +64,20 @@ def _places(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def cut_of(shape: tuple[int, ...], block: int, *, merges: bool = True) -> Cut | None:
     """How a leaf is cut into blocks, of any size if it is 0; None if it is not cut."""
-    if len(shape) < 2:
+    if not shape:
         return None
+    length, size = shape[-1], size_for(shape[-1], block or LANES)
+    if size > _WIDEST:
+        return None
+    if len(shape) == 1:
+        whole = -(-length // (size * LANES)) * size
+        width = max(_WIDEST // (8 * size), 1) * (8 * size)
+        fits = size <= _WIDEST // 2 and whole * LANES < 2**31
+        return Cut((0,), False, False, True, LANES, whole, size, width) if fits else None
     last = len(shape) - 1
     inner, outer = _places(shape)
     if last not in (inner, outer):
         return None
-    length, size = shape[-1], size_for(shape[-1], block or LANES)
     rows = shape[outer if inner == last else inner]
     slabs = tuple(a for a in range(last + 1) if a not in (inner, outer))
     unit = math.lcm(size, LANES)
@@ -66,7 +86,7 @@ def cut_of(shape: tuple[int, ...], block: int, *, merges: bool = True) -> Cut | 
     merged = merges and by_order and rows < LANES and rows % 32 == 0
     if merged:
         rows *= math.prod(shape[a] for a in slabs)
-    cut = Cut((*slabs, outer, inner), merged, inner != last, rows, length, size, width)
+    cut = Cut((*slabs, outer, inner), merged, inner != last, False, rows, length, size, width)
     return cut if cut.blocks <= _MOST_BLOCKS else None
 
 
@@ -78,15 +98,18 @@ def viewed(x: jax.Array, cut: Cut) -> jax.Array:
     return x.reshape(-1, *x.shape[-2:])
 
 
-def blocks_viewed(x: jax.Array, cut: Cut) -> jax.Array:
-    """What is kept of blocks, as the kernel takes it: with the blocks of a row before the rows."""
-    x = viewed(x, cut)
-    return x if cut.turned else x.transpose(0, 2, 1)
+def lies_by_rows(kept: tuple[int, ...], cut: Cut) -> bool:
+    """Whether what is kept of blocks, in whole vectors of a row's, lies row after row.
+
+    XLA chooses so where either way needs no padding.
+    """
+    last = len(kept) - 1
+    whole = cut.order == tuple(range(last + 1)) and cut.blocks % LANES == 0
+    return whole and _places(kept) == (last, last - 1)
 
 
 def unviewed(x: jax.Array, shape: tuple[int, ...], cut: Cut) -> jax.Array:
     """The array of a shape that one of these views is of."""
-    x = x.transpose(0, 2, 1) if x.shape[1:] == (cut.blocks, cut.rows) and not cut.turned else x
     if cut.merged:
         return x.reshape(shape)
     x = x.reshape([shape[axis] for axis in cut.order])
@@ -99,9 +122,23 @@ def numbers_in(
     cut: Cut,
     slab: jax.Array,
     row: jax.Array,
-    place: jax.Array,
+    block: jax.Array,
+    within: jax.Array,
 ) -> jax.Array:
-    """The numbers of elements in the whole leaf, modulo 2^32, after that of the first."""
+    """The numbers of elements in the whole leaf, modulo 2^32, after that of the first.
+
+    Args:
+      shape: the leaf's.
+      strides: those that its elements are numbered by.
+      cut: how it is cut.
+      slab: that of the elements.
+      row: their rows.
+      block: the number of their block in its row.
+      within: their places in the block.
+    """
+    if cut.flat:
+        return (block * LANES + row) * cut.size + within
+    place = block * cut.size + within
     if cut.merged:
         return row * wrapped(strides[-2]) + place
     *slabs, outer, inner = cut.order
@@ -110,3 +147,17 @@ def numbers_in(
         numbers += jax.lax.rem(slab, jnp.int32(shape[axis])) * wrapped(strides[axis])
         slab = jax.lax.div(slab, jnp.int32(shape[axis]))
     return numbers
+
+
+def inside_of(
+    shape: tuple[int, ...],
+    cut: Cut,
+    slab: jax.Array,
+    row: jax.Array,
+    block: jax.Array,
+    within: jax.Array,
+) -> jax.Array:
+    """Whether elements, as in `numbers_in`, are of the leaf."""
+    if cut.flat:
+        return (block * LANES + row) * cut.size + within < shape[0]
+    return block * cut.size + within < cut.length

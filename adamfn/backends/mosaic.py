@@ -2,19 +2,23 @@
 
 A tile has 128 rows of the leaf, in the lanes of the TPU's registers, and whole blocks of them along
 the sublanes: so a block of any size is reduced and scaled lane by lane. Where the leaf lies the
-other way round, the tile is turned over in the near memory.
+other way round, the tile is turned over in the near memory. Of a leaf of one axis, a tile has 128
+blocks that follow each other.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 
-from adamfn.backends.cut import LANES, Cut, blocks_viewed, cut_of, numbers_in, unviewed, viewed
+from adamfn.backends.cut import LANES, Cut, cut_of, inside_of, numbers_in
+from adamfn.backends.lanes import squares
+from adamfn.backends.operands import factor, operand, read, stage, unstage, unview, write
 from adamfn.backends.tile import (
     common_block,
     cost_of,
@@ -51,6 +55,20 @@ def can_run(call: Call, avals: Sequence[Any]) -> bool:
     return _cut_for(call, avals) is not None
 
 
+def can_lower(call: Call, avals: Sequence[Any]) -> bool:
+    """Whether Pallas lowers it here: where a leaf stays of one axis, it asks what TPU it is for."""
+    leaf = avals[3 + call.arrays_kept]
+    if leaf.ndim != 1 or leaf.size % LANES == 0:
+        return True
+    try:
+        tpu.get_tpu_info()
+    except AttributeError:  # of before jax 0.9, which does not ask
+        return True
+    except ValueError:  # compiled on another machine, and no mesh names the TPU
+        return False
+    return True
+
+
 def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[jax.Array]:
     """`run_call` of a call that it `can_run`."""
     vector, count, numbers, *arrays = operands
@@ -60,109 +78,73 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
     shape = arrays[kept].shape
     strides = call.strides_of(0, shape)
     arrays = with_factors(call, arrays)
-    given = [_operand(x, shape, cut, k in factors) for k, x in enumerate(arrays)]
+    given = [
+        factor(x, cut) if k in factors else operand(x, shape, cut) for k, x in enumerate(arrays)
+    ]
     views = [own.view for own in given]
     results = results_of(call, arrays)
-    columns = cut.width // cut.size
 
     def kernel(vector: Any, words: Any, *refs: Any) -> None:
         ins, refs = refs[: len(arrays)], refs[len(arrays) :]
-        outs, staged = refs[: len(results)], iter(refs[len(results) :])
-        spaces = [None if own.turns is None else next(staged) for own in given]
+        outs, scratch = refs[: len(results)], iter(refs[len(results) :])
+        spaces = [next(scratch) if own.staged else None for own in given]
+        square = {ref.dtype: ref for ref in scratch}
         slab, row, column = (pl.program_id(axis) for axis in range(3))
         for own, ref, space in zip(given, ins, spaces, strict=True):
             if space is not None:
-                x = ref[...].astype(space.dtype)
-                space[...] = jnp.broadcast_to(x, (LANES, cut.width)).T if own.turns else x
-        first = column * columns
+                # What is kept of blocks comes for a whole row.
+                when = column == 0 if own.by_block else True
+                pl.when(when)(partial(stage, own, ref, space))
+        first = column * cut.columns
+        tile = cut.size, LANES
+        within, lane = (jax.lax.broadcasted_iota(jnp.int32, tile, axis) for axis in (0, 1))
 
         def one_block(k: jax.Array, carry: None) -> None:
-            here = pl.ds(pl.multiple_of(k * cut.size, 16), cut.size)
             tiles = [
-                ref[pl.ds(0 if own.view.shape[1] == 1 else first + k, 1), :]
-                if space is None
-                else space[here, :]
+                read(own, ref if space is None else space, cut, first, k, square)
                 for own, ref, space in zip(given, ins, spaces, strict=True)
             ]
-            tile = cut.size, LANES
-            place = (first + k) * cut.size + jax.lax.broadcasted_iota(jnp.int32, tile, 0)
-            at = row * LANES + jax.lax.broadcasted_iota(jnp.int32, tile, 1)
-            numbers = words[2] + numbers_in(shape, strides, cut, slab, at, place)
-            inside = place < cut.length
-            values = run_tile(call, vector, words, tiles, numbers, inside, along(0))
+            at = slab, row * LANES + lane, first + k, within
+            own_numbers = words[2] + numbers_in(shape, strides, cut, *at)
+            inside = inside_of(shape, cut, *at)
+            values = run_tile(call, vector, words, tiles, own_numbers, inside, along(0))
             for (source, *_), out, value in zip(results, outs, values, strict=True):
                 space = spaces[source]
-                if space is None:
-                    out[pl.ds(first + k, 1), :] = value
-                else:
-                    space[here, :] = value.astype(space.dtype)
+                target = out if space is None else space
+                write(given[source], target, cut, first, k, square, value)
 
-        jax.lax.fori_loop(0, jnp.minimum(columns, cut.blocks - first), one_block, None)
+        jax.lax.fori_loop(0, jnp.minimum(cut.columns, cut.blocks - first), one_block, None)
         for (source, *_), out in zip(results, outs, strict=True):
             space = spaces[source]
             if space is not None:
-                out[...] = (space[...].T if given[source].turns else space[...]).astype(out.dtype)
+                unstage(given[source], space, out)
 
     small = pl.BlockSpec(memory_space=tpu.SMEM)
+    squared = [jnp.float32, jnp.int32] if cut.flat else []
     found = pl.pallas_call(
         kernel,
         out_shape=[shape_like(views[k], dtype) for k, dtype, _ in results],
-        grid=(views[kept].shape[0], pl.cdiv(cut.rows, LANES), pl.cdiv(cut.length, cut.width)),
+        grid=cut.grid(shape),
         in_specs=[small, small, *(own.spec for own in given)],
         out_specs=[given[k].spec for k, *_ in results],
         scratch_shapes=[
-            tpu.VMEM((cut.width, LANES), _widened(own.view.dtype))
-            for own in given
-            if own.turns is not None
+            *(tpu.VMEM((own.staged, LANES), own.dtype) for own in given if own.staged),
+            *(tpu.VMEM((LANES * squares(cut.size), LANES), dtype) for dtype in squared),
         ],
         input_output_aliases={2 + k: at for at, (k, _, same) in enumerate(results) if same},
         compiler_params=tpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            dimension_semantics=("parallel", "parallel", "parallel" if cut.flat else "arbitrary"),
             vmem_limit_bytes=64 * 2**20,
         ),
         cost_estimate=cost_of(views, results),
         interpret=interpret,
         name="adamfn_step",
     )(vector, words_of(numbers, count), *views)
-    moved = [unviewed(x, arrays[k].shape, cut) for (k, *_), x in zip(results, found, strict=True)]
+    moved = [
+        unview(given[k], x, arrays[k].shape, cut) for (k, *_), x in zip(results, found, strict=True)
+    ]
     if factors:
         whole = run_call(call, *operands)  # of which no more than the means is computed
         for place in sorted(factors):
             moved.insert(place, whole[place])
     return moved
-
-
-class _Operand(NamedTuple):
-    """An array as the kernel takes it."""
-
-    view: jax.Array
-    spec: pl.BlockSpec
-    turns: bool | None
-    """Whether it is turned over in the near memory; None if it is used as it comes."""
-
-
-def _operand(x: jax.Array, leaf: tuple[int, ...], cut: Cut, is_factor: bool) -> _Operand:
-    slab: int = 1 if is_factor and math.prod(x.shape[a] for a in cut.order[:-2]) == 1 else 0
-
-    def spec(shape: tuple[int, int], place: Callable[[Any, Any], tuple[Any, Any]]) -> pl.BlockSpec:
-        return pl.BlockSpec((None, *shape), lambda s, i, j: (0 if slab else s, *place(i, j)))
-
-    if is_factor:
-        view = viewed(x, cut)
-        view = view.transpose(0, 2, 1) if cut.turned else view  # rows before the last axis
-        if view.shape[2] == 1:
-            view = jnp.broadcast_to(view, (view.shape[0], cut.rows, 1)).transpose(0, 2, 1)
-            return _Operand(view, spec((1, LANES), lambda i, j: (0, i)), None)
-        if view.shape[1] == 1:
-            return _Operand(view, spec((1, cut.width), lambda i, j: (0, j)), True)
-        return _Operand(view, spec((LANES, cut.width), lambda i, j: (i, j)), True)
-    if x.shape != leaf:
-        kept = spec((cut.blocks, LANES), lambda i, j: (0, i))
-        return _Operand(blocks_viewed(x, cut), kept, None)
-    if cut.turned:
-        return _Operand(viewed(x, cut), spec((cut.width, LANES), lambda i, j: (j, i)), False)
-    return _Operand(viewed(x, cut), spec((LANES, cut.width), lambda i, j: (i, j)), True)
-
-
-def _widened(dtype: Any) -> Any:
-    return jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else jnp.int32

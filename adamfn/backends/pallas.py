@@ -33,6 +33,7 @@ def kernel_for(
     if block is None or not (block or asked):
         return None
     for kernel in _KERNELS[platform]:
-        if kernel.can_run(call, avals):
+        lowers = platform != "tpu" or mosaic.can_lower(call, avals)
+        if lowers and kernel.can_run(call, avals):
             return partial(kernel.run_leaf, call, interpret=platform == "cpu")
     return None

@@ -51,7 +51,9 @@ def measure(machine):
         chip = cost.one_chip(machine)
         params = cost.on(chip, trees.abstract(shapes, dtype))
         state = cost.on(chip, jax.eval_shape(tx.init, params))
-        return cost.cost(candidate.step, params, state, params, machine)
+        mesh = jax.sharding.Mesh(machine.devices[:1], ("chip",))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # names the device to Pallas
+            return cost.cost(candidate.step, params, state, params, machine)
 
     def call(way, moments, shapes, dtype="float32", bits=None):
         if isinstance(shapes, tuple):

@@ -1,0 +1,86 @@
+"""The blocks of a leaf of one axis, brought from where they lie end to end into a TPU's lanes.
+
+128 neighbouring blocks of `size` elements lie in `size` rows of 128 lanes, and a block begins
+anywhere in a row. In a kernel's tile each block has a lane to itself. Eight blocks take `size / 16`
+whole rows, so the same part of every eighth block lies in rows equally far apart: sixteen of these
+are moved at a time, in loads and stores with a stride, and then the square of 128 is turned over.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu
+
+from adamfn.backends.cut import LANES
+
+_PERIOD = 8
+"""Blocks that take a whole number of rows, whatever multiple of 16 their size is."""
+_ALIKE = LANES // _PERIOD
+
+
+def squares(size: int) -> int:
+    """How many squares of 128 by 128 the blocks take, side by side."""
+    return -(-size // LANES)
+
+
+def gather_blocks(rows: Any, start: jax.Array, size: int, square: Any) -> jax.Array:
+    """The tile of 128 blocks that lie end to end.
+
+    Args:
+      rows: a reference to rows of 128 lanes, of 32 bits each.
+      start: the row that the first block begins in.
+      size: that of a block, a multiple of 16.
+      square: a reference to memory for `squares(size)` of them, one below another.
+    """
+    apart = size // _ALIKE
+
+    def read(row: int) -> jax.Array:
+        return rows[pl.ds(start + min(row, apart - 1), _ALIKE, stride=apart), :]
+
+    for block in range(_PERIOD):
+        for at in range(squares(size)):
+            part = _from_lane(size * block + LANES * at, read)
+            square[pl.ds(LANES * at + block, _ALIKE, stride=_PERIOD), :] = part
+    _turn_over(size, square)
+    return square[:size, :]
+
+
+def scatter_blocks(tile: jax.Array, rows: Any, start: jax.Array, size: int, square: Any) -> None:
+    """Undoes `gather_blocks`: puts the blocks of a tile end to end."""
+    apart = size // _ALIKE
+    square[:size, :] = tile
+    _turn_over(size, square)
+    lane = jax.lax.broadcasted_iota(jnp.int32, (_ALIKE, LANES), 1)
+
+    for row in range(apart):
+        first, end = LANES * row // size, -(-LANES * (row + 1) // size)
+        parts: list[jax.Array] = []
+        for block in range(first, end):
+
+            def read(at: int, block: int = block) -> jax.Array:
+                at = min(max(at, 0), squares(size) - 1)
+                return square[pl.ds(LANES * at + block, _ALIKE, stride=_PERIOD), :]
+
+            begin = size * block - LANES * row
+            part = _from_lane(-begin, read)
+            parts.append(jnp.where(lane < begin, parts[-1], part) if parts else part)
+        rows[pl.ds(start + row, _ALIKE, stride=apart), :] = parts[-1]
+
+
+def _from_lane(lane: int, read: Callable[[int], jax.Array]) -> jax.Array:
+    """128 lanes from one on, of vectors of 128 that follow each other."""
+    at, shift = divmod(lane, LANES)
+    if shift == 0:
+        return read(at)
+    these, next_ones = (tpu.roll(read(k), LANES - shift, 1) for k in (at, at + 1))
+    place = jax.lax.broadcasted_iota(jnp.int32, these.shape, 1)
+    return jnp.where(place < LANES - shift, these, next_ones)
+
+
+def _turn_over(size: int, square: Any) -> None:
+    for at in range(squares(size)):
+        here = pl.ds(LANES * at, LANES)
+        square[here, :] = square[here, :].T
