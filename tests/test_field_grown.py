@@ -1,4 +1,8 @@
-"""Runs that go on with more or fewer parameters, or with moments in another format."""
+"""Runs that go on with more or fewer parameters, or with moments in another format.
+
+Fairseq issue 140 (layers added to a loaded model), DeepSpeed pull 8471 (one count for parameters
+that came at different times), optax issue 1371 (a part of a state begun anew).
+"""
 
 import jax
 import jax.numpy as jnp

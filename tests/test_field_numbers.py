@@ -94,7 +94,8 @@ def test_what_is_not_finite_stays_visible(value, backend):
     assert np.isfinite(params[1:]).all()
 
 
-# The derivative of an update at a zero gradient was NaN for want of eps_root (optax 39 and kin).
+# The derivative of an update at a zero gradient was NaN for want of eps_root (jax pull 3091, optax
+# issue 882, facebookresearch/higher issue 125).
 
 
 @pytest.mark.parametrize("name", MEMBERS)
@@ -139,7 +140,8 @@ def test_eps_root_is_in_units_of_the_corrected_second_moment(name):
             )
 
 
-# A decay after the rate made weights grow, without a word.
+# A decay after the rate made weights grow, without a word. That the decay depend on the schedule
+# alone is asked for in apex issue 1849, tensorflow/addons issues 844 and 2282, schedule_free 47.
 
 
 def test_a_decay_after_the_rate_is_refused():

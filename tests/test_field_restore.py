@@ -1,4 +1,8 @@
-"""States that came back in plain containers keep their moments, and the errors say how."""
+"""States that came back in plain containers keep their moments, and the errors say how.
+
+Flax issue 1429 (named tuples of another class), ferminet pull 105 (a list where a tuple was), orbax
+issue 487 (restored with nothing to restore into).
+"""
 
 import pickle
 from functools import cache

@@ -1,4 +1,8 @@
-"""What people's tools do to an optimizer: wrappers, trainers, files, and names of elsewhere."""
+"""What people's tools do to an optimizer: wrappers, trainers, files, and names of elsewhere.
+
+Optax issue 1148 (wrappers under nnx), flax issue 4423 (files of an nnx.Optimizer), flax issue 5172
+(its placement); keras pull 13577 and pytorch issue 67105 (no bias correction).
+"""
 
 import pickle
 
@@ -161,6 +165,15 @@ def test_twenty_updates_in_an_nnx_optimizer(name, jit):
         step(model, optimizer, gradient(k, name))
     found = {key: getattr(model, "w_" + key)[...] for key in leaves_of(name)}
     assert_ends_alike(found, by_hand(by_leaf(name), name))
+
+
+def test_twenty_updates_in_a_model_and_optimizer():
+    optimizer = nnx.ModelAndOptimizer(Weights(weights()), chosen("adamw"))
+    step = nnx.jit(lambda optimizer, grads: optimizer.update(nnx.State(in_nnx(grads))))
+    for k in range(STEPS):
+        step(optimizer, gradient(k))
+    found = {key: getattr(optimizer.model, "w_" + key)[...] for key in leaves_of()}
+    assert_ends_alike(found, by_hand(by_leaf()))
 
 
 @pytest.mark.parametrize("name", ["adamw", *MEMBERS])

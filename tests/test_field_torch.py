@@ -1,6 +1,8 @@
 """State dicts of torch's look-alikes: what their groups say is done, or refused by name.
 
 The dicts are as the libraries write them; the steps beside them are their formulas in float64.
+Apex issue 577 (a group without bias_correction), apex pull 1615 and TransformerEngine pull 3318
+(the step in the group), fairseq issue 3965 (amsgrad turned on), apex issue 1124 (no correction).
 """
 
 import pickle
@@ -266,7 +268,10 @@ def test_a_negative_second_moment_is_refused():
 
 
 def test_a_frozen_parameter_is_named():
-    """Torch leaves it alone; zero gradients would shrink it here, by AdamW's decay."""
+    """Torch leaves it alone; zero gradients would shrink it here, by AdamW's decay.
+
+    diffusers issue 1009 and Muon issue 54 are weights that shrank so.
+    """
     both = state_dict({"correct_bias": True})
     both["param_groups"][0]["params"] = [0, 1]
     params = {"w": jnp.float32(PARAM), "frozen": jnp.ones(3)}

@@ -54,6 +54,7 @@ def test_the_value_of_an_array_is_not_fetched():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_a_rate_or_decay_may_be_narrow_but_not_an_average(dtype):
+    # As inject_hyperparams hands them over with bfloat16 parameters: optax issue 1414.
     narrow = jnp.asarray(0.5, dtype)
     assert scheduled("learning_rate", narrow) is narrow
     with pytest.raises(TypeError, match=f"b2 is an array of {dtype.dtype}"):
