@@ -134,6 +134,13 @@ def check_same(found, expected, bfloat16):
             np.testing.assert_allclose(a, b, rtol=2.0**-7 if bfloat16 else 2.0**-22, atol=1e-7)
 
 
+def check_same_but_means(found, expected, means, bfloat16):
+    others = [[x for k, x in enumerate(xs) if k not in means] for xs in (found, expected)]
+    check_same(*others, bfloat16)
+    for k in means:  # sums in two orders: of positive numbers, a few roundings apart
+        np.testing.assert_allclose(found[k], expected[k], rtol=2.0**-21)
+
+
 MEANS = [
     (mosaic, "factored", (130, 300)),
     (mosaic, "factored", (128, 32, 128)),  # its longest axes are not the last two
@@ -178,7 +185,7 @@ def test_codes_are_those_of_xla_to_the_bit(kernel, moments, shape):
     for count in (1, 2**31 - 1):
         operands[1], operands[-2] = jnp.int32(count), special(rng, shape, dtype)
         found, expected = run(*operands), reference(*operands)
-        check_same(found, expected, dtype == jnp.bfloat16)
+        check_same_but_means(found, expected, factor_places(call), dtype == jnp.bfloat16)
         operands[3 : 3 + call.arrays_kept] = expected[: call.arrays_kept]
         operands[-1] = expected[-1]
 
@@ -192,14 +199,10 @@ def test_every_element_meets_its_own_means(kernel, moments, shape):
     call, operands = call_of(adamfn.adamw(0.1, moments=moments), p, p)
     run = jax.jit(partial(kernel.run_leaf, call, interpret=True))
     reference = jax.jit(partial(run_call, call))
-    means = factor_places(call)
     for count, g in enumerate(grads, start=1):
         operands[1], operands[-2] = jnp.int32(count), g
         found, expected = run(*operands), reference(*operands)
-        others = [[x for k, x in enumerate(xs) if k not in means] for xs in (found, expected)]
-        check_same(*others, dtype == jnp.bfloat16)
-        for k in means:  # sums in two orders: of positive numbers, a few roundings apart
-            np.testing.assert_allclose(found[k], expected[k], rtol=2.0**-21)
+        check_same_but_means(found, expected, factor_places(call), dtype == jnp.bfloat16)
         operands[3 : 3 + call.arrays_kept] = expected[: call.arrays_kept]
         operands[-1] = expected[-1]
 
