@@ -14,6 +14,7 @@ from programs import call_of
 import adamfn
 from adamfn import formats
 from adamfn.backends import mosaic, pallas, pieces, triton
+from adamfn.backends.tile import factor_places
 from adamfn.backends.xla import run_call
 from adamfn.formats.elements import strides_of
 
@@ -133,6 +134,23 @@ def check_same(found, expected, bfloat16):
             np.testing.assert_allclose(a, b, rtol=2.0**-7 if bfloat16 else 2.0**-22, atol=1e-7)
 
 
+def check_same_but_means(found, expected, means, bfloat16):
+    others = [[x for k, x in enumerate(xs) if k not in means] for xs in (found, expected)]
+    check_same(*others, bfloat16)
+    for k in means:  # sums in two orders: of positive numbers, a few roundings apart
+        np.testing.assert_allclose(found[k], expected[k], rtol=2.0**-21)
+
+
+MEANS = [
+    (mosaic, "factored", (130, 300)),
+    (mosaic, "factored", (128, 32, 128)),  # its longest axes are not the last two
+    (mosaic, "blockmean", (3, 40, 150)),
+    (triton, "factored", (2, 130, 512)),
+    (triton, "factored", (128, 3, 2, 150)),  # rows that no block divides, bfloat16
+    (triton, "blockmean", (3, 40, 150)),
+]
+
+
 @pytest.mark.parametrize(
     ("kernel", "moments", "shape"),
     [
@@ -148,13 +166,11 @@ def check_same(found, expected, bfloat16):
         (mosaic, "4bit", (300 * 128,)),
         (mosaic, "8bit", (300003,)),  # no rows of 128 lanes, two steps of the grid
         (mosaic, "bfloat16", (5000,)),
-        (mosaic, "factored", (130, 300)),
-        (mosaic, "factored", (128, 32, 128)),  # its longest axes are not the last two
-        (mosaic, "blockmean", (3, 40, 150)),
         (triton, "8bit", (64, 300)),
         (triton, "4bit", (3, 2, 9, 300)),
         (triton, "8bit", (5000,)),
         (triton, "bfloat16", (77, 130)),
+        *MEANS,
     ],
 )
 def test_codes_are_those_of_xla_to_the_bit(kernel, moments, shape):
@@ -169,7 +185,24 @@ def test_codes_are_those_of_xla_to_the_bit(kernel, moments, shape):
     for count in (1, 2**31 - 1):
         operands[1], operands[-2] = jnp.int32(count), special(rng, shape, dtype)
         found, expected = run(*operands), reference(*operands)
-        check_same(found, expected, dtype == jnp.bfloat16)
+        check_same_but_means(found, expected, factor_places(call), dtype == jnp.bfloat16)
+        operands[3 : 3 + call.arrays_kept] = expected[: call.arrays_kept]
+        operands[-1] = expected[-1]
+
+
+@pytest.mark.parametrize(("kernel", "moments", "shape"), MEANS)
+def test_every_element_meets_its_own_means(kernel, moments, shape):
+    """Of ordinary gradients: one NaN would make all means NaN."""
+    rng = np.random.default_rng(0)
+    dtype = jnp.bfloat16 if len(shape) == 4 else jnp.float32
+    p, *grads = (jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(4))
+    call, operands = call_of(adamfn.adamw(0.1, moments=moments), p, p)
+    run = jax.jit(partial(kernel.run_leaf, call, interpret=True))
+    reference = jax.jit(partial(run_call, call))
+    for count, g in enumerate(grads, start=1):
+        operands[1], operands[-2] = jnp.int32(count), g
+        found, expected = run(*operands), reference(*operands)
+        check_same_but_means(found, expected, factor_places(call), dtype == jnp.bfloat16)
         operands[3 : 3 + call.arrays_kept] = expected[: call.arrays_kept]
         operands[-1] = expected[-1]
 
@@ -240,8 +273,18 @@ def test_every_recipe_and_a_stage_of_ones_own_has_a_kernel(moments):
     for make in (*makes, with_a_stage_of_ones_own):
         tx = make(moments=moments)
         assert lowered(tx, params, "tpu").count("tpu_custom_call") == 1
-        if moments in ("8bit", "4bit"):
-            assert lowered(tx, params, "cuda").count("__gpu$xla.gpu.triton") == 1
+        assert lowered(tx, params, "cuda").count("__gpu$xla.gpu.triton") == 1
+
+
+def test_an_update_by_means_of_nu_is_left_to_xla_on_gpu():
+    """Which joins it with what it is for."""
+    params = jax.ShapeDtypeStruct((200, 768), jnp.float32)
+    tx = adamfn.adam(0.1, moments="factored")
+    with jax.sharding.use_abstract_mesh(mesh_of("cuda")):
+        traced = jax.jit(tx.update).trace(params, jax.eval_shape(tx.init, params), params)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "triton" not in text
+    assert text.count("optimization_barrier") == 2
 
 
 class OnesOwn(formats.EightBit):

@@ -1,4 +1,7 @@
-"""Which Pallas kernel runs a leaf's program: Mosaic's on TPU, Triton's on GPU."""
+"""Which Pallas kernel runs a leaf's program: Mosaic's on TPU, Triton's on GPU.
+
+`means` is none, but serves on GPU where a kernel would move more.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -6,13 +9,13 @@ from typing import Any
 
 import jax
 
-from adamfn.backends import mosaic, triton
+from adamfn.backends import means, mosaic, triton
 from adamfn.backends.tile import common_block
 from adamfn.program import Call
 
 _KERNELS: dict[str, tuple[Any, ...]] = {
-    "cuda": (triton,),
-    "rocm": (triton,),
+    "cuda": (triton, means),
+    "rocm": (triton, means),
     "tpu": (mosaic,),
     "cpu": (mosaic, triton),  # interpreted
 }

@@ -12,16 +12,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from adamfn.backends import means
 from adamfn.backends.tile import (
     common_block,
     cost_of,
     factor_places,
     results_of,
     run_tile,
+    with_factors,
     words_of,
 )
 from adamfn.formats.blocks import along, size_for
-from adamfn.formats.elements import numbers_at, runs_of
+from adamfn.formats.elements import numbers_at, runs_of, strides_of
 from adamfn.program import Call
 from adamfn.varying import shape_like
 
@@ -36,14 +38,16 @@ def can_run(call: Call, avals: Any) -> bool:
         block is not None
         and block <= _ELEMENTS
         and avals[3 + call.arrays_kept].size < 2**31
-        and not factor_places(call)  # XLA makes few passes of those, and the same means
+        # Else `means` runs it: XLA joins the update with what it is for, and never writes it.
+        and (call.program.update_dtype is None or not factor_places(call))
     )
 
 
 def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[jax.Array]:
     """`run_call` of a call that it `can_run`."""
     vector, count, numbers, *arrays = operands
-    leaf = arrays[call.arrays_kept]
+    leaf, factors = arrays[call.arrays_kept], factor_places(call)
+    arrays = with_factors(call, arrays)
     block_size = common_block(call, operands)
     assert block_size is not None
     length = leaf.shape[-1] if block_size else leaf.size
@@ -59,31 +63,40 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
     def kernel(vector: Any, words: Any, *refs: Any) -> None:
         block = pl.program_id(0) * height + jax.lax.broadcasted_iota(jnp.int32, (height, 1), 0)
         within = jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
-        if length % size:
-            row = jax.lax.div(block, jnp.int32(across))
-            start = (block - row * across) * size
-            elements, inside = row * length + start + within, start + within < length
-        else:
-            elements, inside = block * size + within, within < size
-        inside = (inside & (within < size) & (block < blocks)) | jnp.zeros(elements.shape, bool)
-        places = {blocks: (block, block < blocks), leaf.size: (elements, inside)}
-        tiles = [
-            triton.load(ref.at[at], mask=mask, other=jnp.zeros((), ref.dtype))
-            for ref in refs[: len(arrays)]
-            for at, mask in [places[ref.size]]
-        ]
+        row = jax.lax.div(block, jnp.int32(across))
+        place = (block - row * across) * size + within
+        elements = row * length + place if length % size else block * size + within
+        inside = (place < length) & (within < size) & (block < blocks)
+        inside |= jnp.zeros(elements.shape, bool)
+        of_blocks, of_elements = (block, block < blocks), (elements, inside)
+
+        def at(k: int) -> tuple[jax.Array, jax.Array]:
+            """Where an array's tile lies, and what of it is in the array."""
+            shape = arrays[k].shape
+            if k not in factors:
+                return of_elements if shape == leaf.shape else of_blocks
+            steps = [
+                0 if n == 1 else step for n, step in zip(shape, strides_of(shape), strict=True)
+            ]
+            outer = numbers_at(row, runs_of(leaf.shape[:-1], steps[:-1]))
+            return (outer + place, inside) if steps[-1] else (outer, block < blocks)
+
+        def load(k: int) -> jax.Array:
+            where, mask = at(k)
+            ref = refs[k]
+            return triton.load(ref.at[where], mask=mask, other=jnp.zeros((), ref.dtype))
+
         if len(runs) == 1:
             numbers = elements
         elif block_size:
-            row = jax.lax.div(block, jnp.int32(across))
-            start = (block - row * across) * size
-            numbers = numbers_at(row, rows) + start + within
+            numbers = numbers_at(row, rows) + place
         else:
             numbers = numbers_at(elements, runs)
+        tiles = [load(k) for k in range(len(arrays))]
         values = run_tile(call, vector, words, tiles, words[2] + numbers, inside, along(1))
-        for ref, value in zip(refs[len(arrays) :], values, strict=True):
-            at, mask = places[ref.size]
-            triton.store(ref.at[at], value.astype(ref.dtype), mask=mask)
+        for (k, *_), ref, value in zip(results, refs[len(arrays) :], values, strict=True):
+            where, mask = at(k)
+            triton.store(ref.at[where], value.astype(ref.dtype), mask=mask)
 
     views = [array.reshape(-1) for array in arrays]
     found = pl.pallas_call(
@@ -96,4 +109,5 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
         interpret=interpret,
         name="adamfn_step",
     )(vector, words_of(numbers, count), *views)
-    return [x.reshape(arrays[k].shape) for (k, *_), x in zip(results, found, strict=True)]
+    moved = [x.reshape(arrays[k].shape) for (k, *_), x in zip(results, found, strict=True)]
+    return means.with_means(call, operands, moved)

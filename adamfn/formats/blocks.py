@@ -49,6 +49,11 @@ def join(x: jax.Array, length: int) -> jax.Array:
     return x.reshape(*x.shape[:-2], -1)[..., :length]
 
 
+def spread(x: jax.Array, size: int, length: int) -> jax.Array:
+    """What blocks have one of each, for each element of an axis of that length."""
+    return join(jnp.broadcast_to(x, (*x.shape[:-1], size)), length)
+
+
 class Extremes(NamedTuple):
     """The largest and the smallest of each block of bits of numbers not below zero.
 

@@ -46,24 +46,22 @@ class Linear:
         """Returns codes and the scales of their blocks."""
         length = x.shape[-1]
         size = blocks.size_for(length, self.block)
-        bits = None if bits is None else blocks.split(bits, size)
-        codes, scale = self.encode_blocks(blocks.split(x, size), bits, blocks.BY_XLA)
-        return Encoded(blocks.join(codes.astype(jnp.int8), length), scale[..., 0])
+        scale, per_code = _scales(blocks.BY_XLA.largest(bits_of(blocks.split(x, size))))
+        codes = _codes(x, blocks.spread(per_code, size, length), bits)
+        return Encoded(codes.astype(jnp.int8), scale[..., 0])
 
     def encode_blocks(
         self, x: jax.Array, bits: jax.Array | None, over: Extremes
     ) -> tuple[jax.Array, jax.Array]:
         """Codes of whole blocks in float32, and scales with 1 where a block was."""
-        # Not in denormals: their reciprocals are infinite.
-        scale = float_of(over.largest(bits_of(x))) * (1 / 127)
-        per_code = jnp.where(scale < 2.0**-125, 0, 1 / jnp.maximum(scale, 2.0**-125))
-        return jnp.clip(jnp.floor(x * per_code + threshold(bits)), -127, 127), scale
+        scale, per_code = _scales(over.largest(bits_of(x)))
+        return _codes(x, per_code, bits), scale
 
     def decode(self, codes: jax.Array, scales: Any) -> jax.Array:
         """Returns it in float32."""
         length = codes.shape[-1]
-        codes = blocks.split(codes, blocks.size_for(length, self.block))
-        return blocks.join(self.decode_blocks(codes, scales[..., None]), length)
+        size = blocks.size_for(length, self.block)
+        return self.decode_blocks(codes, blocks.spread(scales[..., None], size, length))
 
     def decode_blocks(self, codes: jax.Array, scale: jax.Array) -> jax.Array:
         """The inverse of `encode_blocks`."""
@@ -72,3 +70,14 @@ class Linear:
     def holds(self, shape: tuple[int, ...]) -> bool:
         """True for 4096 elements and more, half a block in a row."""
         return is_large(shape, last=self.block // 2)
+
+
+def _scales(largest: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What a code is times, and what is made a code by."""
+    scale = float_of(largest) * (1 / 127)
+    # Not in denormals: their reciprocals are infinite.
+    return scale, jnp.where(scale < 2.0**-125, 0, 1 / jnp.maximum(scale, 2.0**-125))
+
+
+def _codes(x: jax.Array, per_code: jax.Array, bits: jax.Array | None) -> jax.Array:
+    return jnp.clip(jnp.floor(x * per_code + threshold(bits)), -127, 127)
