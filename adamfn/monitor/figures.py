@@ -70,10 +70,11 @@ def measure(
     def total(x: jax.Array) -> jax.Array:
         return jnp.sum(x, axes, dtype=jnp.float32)
 
-    def share(where: jax.Array, of: jax.Array | None = None) -> jax.Array:
-        if of is None:
-            return total(where) / number
-        return total(where & of) / jnp.maximum(total(of), 1)
+    def count(where: jax.Array) -> jax.Array:
+        return total(where.astype(jnp.bfloat16))  # what XLA on CPU adds up fastest
+
+    def share(where: jax.Array) -> jax.Array:
+        return count(where) / number
 
     def size(x: jax.Array) -> jax.Array:
         # Scaled by its largest, so that no square overflows or vanishes.
@@ -84,8 +85,7 @@ def measure(
         return (root * scale.reshape(root.shape)).astype(jnp.float32)
 
     def not_finite(*arrays: jax.Array) -> jax.Array:
-        counts = [(~jnp.isfinite(x)).astype(jnp.float32) for x in arrays]
-        return total(sum(counts, start=jnp.zeros((), jnp.float32)))
+        return total(sum((~jnp.isfinite(x)).astype(jnp.bfloat16) for x in arrays))
 
     g, u, p = (x.astype(wide_dtype(x.dtype)) for x in (grad, update, param))
     weight, moved = size(p), size(u)
@@ -104,32 +104,37 @@ def measure(
         # A loop: XLA makes one slow program of many sums of one array.
         below = jax.lax.map(lambda edge: share(steps < edge), _EDGES)
         figures["rate"] = jnp.broadcast_to(rate, weight.shape)
-        figures |= {name: _quantile(below, share) for name, share in QUANTILES.items()}
+        figures |= dict(zip(QUANTILES, _quantiles(below), strict=True))
     if moments is not None:
         mu, nu, ratio, by_eps, ends = moments
         alike = jnp.real(jnp.sign(mu) * jnp.conj(jnp.sign(g))) > 0
-        figures["agreement"] = share(alike, g != 0)
+        figures["agreement"] = count(alike) / jnp.maximum(number - count(g == 0), 1)
         if ratio is not None and by_eps is not None:
             known = nu > 0
-            signal = total(jnp.where(known, jnp.square(ratio), 0))
-            figures["signal"] = signal / jnp.maximum(total(known), 1)
-            figures["by_eps"] = share(by_eps, known)
+            number_known = jnp.maximum(count(known), 1)
+            figures["signal"] = total(jnp.where(known, jnp.square(ratio), 0)) / number_known
+            figures["by_eps"] = count(by_eps & known) / number_known
         figures |= {name: share(where) for name, where in ends.items()}
         figures["not_finite_moments"] = not_finite(mu, nu)
     if jnp.issubdtype(param.dtype, jnp.floating) and jnp.finfo(param.dtype).bits == 16:
         stays = wide_sum(param, update).astype(param.dtype) == param
-        figures["lost"] = share(stays, u != 0)
+        figures["lost"] = count(stays & (u != 0)) / jnp.maximum(number - count(u == 0), 1)
     return figures | {
         "not_finite_gradient": not_finite(g),
         "not_finite_weight": not_finite(p),
     }
 
 
-def _quantile(below: jax.Array, share: float) -> jax.Array:
-    """The step that a share of the elements is below, from the shares below the edges."""
-    if below.ndim > 1:
-        return jax.vmap(lambda own: _quantile(own, share), in_axes=1)(below)
-    return jnp.where(below[0] >= share, 0, jnp.interp(share, below, _EDGES))
+def _quantiles(below: jax.Array) -> list[jax.Array]:
+    """The steps that `QUANTILES` of the elements are below, from the shares below the edges."""
+    found: list[jax.Array] = []
+    for share in QUANTILES.values():
+        after = jnp.clip(jnp.sum(below < share, 0), 1, len(_EDGES) - 1)
+        low, high = (jnp.take_along_axis(below, k[None], 0)[0] for k in (after - 1, after))
+        part = jnp.clip((share - low) / jnp.where(high == low, 1, high - low), 0, 1)
+        start, end = (jnp.asarray(_EDGES)[k] for k in (after - 1, after))
+        found.append(jnp.where(below[0] >= share, 0, start + part * (end - start)))
+    return found
 
 
 def at_the_ends(format: Format | None, row: Any) -> dict[str, jax.Array]:
