@@ -1,6 +1,7 @@
 """Seeing inside a run: what every layer does while it trains, and what is wrong with it.
 
-`step`, or `observe` before a step, measures every layer; `faults`, `report`, `picture` and `flat` show it.
+`step`, or `observe` before a step, measures every layer; `faults`, `report`, `picture` and `flat`
+show it.
 """
 
 from adamfn.monitor.faults import WORDS, Fault, faults

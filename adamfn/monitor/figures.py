@@ -32,12 +32,16 @@ import numpy as np
 from adamfn.formats import EightBit, Format, FourBit, Linear, Pair
 from adamfn.transform import wide_sum
 from adamfn.trees import wide_dtype
+from adamfn.varying import vary_together
 
 Figures = dict[str, jax.Array]
 
 QUANTILES = {"step_10": 0.1, "step_50": 0.5, "step_90": 0.9}
 _EDGES = np.exp2(np.array([*range(-12, -4), *np.arange(-4, 3.5, 0.5)], np.float32))
 """The steps below which elements are counted."""
+
+_SMALLEST, _LARGEST = 1e-12, 1e12
+"""Between these root mean squares no square overflows, and none that counts vanishes."""
 
 
 class Moments(NamedTuple):
@@ -77,21 +81,40 @@ def measure(
         return count(where) / number
 
     def size(x: jax.Array) -> jax.Array:
+        return jnp.sqrt(total(jnp.real(x * jnp.conj(x))) / number)
+
+    def size_of_scaled(x: jax.Array) -> jax.Array:
         # Scaled by its largest, so that no square overflows or vanishes.
         x = jnp.abs(x)
         scale = jnp.max(x, axes, keepdims=True, initial=0)
         scale = jnp.where(scale == 0, 1, scale)
-        root = jnp.sqrt(total(jnp.square(x / scale)) / number)
+        root = size(x / scale)
         return (root * scale.reshape(root.shape)).astype(jnp.float32)
 
     def not_finite(*arrays: jax.Array) -> jax.Array:
-        return total(sum((~jnp.isfinite(x)).astype(jnp.bfloat16) for x in arrays))
+        counts = [(~jnp.isfinite(x)).astype(jnp.bfloat16) for x in arrays]
+        return total(sum(counts[1:], start=counts[0]))
 
     g, u, p = (x.astype(wide_dtype(x.dtype)) for x in (grad, update, param))
-    weight, moved = size(p), size(u)
+    parts: dict[str, tuple[jax.Array, ...]] = {"gradient": (g,), "weight": (p,)}
+    if moments is not None:
+        parts["moments"] = (moments.mu, moments.nu)
+    sizes = [size(x) for x in (g, u, p)]
+    differences = [total(jnp.abs(x - x)) for x in parts.get("moments", ())]  # 0, or NaN
+    # Most leaves are finite and of a usual size: they are read once, and not three times.
+    is_usual = jnp.all(jnp.stack(differences) == 0) if differences else jnp.array(True)
+    for x in sizes:
+        is_usual &= jnp.all((x > _SMALLEST) & (x < _LARGEST))
+    gradient, moved, weight, *counts = jax.lax.cond(
+        is_usual,
+        lambda: vary_together([*sizes, *[jnp.zeros_like(sizes[0])] * len(parts)]),
+        lambda: vary_together(
+            [*map(size_of_scaled, (g, u, p)), *(not_finite(*part) for part in parts.values())]
+        ),
+    )
     scale = jnp.where(weight == 0, 1, weight)
     figures = {
-        "gradient": size(g),
+        "gradient": gradient,
         "update": moved,
         "weight": weight,
         "update_over_weight": jnp.where(weight == 0, 0, moved / scale),
@@ -115,24 +138,26 @@ def measure(
             figures["signal"] = total(jnp.where(known, jnp.square(ratio), 0)) / number_known
             figures["by_eps"] = count(by_eps & known) / number_known
         figures |= {name: share(where) for name, where in ends.items()}
-        figures["not_finite_moments"] = not_finite(mu, nu)
     if jnp.issubdtype(param.dtype, jnp.floating) and jnp.finfo(param.dtype).bits == 16:
         stays = wide_sum(param, update).astype(param.dtype) == param
         figures["lost"] = count(stays & (u != 0)) / jnp.maximum(number - count(u == 0), 1)
-    return figures | {
-        "not_finite_gradient": not_finite(g),
-        "not_finite_weight": not_finite(p),
-    }
+    return figures | {f"not_finite_{name}": x for name, x in zip(parts, counts, strict=True)}
 
 
 def _quantiles(below: jax.Array) -> list[jax.Array]:
     """The steps that `QUANTILES` of the elements are below, from the shares below the edges."""
+    place, edges = (
+        jnp.expand_dims(x, tuple(range(1, below.ndim))) for x in (np.arange(len(_EDGES)), _EDGES)
+    )
+
+    def at(x: jax.Array, index: jax.Array) -> jax.Array:  # no gather, which a mesh may refuse
+        return jnp.sum(jnp.where(place == index, x, 0), 0)
+
     found: list[jax.Array] = []
     for share in QUANTILES.values():
         after = jnp.clip(jnp.sum(below < share, 0), 1, len(_EDGES) - 1)
-        low, high = (jnp.take_along_axis(below, k[None], 0)[0] for k in (after - 1, after))
+        low, high, start, end = (at(x, k) for x in (below, edges) for k in (after - 1, after))
         part = jnp.clip((share - low) / jnp.where(high == low, 1, high - low), 0, 1)
-        start, end = (jnp.asarray(_EDGES)[k] for k in (after - 1, after))
         found.append(jnp.where(below[0] >= share, 0, start + part * (end - start)))
     return found
 

@@ -59,7 +59,8 @@ def step(
     seen = observe(
         tx, grads, state, params, ours=ours, every=every, when=when, layers=layers, **extra
     )
-    # 0, which no compiler knows: numbers of steps are not negative. Barriers it takes away too soon.
+    # 0, as no number of a step is negative; but XLA does not know, and keeps the two in order. An
+    # optimization barrier it takes away before it decides what to copy.
     nothing = jnp.where(seen.step < 0, 1, 0).astype(jnp.int32)
     state = jax.tree.map(lambda x: x + nothing if _is_count(x) else x, state)
     return *stepping.step(tx, grads, state, params, **extra), seen
