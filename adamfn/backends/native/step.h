@@ -64,8 +64,9 @@ enum class Form { kRatio, kNesterov, kAngle };
 // What is decayed: nothing, all alike, or what the update makes larger in its own way.
 enum class Decay { kNone, kAlike, kCautious };
 
+// A part of the loop below, which a call would keep from running in vectors.
 template <Form kForm>
-float Update(const Scalars& c, float g, float mu, float nu) {
+[[gnu::always_inline]] inline float Update(const Scalars& c, float g, float mu, float nu) {
   if (kForm == Form::kAngle) {
     const float angle = Angle(std::fabs(mu) * c[kCorrection], c[kRootFactor] * std::sqrt(nu));
     return std::copysign(c[kAngleFactor] * angle, mu);
