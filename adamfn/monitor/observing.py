@@ -62,9 +62,9 @@ def observe(
     """What the training step that is about to be taken does to every leaf, in a few scalars each.
 
     `adamfn.monitor.figures` defines them. A pure function, for inside a jitted step, before
-    `update` or `step`. When it looks, it takes `tx.update` once more by itself, so that the program
-    of the training stays as it is; when it does not, it costs next to nothing. On a mesh it gathers
-    no leaf. Inside `jax.shard_map` the figures are those of a device's own shards.
+    `update` or `step`; `monitor.step` is both, and copies less. When it looks, it takes `tx.update`
+    once more by itself, so that the program of the training stays as it is. On a mesh it gathers no
+    leaf. Inside `jax.shard_map` the figures are those of a device's own shards.
 
     Args:
       tx: the transformation that the step is taken with.
