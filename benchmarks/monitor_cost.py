@@ -1,4 +1,4 @@
-"""What a look inside costs: a training step with `adamfn.monitor.observe`, and without.
+"""What a look inside costs: a training step by `adamfn.monitor.step`, and by `adamfn.step`.
 
 The character transformer of examples/char_lm.py, twenty steps in one jitted scan as it trains
 there, with a look at every step, at every tenth, and at none, taking turns in one process.
@@ -42,9 +42,10 @@ def training(moments: str, every: int | None) -> tuple[Callable[[], None], float
         def step(carry, windows):
             params, state = carry
             grads = jax.grad(char_lm.loss_of)(params, windows)
-            look = every is not None
-            seen = monitor.observe(tx, grads, state, params, every=every) if look else None
-            return adamfn.step(tx, grads, state, params), seen
+            if every is None:
+                return adamfn.step(tx, grads, state, params), None
+            *carry, seen = monitor.step(tx, grads, state, params, every=every)
+            return tuple(carry), seen
 
         return jax.lax.scan(step, (params, state), windows)
 

@@ -77,8 +77,7 @@ def plain(fault: Fault, steps: int) -> Iterator[tuple[jax.Array, monitor.Observa
     def train_step(params, state, number):
         loss, grads = jax.value_and_grad(char_lm.loss_of)(params, batch(text, number))
         grads = fault.grads(grads)
-        seen = monitor.observe(tx, grads, state, params, every=EVERY)
-        params, state = adamfn.step(tx, grads, state, params)
+        params, state, seen = monitor.step(tx, grads, state, params, every=EVERY)
         return params, state, loss, seen
 
     for number in range(steps):

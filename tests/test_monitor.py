@@ -360,7 +360,7 @@ def test_one_layer_of_a_stack_is_named():
 
 
 @pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("way", ["update", "step"])
+@pytest.mark.parametrize("way", ["update", "step", "in order"])
 def test_a_look_changes_no_bit_of_the_training(every, way):
     tx = adamfn.adamw(1e-2, moments="8bit")
     params = new_network() | {"wide": jnp.ones((WIDTH, 256)) / 256}  # codes, and float32 leaves
@@ -371,8 +371,10 @@ def test_a_look_changes_no_bit_of_the_training(every, way):
     @functools.partial(jax.jit, static_argnums=3, donate_argnums=(0, 1))
     def step(params, state, batch, look):
         grads = jax.grad(loss)(params, batch)
+        if way == "in order" and look:
+            return monitor.step(tx, grads, state, params, every=every)
         seen = monitor.observe(tx, grads, state, params, every=every) if look else None
-        if way == "step":
+        if way != "update":
             return *adamfn.step(tx, grads, state, params), seen
         updates, state = tx.update(grads, state, params)
         return adamfn.apply_updates(params, updates), state, seen
@@ -390,6 +392,36 @@ def test_a_look_changes_no_bit_of_the_training(every, way):
     assert steps == [number if number % every == 1 % every else 0 for number in range(1, 8)]
     for a, b in zip(*map(jax.tree.leaves, runs), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def copies_in_a_loop(observed):
+    """How many arrays of the parameter's size a loop of training steps copies at each step."""
+    tx = adamfn.adamw(1e-2)
+    params = jnp.ones((WIDTH, HIDDEN))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def steps(params, state, batches):
+        def step(carry, batch):
+            params, state = carry
+            grads = jax.grad(lambda p: jnp.mean((batch @ p) ** 2))(params)
+            *carry, seen = observed(tx, grads, state, params)
+            return tuple(carry), seen
+
+        return jax.lax.scan(step, (params, state), batches)
+
+    batches = jnp.ones((5, EXAMPLES, WIDTH))
+    program = steps.lower(params, tx.init(params), batches).compile().as_text()
+    body = next(part for part in program.split("\n\n") if "adamfn_step" in part)
+    return body.count(f"= f32[{WIDTH},{HIDDEN}]{{1,0}} copy(")
+
+
+def test_a_step_that_waits_for_its_look_copies_nothing():
+    def in_no_order(tx, grads, state, params):
+        seen = monitor.observe(tx, grads, state, params, every=10)
+        return *adamfn.step(tx, grads, state, params), seen
+
+    assert copies_in_a_loop(in_no_order) >= 3  # what a copy looks like: the moments, the weights
+    assert copies_in_a_loop(functools.partial(monitor.step, every=10)) == 0
 
 
 def test_it_goes_through_scan_and_shows():

@@ -72,8 +72,16 @@ def cautious(**arguments):
     )
 
 
+def atan2(**arguments):
+    return adamfn.chain(
+        adamfn.scale_by_atan2_moments(**arguments),
+        adamfn.add_decayed_weights(0.1),
+        adamfn.scale_by_lr(0.1),
+    )
+
+
 @pytest.mark.parametrize("moments", MOMENTS)
-@pytest.mark.parametrize("make", [adamw, partial(adamw, eps=0.0), cautious])
+@pytest.mark.parametrize("make", [adamw, partial(adamw, eps=0.0), cautious, atan2])
 def test_the_same_numbers_as_xla_whatever_they_are(moments, make):
     params = {"w": special_leaf(0, 64 * 300).reshape(64, 300), "b": special_leaf(1, 1001)}
     found, expected = (
@@ -188,6 +196,8 @@ def test_parts_of_adam_are_native():
         (adamfn.chain(moments, adamfn.add_decayed_weights(0.1, cautious=True)), True),
         (adamfn.chain(moments, adamfn.add_corrected_decay(0.1, 1e-3, 1e-3)), True),
         (adamfn.chain(adamfn.skip_outliers(["grad_norm"]), adamfn.adamw(0.1)), True),
+        (adamfn.scale_by_atan2_moments(), True),
+        (atan2(), True),
         (adamfn.chain(moments, moments), False),
         (adamfn.chain(moments, adamfn.cautious_updates()), False),
         (adamfn.chain(moments, adamfn.clip_updates()), False),
@@ -237,7 +247,7 @@ def native_call(operands, results, **attributes):
     return jax.block_until_ready(call(*operands, **attributes))
 
 
-PLACES = np.array([0, 1, -1, -1, 2, 3, -1, 4, 5, 6, -1, 5, -1], np.int64)
+PLACES = np.array([0, 1, -1, -1, 2, 3, -1, 4, 5, 6, -1, 5, -1, -1, -1], np.int64)
 """Of seven scalars: 1 - b1, 1 - b2, eps, eps_root, the correction, the decay and minus the rate."""
 
 

@@ -17,6 +17,7 @@ from adamfn.formats.elements import runs_of
 from adamfn.formulas import (
     add_agreeing_multiple,
     add_multiple,
+    atan2_ratio,
     if_taken,
     multiply,
     ratio,
@@ -38,6 +39,7 @@ _FORMATS: dict[Format | None, int] = {
     Pair(Rounded(stochastic=False), Rounded(stochastic=False)): 2,
 }
 _EIGHT_BIT = 3
+_MOMENTS = (ratio, atan2_ratio)
 _BITS: dict[Callable[..., Any], int] = {round_to_16: 16, round_to_24: 24, round_to_32: 32}
 
 
@@ -46,7 +48,8 @@ def scalar_places(program: Program) -> list[int] | None:
 
     Those are 1 - b1, 1 - b2, b1, b2, eps, eps_root, Nesterov's factor, the bias correction, the
     weight decay, minus the learning rate, the factor of clipping, the decay of what the update
-    makes larger, and whether the step is taken; -1 stands for one that the program lacks.
+    makes larger, whether the step is taken, and the two factors of an angle in place of a ratio; -1
+    stands for one that the program lacks.
 
     Returns:
       The places, or None if the program is not of these formulas in this order.
@@ -60,17 +63,22 @@ def scalar_places(program: Program) -> list[int] | None:
         return left.pop(0)[1][0] if found else -1
 
     taken, clipping = place_of(if_taken), place_of(multiply)
-    if not left or left[0][0].formula is not ratio:
+    if not left or left[0][0].formula not in _MOMENTS:
         return None
-    b1, b2, eps, eps_root, ahead = left.pop(0)[1]
-    of_ratio = [b1.complement, b2.complement, b1.rate, b2.rate, eps, eps_root, ahead]
-    correction = place_of(multiply)
+    part, (b1, b2, *own) = left.pop(0)
+    eps = eps_root = ahead = a = b = None
+    if part.formula is ratio:
+        eps, eps_root, ahead = own
+        correction = place_of(multiply)
+    else:
+        correction, a, b = own
+    of_moments = [b1.complement, b2.complement, b1.rate, b2.rate, eps, eps_root, ahead]
     cautious = bool(left) and left[0][0].formula is add_agreeing_multiple
     decay = place_of(add_multiple, add_agreeing_multiple)
-    rest = [correction, decay, place_of(multiply), clipping, -1 if cautious else decay, taken]
+    rest = [correction, decay, place_of(multiply), clipping, -1 if cautious else decay, taken, a, b]
     if left and left[0][0].formula in _BITS:
         left.pop(0)
-    return None if left else [-1 if k is None else k for k in (*of_ratio, *rest)]
+    return None if left else [-1 if k is None else k for k in (*of_moments, *rest)]
 
 
 def bits_of(program: Program) -> int:
@@ -80,7 +88,7 @@ def bits_of(program: Program) -> int:
 
 def format_of(program: Program) -> Format | None:
     """How a program of Adam's formulas stores moments."""
-    return next((part.format for part in program.parts if part.formula is ratio), None)
+    return next((part.format for part in program.parts if part.formula in _MOMENTS), None)
 
 
 def knows_format(format: Format | None) -> bool:

@@ -1,12 +1,14 @@
 """Seeing inside a run: what every layer does while it trains, and what is wrong with it.
 
-`observe`, in a jitted step, measures every layer; `faults`, `report`, `picture` and `flat` show it.
+`step`, or `observe` before a step, measures every layer; `faults`, `report`, `picture` and `flat`
+show it.
 """
 
 from adamfn.monitor.faults import WORDS, Fault, faults
 from adamfn.monitor.looks import flat, looks
 from adamfn.monitor.observing import Observation, observe
 from adamfn.monitor.pictures import picture, report
+from adamfn.monitor.stepping import step
 
 __all__ = [
     "WORDS",
@@ -18,4 +20,5 @@ __all__ = [
     "observe",
     "picture",
     "report",
+    "step",
 ]

@@ -32,12 +32,16 @@ import numpy as np
 from adamfn.formats import EightBit, Format, FourBit, Linear, Pair
 from adamfn.transform import wide_sum
 from adamfn.trees import wide_dtype
+from adamfn.varying import vary_together
 
 Figures = dict[str, jax.Array]
 
 QUANTILES = {"step_10": 0.1, "step_50": 0.5, "step_90": 0.9}
 _EDGES = np.exp2(np.array([*range(-12, -4), *np.arange(-4, 3.5, 0.5)], np.float32))
 """The steps below which elements are counted."""
+
+_SMALLEST, _LARGEST = 1e-12, 1e12
+"""Between these root mean squares no square overflows, and none that counts vanishes."""
 
 
 class Moments(NamedTuple):
@@ -70,28 +74,47 @@ def measure(
     def total(x: jax.Array) -> jax.Array:
         return jnp.sum(x, axes, dtype=jnp.float32)
 
-    def share(where: jax.Array, of: jax.Array | None = None) -> jax.Array:
-        if of is None:
-            return total(where) / number
-        return total(where & of) / jnp.maximum(total(of), 1)
+    def count(where: jax.Array) -> jax.Array:
+        return total(where.astype(jnp.bfloat16))  # what XLA on CPU adds up fastest
+
+    def share(where: jax.Array) -> jax.Array:
+        return count(where) / number
 
     def size(x: jax.Array) -> jax.Array:
+        return jnp.sqrt(total(jnp.real(x * jnp.conj(x))) / number)
+
+    def size_of_scaled(x: jax.Array) -> jax.Array:
         # Scaled by its largest, so that no square overflows or vanishes.
         x = jnp.abs(x)
         scale = jnp.max(x, axes, keepdims=True, initial=0)
         scale = jnp.where(scale == 0, 1, scale)
-        root = jnp.sqrt(total(jnp.square(x / scale)) / number)
+        root = size(x / scale)
         return (root * scale.reshape(root.shape)).astype(jnp.float32)
 
     def not_finite(*arrays: jax.Array) -> jax.Array:
-        counts = [(~jnp.isfinite(x)).astype(jnp.float32) for x in arrays]
-        return total(sum(counts, start=jnp.zeros((), jnp.float32)))
+        counts = [(~jnp.isfinite(x)).astype(jnp.bfloat16) for x in arrays]
+        return total(sum(counts[1:], start=counts[0]))
 
     g, u, p = (x.astype(wide_dtype(x.dtype)) for x in (grad, update, param))
-    weight, moved = size(p), size(u)
+    parts: dict[str, tuple[jax.Array, ...]] = {"gradient": (g,), "weight": (p,)}
+    if moments is not None:
+        parts["moments"] = (moments.mu, moments.nu)
+    sizes = [size(x) for x in (g, u, p)]
+    differences = [total(jnp.abs(x - x)) for x in parts.get("moments", ())]  # 0, or NaN
+    # Most leaves are finite and of a usual size: they are read once, and not three times.
+    is_usual = jnp.all(jnp.stack(differences) == 0) if differences else jnp.array(True)
+    for x in sizes:
+        is_usual &= jnp.all((x > _SMALLEST) & (x < _LARGEST))
+    gradient, moved, weight, *counts = jax.lax.cond(
+        is_usual,
+        lambda: vary_together([*sizes, *[jnp.zeros_like(sizes[0])] * len(parts)]),
+        lambda: vary_together(
+            [*map(size_of_scaled, (g, u, p)), *(not_finite(*part) for part in parts.values())]
+        ),
+    )
     scale = jnp.where(weight == 0, 1, weight)
     figures = {
-        "gradient": size(g),
+        "gradient": gradient,
         "update": moved,
         "weight": weight,
         "update_over_weight": jnp.where(weight == 0, 0, moved / scale),
@@ -104,32 +127,39 @@ def measure(
         # A loop: XLA makes one slow program of many sums of one array.
         below = jax.lax.map(lambda edge: share(steps < edge), _EDGES)
         figures["rate"] = jnp.broadcast_to(rate, weight.shape)
-        figures |= {name: _quantile(below, share) for name, share in QUANTILES.items()}
+        figures |= dict(zip(QUANTILES, _quantiles(below), strict=True))
     if moments is not None:
         mu, nu, ratio, by_eps, ends = moments
         alike = jnp.real(jnp.sign(mu) * jnp.conj(jnp.sign(g))) > 0
-        figures["agreement"] = share(alike, g != 0)
+        figures["agreement"] = count(alike) / jnp.maximum(number - count(g == 0), 1)
         if ratio is not None and by_eps is not None:
             known = nu > 0
-            signal = total(jnp.where(known, jnp.square(ratio), 0))
-            figures["signal"] = signal / jnp.maximum(total(known), 1)
-            figures["by_eps"] = share(by_eps, known)
+            number_known = jnp.maximum(count(known), 1)
+            figures["signal"] = total(jnp.where(known, jnp.square(ratio), 0)) / number_known
+            figures["by_eps"] = count(by_eps & known) / number_known
         figures |= {name: share(where) for name, where in ends.items()}
-        figures["not_finite_moments"] = not_finite(mu, nu)
     if jnp.issubdtype(param.dtype, jnp.floating) and jnp.finfo(param.dtype).bits == 16:
         stays = wide_sum(param, update).astype(param.dtype) == param
-        figures["lost"] = share(stays, u != 0)
-    return figures | {
-        "not_finite_gradient": not_finite(g),
-        "not_finite_weight": not_finite(p),
-    }
+        figures["lost"] = count(stays & (u != 0)) / jnp.maximum(number - count(u == 0), 1)
+    return figures | {f"not_finite_{name}": x for name, x in zip(parts, counts, strict=True)}
 
 
-def _quantile(below: jax.Array, share: float) -> jax.Array:
-    """The step that a share of the elements is below, from the shares below the edges."""
-    if below.ndim > 1:
-        return jax.vmap(lambda own: _quantile(own, share), in_axes=1)(below)
-    return jnp.where(below[0] >= share, 0, jnp.interp(share, below, _EDGES))
+def _quantiles(below: jax.Array) -> list[jax.Array]:
+    """The steps that `QUANTILES` of the elements are below, from the shares below the edges."""
+    place, edges = (
+        jnp.expand_dims(x, tuple(range(1, below.ndim))) for x in (np.arange(len(_EDGES)), _EDGES)
+    )
+
+    def at(x: jax.Array, index: jax.Array) -> jax.Array:  # no gather, which a mesh may refuse
+        return jnp.sum(jnp.where(place == index, x, 0), 0)
+
+    found: list[jax.Array] = []
+    for share in QUANTILES.values():
+        after = jnp.clip(jnp.sum(below < share, 0), 1, len(_EDGES) - 1)
+        low, high, start, end = (at(x, k) for x in (below, edges) for k in (after - 1, after))
+        part = jnp.clip((share - low) / jnp.where(high == low, 1, high - low), 0, 1)
+        found.append(jnp.where(below[0] >= share, 0, start + part * (end - start)))
+    return found
 
 
 def at_the_ends(format: Format | None, row: Any) -> dict[str, jax.Array]:

@@ -1,7 +1,8 @@
 """`observe`: what a training step does to every leaf."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import chex
 import jax
@@ -17,14 +18,33 @@ from adamfn.trees import PyTree, as_array, check_inexact, describe
 from adamfn.varying import vary_together
 
 
-class Observation(NamedTuple):
-    """What was seen of a step. A tree of arrays: it goes through `jit` and `scan`."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Observation:
+    """What was seen of a step. A tree of two arrays: it goes through `jit` and `scan`."""
 
     step: jax.Array
     """The step's number, 1 at the first, int32; 0 where it was not looked at."""
-    leaves: dict[str, Figures]
-    """By a leaf's path, then by a figure's name: a float32 scalar, or a vector of one for each
-    layer; 0 where it was not looked at."""
+    values: jax.Array
+    """All figures end to end, float32; 0 where it was not looked at. In one array, since each that
+    a branch returns and a loop stacks costs about as much as measuring a small leaf."""
+    places: tuple[tuple[str, str, int | None], ...] = field(metadata={"static": True})
+    """The leaf's path and the name of each figure, and how many layers it is of, if of layers."""
+
+    @property
+    def leaves(self) -> dict[str, Figures]:
+        """By a leaf's path, then by a figure's name: a scalar, or a vector of one for each layer.
+
+        What `scan` or `vmap` put before their axes stays there.
+        """
+        found: dict[str, Figures] = {}
+        start = 0
+        for path, name, layers in self.places:
+            end = start + (1 if layers is None else layers)
+            where = start if layers is None else slice(start, end)
+            found.setdefault(path, {})[name] = self.values[..., where]
+            start = end
+        return found
 
 
 def observe(
@@ -42,9 +62,9 @@ def observe(
     """What the training step that is about to be taken does to every leaf, in a few scalars each.
 
     `adamfn.monitor.figures` defines them. A pure function, for inside a jitted step, before
-    `update` or `step`. When it looks, it takes `tx.update` once more by itself, so that the program
-    of the training stays as it is; when it does not, it costs next to nothing. On a mesh it gathers
-    no leaf. Inside `jax.shard_map` the figures are those of a device's own shards.
+    `update` or `step`; `monitor.step` is both, and copies less. When it looks, it takes `tx.update`
+    once more by itself, so that the program of the training stays as it is. On a mesh it gathers no
+    leaf. Inside `jax.shard_map` the figures are those of a device's own shards.
 
     Args:
       tx: the transformation that the step is taken with.
@@ -91,11 +111,6 @@ def observe(
     if not isinstance(every, int) or every < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"observe: every is {every!r}; expected a number of steps, at least 1.")
 
-    def together(figures: PyTree) -> PyTree:
-        """All varying over the axes that a gradient varies over: what two branches must share."""
-        values, treedef = jax.tree.flatten(figures)
-        return treedef.unflatten(vary_together([*values, *gs.values()])[: len(values)])
-
     def look() -> dict[str, Figures]:
         updates, after = tx.update(grads, state, params, **extra)
         us, weights = _by_path("updates", updates), ps
@@ -110,15 +125,36 @@ def observe(
             rate = rate_around(after) if own.rate is None else own.rate
             u = us.get(path, jnp.zeros_like(g))  # None moves nothing
             found[path] = measure(g, u, weights[path], own.moments.get(path), rate, axes.get(path))
-        return together(found)
+        return found
 
-    def pass_by() -> dict[str, Figures]:
-        shapes = jax.eval_shape(look)
-        return together(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+    shapes = jax.eval_shape(look)
+    places = tuple(
+        (path, name, x.shape[0] if x.shape else None)
+        for path in gs
+        for name, x in shapes[path].items()
+    )
+
+    def end_to_end() -> jax.Array:
+        found = look()
+        values = [_whole(found[path][name]).reshape(-1) for path, name, _ in places]
+        return jnp.concatenate(values) if values else jnp.zeros(0)
+
+    def result(number: Any, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Both branches' vary over the axes that a gradient varies over.
+        return jnp.asarray(number, jnp.int32), vary_together([values, *gs.values()])[0]
 
     # Also for every=1 nothing that a compiler knows to be true: it would join the two updates.
-    due = (count % every == 0) & (count >= 0) & jnp.asarray(when, bool)
-    return Observation(jnp.where(due, increment(count), 0), jax.lax.cond(due, look, pass_by))
+    number, values = jax.lax.cond(
+        (count % every == 0) & (count >= 0) & jnp.asarray(when, bool),
+        lambda: result(increment(count), end_to_end()),
+        lambda: result(0, jnp.zeros(sum(layers or 1 for *_, layers in places))),
+    )
+    return Observation(number, values, places)
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """The figures of layers that a mesh with explicit axes splits, everywhere."""
+    return jax.sharding.reshard(x, jax.P()) if any(jax.typeof(x).sharding.spec) else x
 
 
 def _by_path(name: str, tree: PyTree) -> dict[str, Any]:

@@ -64,13 +64,30 @@ def test_explicit_axes_are_as_automatic_ones():
         np.testing.assert_allclose(a, b, rtol=2e-5)
 
 
-def test_inside_shard_map_the_figures_are_of_the_shards():
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_layers_that_a_mesh_splits_are_measured_each(kind):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    params = jnp.arange(1.0, 33.0).reshape(8, 4)
+    placed = jax.device_put(params, jax.NamedSharding(mesh, jax.P("data")))
+    tx = adamfn.adam(1e-3)
+
+    def look(p):
+        return monitor.observe(tx, p, tx.init(p), p, layers={"": 0}).leaves[""]["gradient"]
+
+    with jax.set_mesh(mesh):
+        found = jax.jit(look)(placed)
+    np.testing.assert_allclose(found, np.sqrt(np.mean(np.square(params), 1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["observe", "step"])
+def test_inside_shard_map_the_figures_are_of_the_shards(way):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     tx = adamfn.adam(1e-3)
     params = jnp.arange(1.0, 17.0)
 
     def step(p):
-        leaves = monitor.observe(tx, p, tx.init(p), p, every=10).leaves
+        seen = getattr(monitor, way)(tx, p, tx.init(p), p, every=10)
+        leaves = (seen if way == "observe" else seen[2]).leaves
         return jax.tree.map(lambda x: x[None], leaves)
 
     split = {"in_specs": jax.P("data"), "out_specs": jax.P("data")}

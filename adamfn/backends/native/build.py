@@ -12,7 +12,16 @@ from pathlib import Path
 
 import jax
 
-SOURCES = ("handler.cc", "tasks.h", "group.h", "step.h", "weights.h", "eight_bit.h", "rounding.h")
+SOURCES = (
+    "handler.cc",
+    "tasks.h",
+    "group.h",
+    "step.h",
+    "angle.h",
+    "weights.h",
+    "eight_bit.h",
+    "rounding.h",
+)
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
 _SAY_AFTER = 5.0  # seconds; most builds take three
 _GIVE_UP_AFTER = 60.0

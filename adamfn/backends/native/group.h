@@ -50,7 +50,8 @@ struct Group {
   int32_t count;
   int32_t format;
   int32_t bits;  // of a bfloat16 weight that are kept: 16, 24 or 32; 0 for weights as they are
-  bool nesterov, decays;
+  Form form;
+  bool decays;
   std::vector<Leaf> leaves;
   int64_t tiles;
 };
@@ -161,7 +162,7 @@ inline void StepTile(const Group& group, const Leaf& leaf, int64_t tile) {
   }
   switch (group.format) {
     case kFloat32:
-      StepRun(group.scalars, group.nesterov, group.decays, size, g,
+      StepRun(group.scalars, group.form, group.decays, size, g,
               static_cast<float*>(leaf.mu) + start, static_cast<float*>(leaf.nu) + start, p, u);
       break;
     case kBfloat16:
@@ -170,7 +171,7 @@ inline void StepTile(const Group& group, const Leaf& leaf, int64_t tile) {
       uint16_t* nu = static_cast<uint16_t*>(leaf.nu) + start;
       Widen(mu, size, mu_tile);
       Widen(nu, size, nu_tile);
-      StepRun(group.scalars, group.nesterov, group.decays, size, g, mu_tile, nu_tile, p, u);
+      StepRun(group.scalars, group.form, group.decays, size, g, mu_tile, nu_tile, p, u);
       if (group.format == kBfloat16) {
         Narrow(mu_tile, nu_tile, noise, size, mu, nu);
       } else {
@@ -185,7 +186,7 @@ inline void StepTile(const Group& group, const Leaf& leaf, int64_t tile) {
       const BlockScales& first = leaf.blocks;
       const BlockScales block{first.scale + tile, first.top + tile, first.step + tile};
       DecodeBlock(mu, nu, block, static_cast<int>(size), mu_tile, nu_tile);
-      StepRun(group.scalars, group.nesterov, group.decays, size, g, mu_tile, nu_tile, p, u);
+      StepRun(group.scalars, group.form, group.decays, size, g, mu_tile, nu_tile, p, u);
       EncodeBlock(mu_tile, nu_tile, noise, static_cast<int>(size), mu, nu, block);
       break;
     }

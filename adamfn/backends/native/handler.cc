@@ -140,7 +140,9 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remainin
   const auto* numbers = static_cast<const uint32_t*>(operands[2].untyped_data());
   group.format = format;
   group.bits = bits;
-  group.nesterov = places[kAhead] >= 0;
+  group.form = places[kAngleFactor] >= 0 ? Form::kAngle
+               : places[kAhead] >= 0      ? Form::kNesterov
+                                          : Form::kRatio;
   group.decays = decays;
   size_t together = 0;  // elements of packed leaves so far
   size_t next_axes = 0;

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "angle.h"
 #include "rounding.h"
 
 namespace adamfn {
@@ -31,11 +32,13 @@ enum Scalar : size_t {
   kGradientFactor,     // of clipping by the norm
   kWeightDecayAgainst,  // the decay of what the update makes larger
   kTaken,               // 0 in a step that is held back
+  kAngleFactor,         // a and b of Adam-atan2, which has no eps
+  kRootFactor,
   kScalars
 };
 
 struct Scalars {
-  float value[kScalars] = {0, 0, 1, 1, 0, 0, 1, 1, 0, 1, 1, 0, 1};  // of those that a program lacks
+  float value[kScalars] = {0, 0, 1, 1, 0, 0, 1, 1, 0, 1, 1, 0, 1, 1, 1};  // of those that a program lacks
   float operator[](Scalar scalar) const { return value[scalar]; }
 };
 
@@ -55,11 +58,27 @@ inline float Bounded(float g) {  // finite and larger than 2^48: that, with its 
   return FloatOf(static_cast<int32_t>(bounded));
 }
 
+// What becomes of the moments: their ratio, that of Nesterov's form, or their angle.
+enum class Form { kRatio, kNesterov, kAngle };
+
 // What is decayed: nothing, all alike, or what the update makes larger in its own way.
 enum class Decay { kNone, kAlike, kCautious };
 
+// A part of the loop below, which a call would keep from running in vectors.
+template <Form kForm>
+[[gnu::always_inline]] inline float Update(const Scalars& c, float g, float mu, float nu) {
+  if (kForm == Form::kAngle) {
+    const float angle = Angle(std::fabs(mu) * c[kCorrection], c[kRootFactor] * std::sqrt(nu));
+    return std::copysign(c[kAngleFactor] * angle, mu);
+  }
+  const float m = kForm == Form::kNesterov
+                      ? mu * ((1 - c[kComplement1]) * c[kAhead]) + g * c[kComplement1]
+                      : mu;
+  return m / (std::sqrt(nu + c[kEpsRoot]) + c[kEps]) * c[kCorrection];
+}
+
 // Moves p by the update, or writes the update to u.
-template <bool kNesterov, Decay kDecay, bool kMoves>
+template <Form kForm, Decay kDecay, bool kMoves>
 void StepRun(const Scalars& s, int64_t size, const float* g, float* mu, float* nu, float* p,
              float* u) {
   const Scalars c = s;  // a copy that nothing written below can be an alias of
@@ -68,9 +87,7 @@ void StepRun(const Scalars& s, int64_t size, const float* g, float* mu, float* n
     const float x = Bounded(g[i] * c[kGradientFactor]);
     mu[i] = Average(mu[i], x, c[kComplement1], c[kRate1]);
     nu[i] = Average(nu[i], x * x, c[kComplement2], c[kRate2]);
-    const float m =
-        kNesterov ? mu[i] * ((1 - c[kComplement1]) * c[kAhead]) + x * c[kComplement1] : mu[i];
-    float update = m / (std::sqrt(nu[i] + c[kEpsRoot]) + c[kEps]) * c[kCorrection];
+    float update = Update<kForm>(c, x, mu[i], nu[i]);
     if (kDecay != Decay::kNone) {
       const bool agrees = kDecay == Decay::kAlike || update * p[i] >= 0;
       update += (agrees ? c[kWeightDecay] : c[kWeightDecayAgainst]) * p[i];
@@ -84,26 +101,28 @@ void StepRun(const Scalars& s, int64_t size, const float* g, float* mu, float* n
   }
 }
 
-template <bool kNesterov, Decay kDecay>
+template <Form kForm, Decay kDecay>
 void StepRun(const Scalars& s, int64_t size, const float* g, float* mu, float* nu, float* p,
              float* u) {
-  (u ? StepRun<kNesterov, kDecay, false> : StepRun<kNesterov, kDecay, true>)(s, size, g, mu, nu, p,
-                                                                             u);
+  (u ? StepRun<kForm, kDecay, false> : StepRun<kForm, kDecay, true>)(s, size, g, mu, nu, p, u);
 }
 
-template <bool kNesterov>
+template <Form kForm>
 void StepRun(const Scalars& s, bool decays, int64_t size, const float* g, float* mu, float* nu,
              float* p, float* u) {
   const bool alike = s[kWeightDecay] == s[kWeightDecayAgainst];
-  const auto run = !decays ? StepRun<kNesterov, Decay::kNone>
-                   : alike ? StepRun<kNesterov, Decay::kAlike>
-                           : StepRun<kNesterov, Decay::kCautious>;
+  const auto run = !decays ? StepRun<kForm, Decay::kNone>
+                   : alike ? StepRun<kForm, Decay::kAlike>
+                           : StepRun<kForm, Decay::kCautious>;
   run(s, size, g, mu, nu, p, u);
 }
 
-inline void StepRun(const Scalars& s, bool nesterov, bool decays, int64_t size, const float* g,
+inline void StepRun(const Scalars& s, Form form, bool decays, int64_t size, const float* g,
                     float* mu, float* nu, float* p, float* u) {
-  (nesterov ? StepRun<true> : StepRun<false>)(s, decays, size, g, mu, nu, p, u);
+  const auto run = form == Form::kAngle      ? StepRun<Form::kAngle>
+                   : form == Form::kNesterov ? StepRun<Form::kNesterov>
+                                             : StepRun<Form::kRatio>;
+  run(s, decays, size, g, mu, nu, p, u);
 }
 
 }  // namespace adamfn
