@@ -18,13 +18,7 @@ from adamfn.placement import Path
 from adamfn.shards import Shards, split_leaves
 from adamfn.stage import CountedState, EmptyState, Scalars, Stage
 from adamfn.storage import as_fields, check_whole, first_kept, kept_by_leaf
-from adamfn.trees import (
-    PyTree,
-    as_array,
-    check_inexact,
-    describe,
-    matching_leaves,
-)
+from adamfn.trees import PyTree, as_array, check_inexact, describe, matching_leaves
 from adamfn.varying import with_type_of
 
 
@@ -138,7 +132,7 @@ def count_of(stages: Sequence[Stage], states: Sequence[PyTree]) -> tuple[jax.Arr
     """The count of the step to come, 1 at the first, and the stages' own states.
 
     Raises:
-      TypeError: one of them is the state of something else.
+      TypeError: one of them is the state of something else, or the count is no int32 scalar.
     """
     own: list[Any] = list(states)
     first = _first_that_counts(stages)
@@ -148,7 +142,14 @@ def count_of(stages: Sequence[Stage], states: Sequence[PyTree]) -> tuple[jax.Arr
     for stage, state in zip(stages, own, strict=True):
         check_state(stage, state, *stage.states)
     counting: Any = states[0] if first is None else own[first]
-    return increment(counting.count), own
+    count = counting.count
+    count = jnp.asarray(count) if isinstance(count, int) else as_array(count)
+    if describe(count) != "int32[]":
+        raise TypeError(
+            f"{stages[first or 0].name}: the state's count is {describe(count)}; expected int32[]."
+            " Pass the state that `update` returned, or restore into tx.init(params)."
+        )
+    return increment(count), own
 
 
 def scalars_at(
@@ -157,7 +158,14 @@ def scalars_at(
     """What the formulas need at a step, and what the states remember of it."""
     found: list[Scalars] = []
     for stage, state in zip(stages, states, strict=True):
-        found.append(stage.scalars(count, state, extra))
+        match stage.scalars(count, state, extra):
+            case (tuple() | list() as own, Mapping() as remembered):
+                found.append((own, remembered))
+            case result:
+                raise TypeError(
+                    f"{stage.name}: its scalars returned {result!r}; expected the formula's scalars"
+                    " in a tuple, then what to remember in a dictionary: (x, y), {}."
+                )
         for scalar in jax.tree.leaves(found[-1][0]):
             if jnp.shape(scalar) != ():
                 raise ValueError(

@@ -73,7 +73,8 @@ def kept_by_leaf(
     if stage.whole is not None:
         columns = [_corrections(stage, state, updates, field) for field in stage.keeps]
         return list(zip(*columns, strict=True)) or [()] * len(formats)
-    if not any(formats) and not jax.tree.leaves(getattr(state, "scales", ())):
+    narrow = stage.has_moments and _any_is_narrow([getattr(state, field) for field in stage.keeps])
+    if not any(formats) and not narrow and not jax.tree.leaves(getattr(state, "scales", ())):
         columns = [
             matching_leaves(
                 name,
@@ -106,6 +107,7 @@ def kept_by_leaf(
             row = tuple(parts)
             fits = all(has_shape_of(leaf, part) and hasattr(part, "dtype") for part in parts)
             fits = fits and all(jnp.issubdtype(part.dtype, jnp.inexact) for part in parts)
+            fits = fits and not (stage.has_moments and _any_is_narrow(parts))
         else:
             expected = _spec(stage, format, leaf)
             row = (*parts, entry if jax.tree.leaves(expected[-1]) else expected[-1])
@@ -128,6 +130,12 @@ def kept_by_leaf(
             )
         rows.append(row)
     return rows
+
+
+def _any_is_narrow(moments: PyTree) -> bool:
+    """Whether some moments have fewer bits than float32, as a state that was cast has."""
+    dtypes = (getattr(leaf, "dtype", None) for leaf in jax.tree.leaves(moments))
+    return any(dtype is not None and dtype.itemsize < 4 for dtype in dtypes)
 
 
 def _corrections(stage: Stage, state: Any, updates: PyTree, field: str) -> list[Any]:

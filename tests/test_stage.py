@@ -242,3 +242,13 @@ def test_a_stage_that_reads_parameters_asks_for_them():
     tx = pull_back()
     with pytest.raises(ValueError, match="pull_back: update got no params, and it needs them"):
         tx.update(PARAMS, tx.init(PARAMS))
+
+
+@pytest.mark.parametrize("result", [3.0, (3.0,), (3.0, {}), ((3.0,), 3.0)])
+def test_scalars_that_are_no_pair_are_refused(result):
+    def scaled(u, x):
+        return u * x
+
+    tx = adamfn.from_stage(adamfn.Stage("scaled", scaled, scalars=lambda *_: result))
+    with pytest.raises(TypeError, match=r"scaled: its scalars returned .*; expected the formula's"):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)))

@@ -1,7 +1,7 @@
 """`moments=`: every member of the family with every format."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -430,3 +430,27 @@ def test_an_error_about_a_leaf_that_is_the_whole_tree():
 def test_an_integer_leaf():
     with pytest.raises(TypeError, match=r"params: the leaf at \['table'\] is int32"):
         adamfn.adam(moments="8bit").init(PARAMS | {"table": jnp.ones((128, 256), int)})
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("moments", ["float32", "8bit"])
+def test_a_state_that_was_cast_is_refused(dtype, moments):
+    # Rounded to nearest, nu would stand still without a word.
+    tx, params = adamfn.adam(1e-3, moments=moments), {"w": jnp.ones((4, 3))}
+    state = jax.tree.map(
+        lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, tx.init(params)
+    )
+    for step in (tx.update, partial(adamfn.step, tx)):
+        with pytest.raises(
+            ValueError, match=r"at w the state has mu b?float16.*; expected mu float32"
+        ):
+            step(params, state, params)
+
+
+@pytest.mark.parametrize("count", [1.0, "1", jnp.float32(1), jnp.uint32(1), jnp.zeros(2, int)])
+def test_a_count_that_is_no_int32_is_refused(count):
+    tx, params = adamfn.adam(1e-3), jnp.ones(2)
+    moments, *others = tx.init(params)
+    for step in (tx.update, partial(adamfn.step, tx)):
+        with pytest.raises(TypeError, match=r"scale_by_moments: the state's count is .* int32\[\]"):
+            step(params, (moments._replace(count=count), *others), params)
