@@ -150,3 +150,18 @@ def test_its_state_is_exported():
     exported = jax.export.export(jax.jit(tx.update))(GRADS, state, PARAMS)
     read = jax.export.deserialize(exported.serialize())
     chex.assert_trees_all_close(read.call(GRADS, state, PARAMS), tx.update(GRADS, state, PARAMS))
+
+
+@pytest.mark.parametrize("watched", [-1, "loss", ["los"], [["loss"]]])
+def test_what_is_watched_is_a_list_of_names(watched):
+    with pytest.raises(ValueError, match="expected a list of 'loss', 'grad_norm' or both"):
+        adamfn.skip_outliers(watched)
+
+
+@pytest.mark.parametrize(
+    ("loss", "found"), [(jnp.ones(3), r"float32\[3\]"), ("2.5", "a str"), (1j, "complex")]
+)
+def test_a_loss_that_is_no_scalar_is_refused(loss, found):
+    tx, params = adamfn.skip_outliers(["loss"]), jnp.ones(2)
+    with pytest.raises(TypeError, match=f"skip_outliers: loss is .*{found}.*; expected a real"):
+        tx.update(params, tx.init(params), loss=loss)

@@ -14,6 +14,7 @@ from adamfn.hyperparams import scalar
 from adamfn.measures import global_norm
 from adamfn.stage import Scalars, Stage
 from adamfn.transform import GradientTransformation
+from adamfn.trees import describe
 
 Watched = Literal["loss", "grad_norm"]
 
@@ -60,7 +61,7 @@ def skip_outliers(
 
     Raises:
       TypeError, ValueError: an argument out of range; at `chain`, a place where it would not hold
-        back what it should; at `update`, `loss` is missing.
+        back what it should; at `update`, `loss` is missing, or no scalar.
 
     References:
       OLMo-core's `SkipStepOptimizer`, from which window and sigmas are, and MaxText's
@@ -78,8 +79,9 @@ def skip_outliers(
     >>> print(state[0].skipped, state[1][0].count)
     1 69
     """
-    names = [name for name in ("loss", "grad_norm") if name in watched]
-    if not names or {*watched} - {*names} or isinstance(watched, str):
+    is_list = isinstance(watched, Sequence) and not isinstance(watched, str)  # pyright: ignore[reportUnnecessaryIsInstance]
+    names = [name for name in ("loss", "grad_norm") if is_list and name in watched]
+    if not names or [name for name in watched if name not in names]:
         raise ValueError(f"watched is {watched!r}; expected a list of 'loss', 'grad_norm' or both.")
     if not isinstance(window, int) or window < 2:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"window is {window!r}; expected a number of steps, at least 2.")
@@ -92,6 +94,12 @@ def skip_outliers(
                 "skip_outliers: update got no loss, and watches it. Call update(..., loss=x), or"
                 " watch ['grad_norm'] alone."
             )
+        for name in names:
+            if getattr(extra[name], "shape", ()) != () or not _is_real(extra[name]):
+                raise TypeError(
+                    f"skip_outliers: {name} is {describe(extra[name])}; expected a real number or a"
+                    " scalar array, such as the mean over the batch."
+                )
         found = jnp.stack([jnp.asarray(extra[name], state.recent.dtype) for name in names])
         finite = jnp.all(jnp.isfinite(found))
         usual = jnp.all(found <= _bound(state.recent, state.seen, sigmas))
@@ -121,6 +129,12 @@ def skip_outliers(
             measures={"grad_norm": global_norm} if "grad_norm" in names else {},
             holds=True,
         )
+    )
+
+
+def _is_real(x: Any) -> bool:
+    return isinstance(x, int | float) or (
+        hasattr(x, "dtype") and not jnp.issubdtype(x.dtype, jnp.complexfloating)
     )
 
 
