@@ -132,13 +132,12 @@ def step(
     check_transformation("step(tx, grads, state, params): tx", tx)
     if params is None and jax.tree.leaves(grads):
         raise TypeError("step: found no params; expected step(tx, grads, state, params).")
+    check_extra(tx, extra, "step")
     own = own_of(tx)
     if own is None:
         updates, state = tx.update(grads, state, params, **extra)
         params = apply_updates(params, updates)
     else:
-        if own.takes is not None:
-            _check_taken(extra, own.takes)
         wanted = Wanted(updates=return_updates, params=True)
         trained = where_updated(params, grads)
         updates, moved, state = own.advance(grads, state, trained, extra, wanted)
@@ -146,11 +145,25 @@ def step(
     return (params, state, updates) if return_updates else (params, state)
 
 
-def _check_taken(extra: Mapping[str, Any], takes: Collection[str]) -> None:
-    for name, value in extra.items():
-        if name not in takes:
+def check_extra(tx: Transformation, extra: Mapping[str, Any], name: str) -> None:
+    """Checks that some part of a chain of ours takes each extra argument.
+
+    Args:
+      tx: any transformation; of one that is not ours nothing is known.
+      extra: the arguments.
+      name: what the error message calls the function that was given them.
+
+    Raises:
+      TypeError: no part takes one of them.
+    """
+    own = own_of(tx) if hasattr(tx, "update") else None
+    takes = own and own.takes
+    if takes is None:
+        return
+    for argument, value in extra.items():
+        if argument not in takes:
             known = ", ".join(f"{taken}=" for taken in sorted(takes)) or "none"
             raise TypeError(
-                f"step: found the argument {name}={value!r}, which no part of the chain takes;"
-                f" expected {known}."
+                f"{name}: found the argument {argument}={value!r}, which no part of the chain"
+                f" takes; expected {known}."
             )

@@ -87,6 +87,11 @@ class Transformation(Protocol):
         ...
 
 
+def summary(x: Any) -> str:
+    """What an error message calls what may be anything: a tree of arrays is no message."""
+    return repr(x) if len(repr(x)) < 100 else describe(x)
+
+
 def check_transformation(name: str, tx: Any) -> None:
     """Checks that something has an `init` and an `update`.
 
@@ -98,9 +103,8 @@ def check_transformation(name: str, tx: Any) -> None:
       TypeError: it is something else.
     """
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
-        found = repr(tx) if len(repr(tx)) < 100 else describe(tx)  # a tree of arrays is no message
         raise TypeError(
-            f"{name} is {found}; expected a transformation with `init` and `update`. Call the"
+            f"{name} is {summary(tx)}; expected a transformation with `init` and `update`. Call the"
             " factory first: adamfn.adam(), not adamfn.adam."
         )
 

@@ -3,6 +3,7 @@
 import functools
 import io
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -515,8 +516,9 @@ W, V = {"w": jnp.ones((3, 4))}, {"w": jnp.ones((3, 4)), "v": jnp.ones(2)}
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"tx": optax.adam(1e-2)}, TypeError, r"found .* as tx; expected a transformation of"),
-        ({"ours": adamfn.adam}, TypeError, r"as tx; expected a transformation of adamfn's"),
+        ({"tx": optax.adam(1e-2)}, TypeError, r"observe: tx is a .*; expected a transformation of"),
+        ({"ours": adamfn.adam}, TypeError, r"ours is <function adam .*; expected a transformation"),
+        ({"ours": BASE().init(W)}, TypeError, r"ours is a tuple; expected a transformation"),
         ({"state": optax.adam(1e-2).init(W)}, ValueError, r"found no state of scale_by_moments, "),
         ({"state": adamfn.adamax().init(W)}, ValueError, r"found no state of scale_by_moments, "),
         ({"state": BASE().init(V)}, ValueError, r"mu differ at \['v'\]: found nothing"),
@@ -526,6 +528,12 @@ W, V = {"w": jnp.ones((3, 4))}, {"w": jnp.ones((3, 4)), "v": jnp.ones(2)}
         ({"layers": {"w": 2}}, ValueError, r"axis 2 for w, which is float32\[3,4\]; .* -2 to 1"),
         ({"layers": {"v": 0}}, ValueError, r"layers has 'v', where no leaf is; .*: w\."),
         ({"every": 0}, ValueError, r"every is 0; expected a number of steps"),
+        ({"every": True}, ValueError, r"every is True; expected a number of steps"),
+        ({"when": "no"}, TypeError, r"when is a str; expected True, False or bool\[\]"),
+        ({"when": jnp.ones(2, bool)}, TypeError, r"when is bool\[2\]; expected True, False or"),
+        ({"layers": ["w"]}, TypeError, r"layers is \['w'\]; expected an axis for the beginning"),
+        ({"layers": {"w": "0"}}, TypeError, r"layers is \{'w': '0'\}; expected an axis for"),
+        ({"learning_rat": 1.0}, TypeError, r"observe: found the argument learning_rat=1.0, which"),
     ],
 )
 def test_bad_input_is_named(change, error, message):
@@ -556,3 +564,44 @@ def test_weights_with_corrections_move_though_their_bfloat16_does_not():
     assert figures["still"] == 0
     assert "lost" not in figures
     assert not monitor.faults(monitor.observe(tx, grads, state, moved))
+
+
+@pytest.mark.parametrize("every", [np.int64(10), 2**40])
+def test_every_is_any_whole_number(every):
+    tx = BASE()
+    assert monitor.observe(tx, W, tx.init(W), W, every=every).step == 1
+
+
+def test_a_step_leaves_out_what_is_not_trained():
+    tx, grads = BASE(), {**W, "frozen": None}
+    params, state = {**W, "frozen": jnp.ones(2)}, BASE().init({**W, "frozen": None})
+    moved, _, seen = monitor.step(tx, grads, state, params)
+    assert [*seen.leaves] == ["w"]
+    chex.assert_trees_all_equal(moved, adamfn.step(tx, grads, state, params)[0])
+
+
+def test_a_step_returns_updates_where_they_are_asked_for():
+    tx, state = BASE(), BASE().init(W)
+    *moved, seen = monitor.step(tx, W, state, W, return_updates=True)
+    chex.assert_trees_all_equal(tuple(moved), adamfn.step(tx, W, state, W, return_updates=True))
+    assert seen.step == 1
+
+
+def test_an_observation_that_is_traced_is_refused():
+    tx = BASE()
+    with pytest.raises(TypeError, match="Return it from the jitted function"):
+        jax.jit(lambda: monitor.faults(monitor.observe(tx, W, tx.init(W), W)))()
+
+
+def test_pictures_take_any_row_of_losses():
+    tx = BASE()
+    seen = monitor.observe(tx, W, tx.init(W), W)
+    for losses in (np.array([1.0, 2.0]), jnp.array([1.0, 2.0]), [jnp.array(1.0), 2.0]):
+        (line,) = monitor.picture([seen], losses).axes[0].lines
+        assert len(line.get_xdata()) == 2
+    with pytest.raises(TypeError, match=r"losses is a str; .* Which figure is drawn is figure="):
+        monitor.picture([seen], "signal")
+    with pytest.raises(ValueError, match="rows is -1; expected how many layers"):
+        monitor.report(seen, rows=-1)
+    with pytest.raises(ValueError, match="no figure 'gradient'; expected layers"):
+        monitor.picture(monitor.observe(tx, {}, tx.init({}), {}))

@@ -4,8 +4,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from adamfn.monitor.observing import Observation
+from adamfn.trees import describe
 
 Layer = dict[str, float]
 """The figures of one layer."""
@@ -18,14 +20,19 @@ def looks(seen: Any) -> list[tuple[int, dict[str, Layer]]]:
       seen: an `Observation`, one stacked by `scan`, or a list of either.
 
     Raises:
-      TypeError: it is something else.
+      TypeError: it is something else, or is being traced.
     """
     if isinstance(seen, list):
         return [look for part in seen for look in looks(part)]  # pyright: ignore[reportUnknownVariableType]
     if not isinstance(seen, Observation):
         raise TypeError(
-            f"monitor: found a {type(seen).__name__}; expected what `observe` returned, or a list"
-            " of it."
+            f"monitor: found {describe(seen)}; expected what `observe` returned, which is the last"
+            " of what `monitor.step` returns, or a list of it."
+        )
+    if isinstance(seen.step, Tracer):
+        raise TypeError(
+            "monitor: found an Observation that is being traced; expected one with numbers. Return"
+            " it from the jitted function, and read it outside."
         )
     seen = jax.device_get(seen)
     found: list[tuple[int, dict[str, Layer]]] = []

@@ -7,13 +7,15 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adamfn.ema import increment
 from adamfn.interop.states import leaves_by_path
 from adamfn.monitor.figures import Figures, measure
 from adamfn.monitor.states import chain_states, count_of, rate_around, read
 from adamfn.stages.round_weights import rounding_states, whole_weights
-from adamfn.transform import Transformation, apply_updates
+from adamfn.stepping import check_extra
+from adamfn.transform import Transformation, apply_updates, where_updated
 from adamfn.trees import PyTree, as_array, check_inexact, describe
 from adamfn.varying import vary_together
 
@@ -84,9 +86,10 @@ def observe(
       An `Observation`. Figures that need a rate, or moments, are left out where there are none.
 
     Raises:
-      TypeError: neither `tx` nor `ours` is ours; a leaf is not an array of floating point.
+      TypeError: neither `tx` nor `ours` is ours; a leaf is not an array of floating point; `when`
+        or `layers` is something else; an argument in `extra` that no part of the chain takes.
       ValueError: a state of another chain, trees that do not match, layers along an axis that a
-        leaf lacks; names the leaf.
+        leaf lacks; names the leaf. `every` is not a number of steps.
 
     >>> import adamfn
     >>> import jax.numpy as jnp
@@ -98,7 +101,12 @@ def observe(
     >>> print(", ".join(f"{name} {figures[name]:.2f}" for name in ("weight", "update", "signal")))
     weight 3.00, update 0.10, signal 1.00
     """
-    ours = tx if ours is None else ours
+    check_extra(tx, extra, "observe")
+    if not _is_integer(every) or every < 1:
+        raise ValueError(f"observe: every is {every!r}; expected a number of steps, at least 1.")
+    if not (isinstance(when, bool) or (hasattr(when, "dtype") and describe(when) == "bool[]")):
+        raise TypeError(f"observe: when is {describe(when)}; expected True, False or bool[].")
+    params = where_updated(params, grads)
     gs, ps = _by_path("grads", grads), _by_path("params", params)
     for path, g in gs.items():
         if path not in ps or ps[path].shape != g.shape:
@@ -106,10 +114,9 @@ def observe(
                 f"observe: params at {path or 'the root'}: found {describe(ps.get(path))}; expected"
                 f" the shape of its gradient, {describe(g)}. Pass the parameters before the step."
             )
-    axes = _axes(gs, layers or {})
-    count = count_of(ours, chain_states(ours, state)[0])
-    if not isinstance(every, int) or every < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"observe: every is {every!r}; expected a number of steps, at least 1.")
+    axes = _axes(gs, {} if layers is None else layers)
+    name, ours = ("tx", tx) if ours is None else ("ours", ours)
+    count = count_of(ours, chain_states(ours, state, name)[0])
 
     def look() -> dict[str, Figures]:
         updates, after = tx.update(grads, state, params, **extra)
@@ -145,7 +152,7 @@ def observe(
 
     # Also for every=1 nothing that a compiler knows to be true: it would join the two updates.
     number, values = jax.lax.cond(
-        (count % every == 0) & (count >= 0) & jnp.asarray(when, bool),
+        (count % min(every, 2**31 - 1) == 0) & (count >= 0) & jnp.asarray(when, bool),
         lambda: result(increment(count), end_to_end()),
         lambda: result(0, jnp.zeros(sum(layers or 1 for *_, layers in places))),
     )
@@ -163,8 +170,17 @@ def _by_path(name: str, tree: PyTree) -> dict[str, Any]:
     return {path: as_array(leaf) for path, leaf in leaves.items() if leaf is not None}
 
 
-def _axes(leaves: Mapping[str, Any], layers: Mapping[str, int]) -> dict[str, int]:
+def _is_integer(x: Any) -> bool:
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
+
+
+def _axes(leaves: Mapping[str, Any], layers: Any) -> dict[str, int]:
     """The axis of the layers of each leaf that has some."""
+    if not isinstance(layers, Mapping) or not all(map(_is_integer, layers.values())):
+        raise TypeError(
+            f"observe: layers is {layers!r}; expected an axis for the beginning of each path, such"
+            " as {'blocks': 0}."
+        )
     axes: dict[str, int] = {}
     for start, axis in layers.items():
         under = [path for path in leaves if path == start or path.startswith(f"{start}/")]

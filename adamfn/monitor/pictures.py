@@ -7,6 +7,7 @@ import numpy as np
 
 from adamfn.monitor.faults import faults
 from adamfn.monitor.looks import layers_of, looks
+from adamfn.trees import describe
 
 COLUMNS = ("gradient", "update_over_weight", "step_50", "signal", "by_eps", "lost")
 """The figures that the table shows, where a layer has them."""
@@ -26,7 +27,7 @@ def report(seen: Any, rows: int | None = None) -> Any:
       A `rich.table.Table`, for `rich.print` or `rich.live.Live`.
 
     Raises:
-      ValueError: no step was looked at.
+      ValueError: no step was looked at, or a number of rows that is negative.
 
     >>> import adamfn
     >>> import jax.numpy as jnp
@@ -35,6 +36,8 @@ def report(seen: Any, rows: int | None = None) -> Any:
     >>> print(adamfn.monitor.report(seen).title)
     step 1: nothing is wrong
     """
+    if rows is not None and (not isinstance(rows, int) or rows < 0):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"report: rows is {rows!r}; expected how many layers, or None for all.")
     from rich import box
     from rich.table import Table
 
@@ -67,6 +70,7 @@ def picture(seen: Any, losses: Sequence[float] | None = None, figure: str = "gra
       A `matplotlib.figure.Figure`, for `.savefig(path)`.
 
     Raises:
+      TypeError: `losses` is something else.
       ValueError: no step was looked at, or no layer has the figure.
 
     >>> import adamfn
@@ -81,9 +85,14 @@ def picture(seen: Any, losses: Sequence[float] | None = None, figure: str = "gra
 
     last, found = layers_of(seen), looks(seen)
     if not any(figure in own for own in last.values()):
-        raise ValueError(
-            f"picture: found no figure {figure!r}; expected one of"
-            f" {', '.join(next(iter(last.values())))}."
+        known = dict.fromkeys(name for own in last.values() for name in own)
+        wanted = f"one of {', '.join(known)}" if known else "layers, of which there are none"
+        raise ValueError(f"picture: found no figure {figure!r}; expected {wanted}.")
+    curve = np.zeros(0) if losses is None else np.asarray(losses)
+    if curve.ndim != 1 or curve.dtype.kind not in "fiu":
+        raise TypeError(
+            f"picture: losses is {describe(losses)}; expected a loss for every training step."
+            " Which figure is drawn is figure=."
         )
     values = np.array([[own[layer].get(figure, -1.0) for _, own in found] for layer in last])
     log, finite = figure in _SIZES, np.isfinite(values)
@@ -99,7 +108,7 @@ def picture(seen: Any, losses: Sequence[float] | None = None, figure: str = "gra
     height = 0.22 * len(last) + 0.5
     drawn = Figure(figsize=(8, height + 1.5), layout="constrained")
     above, below = drawn.subplots(2, 1, sharex=True, height_ratios=(1.5, height))
-    above.plot(range(1, len(losses or ()) + 1), losses or (), color="black", linewidth=0.8)
+    above.plot(range(1, len(curve) + 1), curve, color="black", linewidth=0.8)
     above.set_ylabel("loss")
     values = np.where(finite, np.where(log & (values == 0), -1.0, values), 10 * top)
     mesh = below.pcolormesh(edges, rows, values, norm=norm, cmap=colours)

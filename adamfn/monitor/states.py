@@ -16,7 +16,8 @@ from adamfn.packing import repack
 from adamfn.stage import CountedState, EmptyState, Stage
 from adamfn.stepping import own_of
 from adamfn.storage import decode, kept_by_leaf
-from adamfn.trees import PyTree, path_name
+from adamfn.transform import summary
+from adamfn.trees import PyTree, describe, path_name
 
 _KNOWN = (
     formulas.ratio,
@@ -37,7 +38,7 @@ class ChainState(NamedTuple):
     """By the paths of the leaves that it has moments of."""
 
 
-def chain_states(tx: Any, state: PyTree) -> list[Any]:
+def chain_states(tx: Any, state: PyTree, name: str = "tx") -> list[Any]:
     """The states of a chain in a state, by itself or inside optax's wrappers, in their order.
 
     Raises:
@@ -46,14 +47,15 @@ def chain_states(tx: Any, state: PyTree) -> list[Any]:
     """
     if not _names(tx):
         raise TypeError(
-            f"observe: found {tx!r} as tx; expected a transformation of adamfn's, such as adamw()."
-            " Inside optax's wrappers pass the one that is wrapped, or one made as it was."
+            f"observe: {name} is {summary(tx)}; expected a transformation of adamfn's, such as"
+            " adamw(). Inside optax's wrappers, ours= is the one that is wrapped, or one made as it"
+            " was."
         )
     nodes = jax.tree.leaves(state, is_leaf=lambda node: _is_state_of(tx, node))
     found = [node for node in nodes if _is_state_of(tx, node)]
     if not found:
         raise ValueError(
-            f"observe: found no state of {', '.join(_names(tx))} in a {type(state).__name__};"
+            f"observe: found no state of {', '.join(_names(tx))} in {describe(state)};"
             " expected the state that `update` returned. It belongs to another chain, or was"
             " restored into other containers: restore into tx.init(params)."
         )

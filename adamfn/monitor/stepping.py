@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from adamfn import stepping
-from adamfn.monitor.observing import Observation, observe
+from adamfn.monitor.observing import observe
 from adamfn.transform import Transformation
 from adamfn.trees import PyTree
 
@@ -23,8 +23,9 @@ def step(
     every: int = 1,
     when: chex.Numeric = True,
     layers: Mapping[str, int] | None = None,
+    return_updates: bool = False,
     **extra: Any,
-) -> tuple[PyTree, PyTree, Observation]:
+) -> Any:
     """`observe` and then `adamfn.step`, which waits for it.
 
     By themselves the two are in no order, and what `step` would write in place is copied first,
@@ -39,10 +40,12 @@ def step(
       every: looks at the first step and at each so many after it.
       when: looks only where this bool, a scalar, is true.
       layers: by the beginning of a path, the axis along which layers are stacked.
+      return_updates: whether to return the updates too, as `adamfn.step` does.
       **extra: what `update` takes besides, such as `learning_rate=`.
 
     Returns:
-      The next parameters, the next state, and the `Observation`.
+      The next parameters, the next state, with `return_updates` the updates, and the
+      `Observation`.
 
     Raises:
       TypeError, ValueError: as `observe` and `adamfn.step`.
@@ -63,7 +66,8 @@ def step(
     # optimization barrier it takes away before it decides what to copy.
     nothing = jnp.where(seen.step < 0, 1, 0).astype(jnp.int32)
     state = jax.tree.map(lambda x: x + nothing if _is_count(x) else x, state)
-    return *stepping.step(tx, grads, state, params, **extra), seen
+    moved = stepping.step(tx, grads, state, params, return_updates=return_updates, **extra)
+    return *moved, seen
 
 
 def _is_count(x: Any) -> bool:
