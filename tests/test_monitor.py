@@ -605,3 +605,12 @@ def test_pictures_take_any_row_of_losses():
         monitor.report(seen, rows=-1)
     with pytest.raises(ValueError, match="no figure 'gradient'; expected layers"):
         monitor.picture(monitor.observe(tx, {}, tx.init({}), {}))
+
+
+def test_ticks_of_pictures_are_whole_steps():
+    tx, state, run = BASE(), BASE().init(W), []
+    for _ in range(3):
+        _, state, seen = monitor.step(tx, W, state, W)
+        run.append(seen)
+    ticks = monitor.picture(run).axes[1].get_xticks()
+    assert all(tick == round(tick) for tick in ticks)

@@ -82,6 +82,7 @@ def picture(seen: Any, losses: Sequence[float] | None = None, figure: str = "gra
     import matplotlib as mpl
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     last, found = layers_of(seen), looks(seen)
     if not any(figure in own for own in last.values()):
@@ -115,5 +116,6 @@ def picture(seen: Any, losses: Sequence[float] | None = None, figure: str = "gra
     below.set_yticks(rows[:-1] + 0.5, list(last), fontsize=7)
     below.invert_yaxis()
     below.set_xlabel("step")
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
     drawn.colorbar(mesh, ax=below, label=figure.replace("_", " "))
     return drawn
