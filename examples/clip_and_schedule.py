@@ -20,6 +20,8 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args(argv)
+    if args.steps < 1:
+        parser.error(f"--steps is {args.steps}; expected at least 1")
 
     features, labels = load_breast_cancer(return_X_y=True)
     x = jnp.asarray((features - features.mean(0)) / features.std(0), jnp.float32)

@@ -214,7 +214,6 @@ def draw(runs: dict[str, Run], test_set: Digits, path: Path) -> None:
         else:
             axes.set_title(f"{said}, is {truth}", fontsize=9, color="#b3361e")
     figure.suptitle("Handwritten digits: the same AdamW run by adamfn and by optax")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
@@ -249,6 +248,10 @@ def main(argv: list[str] | None = None) -> dict[str, Run]:
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (0)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the picture (out)")
     args = parser.parse_args(argv)
+    try:  # a mistake shows before the training
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {error}")
 
     train_set, test_set = load()
     schedule = optax.warmup_cosine_decay_schedule(

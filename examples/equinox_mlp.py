@@ -21,6 +21,8 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.steps < 1:
+        parser.error(f"--steps is {args.steps}; expected at least 1")
 
     x = jnp.linspace(-3.0, 3.0, 128)[:, None]
     y = jnp.sin(2.0 * x)

@@ -35,6 +35,8 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.steps < 1:
+        parser.error(f"--steps is {args.steps}; expected at least 1")
 
     features, targets = load_diabetes(return_X_y=True)
     x = jnp.asarray(features / features.std(0), jnp.float32)

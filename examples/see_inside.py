@@ -10,9 +10,23 @@ end a picture of the run. `--fault none` shows what a healthy run looks like.
 
 import argparse
 import functools
+import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+
+def interrupted(*_: object) -> None:
+    """Ends the program at once, and shows the cursor that the table has hidden."""
+    show_cursor = b"\x1b[?25h" if sys.stdout.isatty() else b""
+    os.write(sys.stdout.fileno(), show_cursor + b"\nInterrupted.\n")
+    os._exit(130)
+
+
+if __name__ == "__main__":  # before the imports, which take seconds
+    signal.signal(signal.SIGINT, interrupted)
 
 import char_lm
 import jax
@@ -126,7 +140,11 @@ def main(argv: list[str] | None = None) -> list[monitor.Fault]:
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the picture")
     args = parser.parse_args(argv)
     if args.steps < 1:
-        parser.error("--steps is to be at least 1")
+        parser.error(f"--steps is {args.steps}; expected at least 1")
+    try:  # a mistake shows before the training
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {error}")
 
     console = Console()
     training = by_nnx if args.nnx else plain
@@ -136,8 +154,9 @@ def main(argv: list[str] | None = None) -> list[monitor.Fault]:
             losses.append(loss)
             if number % EVERY == 0:
                 run.append(seen)
+                if not any(args.figure in own for own in monitor.looks(seen)[0][1].values()):
+                    parser.error(f"--figure is {args.figure}, which nothing here has")
                 live.update(monitor.report(seen, rows=12))
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "see_inside.png"
     monitor.picture(run, [float(loss) for loss in losses], args.figure).savefig(path, dpi=120)
     console.print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; the run is drawn in {path}")

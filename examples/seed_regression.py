@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=50)
     args = parser.parse_args(argv)
+    if args.steps < 1:
+        parser.error(f"--steps is {args.steps}; expected at least 1")
     found = losses(args.steps)
     for epoch in range(5, args.steps + 1, 5):
         print(f"Epoch {epoch:02d}: loss = {found[epoch - 1]:.6f}")

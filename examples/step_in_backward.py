@@ -152,6 +152,10 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps ({STEPS})")
     parser.add_argument("--lean", action="store_true", help="weights in 24 bits, 8-bit moments")
     args = parser.parse_args(argv)
+    if min(args.steps, args.layers) < 1:
+        parser.error(
+            f"found {args.steps} steps of {args.layers} layers; expected at least 1 of each"
+        )
 
     tx, dtype = optimizer(args.lean), jnp.bfloat16 if args.lean else jnp.float32
     params = init(jax.random.key(0), args.layers, dtype)

@@ -76,6 +76,44 @@ def test_digits_refuses_a_senseless_number_of_steps(argument, capsys):
     assert "not a positive whole number" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "seed_regression",
+        "flax_nnx",
+        "flax_linen",
+        "equinox_mlp",
+        "clip_and_schedule",
+        "per_group_rates",
+        "step_in_backward",
+        "see_inside",
+    ],
+)
+def test_no_steps_are_refused(name, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    with pytest.raises(SystemExit):
+        example(name)["main"](["--steps", "0"])
+    assert "at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["digits", "see_inside"])
+def test_a_folder_that_cannot_be_made_is_named_before_the_training(
+    name, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        example(name)["main"](["--out", str(tmp_path / "file" / "folder")])
+    assert "--out: [Errno 20] Not a directory" in capsys.readouterr().err
+
+
+def test_a_figure_that_is_none_is_refused_at_the_first_look(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    with pytest.raises(SystemExit):
+        example("see_inside")["main"](["--figure", "nope", "--out", str(tmp_path)])
+    assert "--figure is nope, which nothing here has" in capsys.readouterr().err
+
+
 def test_digits_has_help(capsys):
     with pytest.raises(SystemExit) as exit_:
         example("digits")["main"](["--help"])
@@ -222,7 +260,7 @@ def test_step_in_backward_with_rounding_is_each_layers_own_step(monkeypatch):
     assert_same_weights((params, state), expected, found["RATE"])
 
 
-@pytest.mark.parametrize("name", ["resume", "sharded_training"])
+@pytest.mark.parametrize("name", ["resume", "sharded_training", "see_inside"])
 def test_they_can_be_interrupted(name, tmp_path):
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--steps", "100000"]
     process = subprocess.Popen(
