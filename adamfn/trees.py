@@ -110,7 +110,8 @@ def describe(leaf: Any) -> str:
         return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
     if isinstance(leaf, bool | int | float | complex):
         return f"the Python {type(leaf).__name__} {leaf}"
-    return f"a {type(leaf).__name__}"
+    name = type(leaf).__name__
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
 
 
 def _is_sparse(leaf: Any) -> bool:

@@ -270,7 +270,7 @@ def test_describe_names_every_leaf_with_its_bytes():
     assert lines[-1].split() == [f"{whole:,}", "bytes", "in", "all"]
     linear = adamfn.adam(moments=formats.Pair(formats.Linear(), formats.Linear()))
     assert len(formats.describe(linear.init(PARAMS)).splitlines()) == 4
-    with pytest.raises(ValueError, match="describe: found no moments in a EmptyState"):
+    with pytest.raises(ValueError, match="describe: found no moments in an EmptyState"):
         formats.describe(optax.EmptyState())
 
 

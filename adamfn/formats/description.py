@@ -50,7 +50,7 @@ def describe(state: PyTree) -> str:
             rows.append((path_name(path) or "the leaf", size, "; ".join(fields)))
     if not rows:
         raise ValueError(
-            f"describe: found no moments in a {type(state).__name__}; expected a state of adamfn's,"
+            f"describe: found no moments in {describe_array(state)}; expected a state of adamfn's,"
             " with mu and nu, by itself or inside a chain or a wrapper."
         )
     whole = max(sum(size for _, size, _ in rows), 1)
