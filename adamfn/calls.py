@@ -83,6 +83,7 @@ def leaf_programs(
                     layered,
                     stage.holds,
                     stage.whole,
+                    stage.mean,
                 )
                 for stage, (format, active, layered) in zip(stages, of_stages, strict=True)
             )

@@ -142,20 +142,38 @@ def add_agreeing_multiple(u: jax.Array, p: jax.Array, rate: jax.Array) -> jax.Ar
     return u + jnp.where(_inner(u, p) >= 0, rate, 0) * p
 
 
-def where_agreeing(u: jax.Array, g: jax.Array, floor: jax.Array) -> jax.Array:
+def where_agreeing(
+    u: jax.Array, g: jax.Array, floor: jax.Array, share: jax.Array
+) -> jax.Array:
     """The formula of `cautious_updates`."""
-    agrees = _inner(u, g) > 0
-    return jnp.where(agrees, u / jnp.maximum(_mean(agrees.astype(floor.dtype)), floor), 0)
+    return jnp.where(_inner(u, g) > 0, u / jnp.maximum(share, floor), 0)
+
+
+def agreeing(u: jax.Array, g: jax.Array, floor: jax.Array) -> jax.Array:
+    """What `cautious_updates` takes the mean of."""
+    return (_inner(u, g) > 0).astype(jnp.real(u).dtype)
 
 
 def clip_outgrown(
-    u: jax.Array, g: jax.Array, nu: jax.Array, root: jax.Array, least: jax.Array
+    u: jax.Array,
+    g: jax.Array,
+    nu: jax.Array,
+    root: jax.Array,
+    least: jax.Array,
+    outgrown: jax.Array,
 ) -> jax.Array:
     """The formula of `clip_updates`."""
+    return u / jnp.maximum(jnp.sqrt(outgrown) * root, 1)
+
+
+def square_outgrown(
+    u: jax.Array, g: jax.Array, nu: jax.Array, root: jax.Array, least: jax.Array
+) -> jax.Array:
+    """What `clip_updates` takes the mean of."""
     # The square of a ratio, and no ratio of squares: those may overflow. The root is not that of
     # the update's own denominator, which XLA would write to memory for both.
     ratio = jnp.abs(g) / jnp.sqrt(jnp.maximum(nu, least))
-    return u / jnp.maximum(jnp.sqrt(_mean(ratio * ratio)) * root, 1)
+    return ratio * ratio
 
 
 def if_taken(u: jax.Array, taken: jax.Array) -> jax.Array:
@@ -194,7 +212,3 @@ def _landing(
 def _inner(x: jax.Array, y: jax.Array) -> jax.Array:
     """The product of two real numbers; positive where two complex ones point the same way."""
     return jnp.real(x * jnp.conj(y))
-
-
-def _mean(x: jax.Array) -> jax.Array:
-    return jnp.sum(x) / max(x.size, 1)  # 0 of an empty leaf

@@ -44,6 +44,20 @@ class Part:
     """Whether the leaf holds layers along its first axis, to each of which the formula applies."""
     holds: bool = False
     whole: Callable[..., jax.Array] | None = None
+    mean: Callable[..., jax.Array] | None = None
+    """What the formula needs the mean of; None for nothing, and where the mean is a scalar."""
+    layered: bool = False
+    """Whether the mean, its last scalar, is one for each layer."""
+
+    @property
+    def needs_mean(self) -> bool:
+        """Whether a mean has to be found for the formula."""
+        return self.active and self.mean is not None
+
+    @property
+    def local(self) -> bool:
+        """Whether it can take a tile of a leaf by itself."""
+        return self.elementwise and not self.needs_mean
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,8 @@ class Program:
     """Whether it moves the parameter."""
     update_dtype: Any
     """The dtype of the update that it returns; None if it returns none."""
+    measures: int | None = None
+    """The part whose mean is to be found: what its formula returns is then all that it returns."""
 
     @property
     def reads_params(self) -> bool:
@@ -69,8 +85,25 @@ class Program:
     def known(self) -> bool:
         """Whether all its formulas are the library's own."""
         return all(
-            getattr(part.formula, "__module__", None) == formulas.__name__ for part in self.parts
+            getattr(formula, "__module__", None) == formulas.__name__
+            for part in self.parts
+            for formula in (part.formula, part.mean or part.formula)
         )
+
+    def places(self, layers: int) -> list[int | slice]:
+        """Where each scalar lies in a call's vector: a slice of one that each layer has."""
+        numbers = jax.tree.unflatten(self.scalars, range(self.scalars.num_leaves))
+        own = [
+            jax.tree.leaves(numbers[k])[-1]
+            for k, part in enumerate(self.parts)
+            if part.layered and k != self.measures
+        ]
+        found: list[int | slice] = []
+        start = 0
+        for k in range(self.scalars.num_leaves):
+            found.append(slice(start, start + layers) if k in own else start)
+            start += layers if k in own else 1
+        return found
 
     def __call__(
         self,
@@ -83,6 +116,8 @@ class Program:
         numbers: jax.Array | None = None,
     ) -> tuple[list[Kept], list[jax.Array]]:
         """Returns what is kept for each part, then the update and the parameter, if asked for.
+
+        A program that measures keeps nothing, and returns what it is to take the mean of.
 
         Args:
           number: the leaf's in the tree, for the noise of stochastic rounding.
@@ -108,8 +143,8 @@ class Program:
 
         next_kept: list[Kept] = []
         taken: jax.Array | None = None
-        for part, own, old in zip(
-            self.parts, jax.tree.unflatten(self.scalars, scalars), kept, strict=True
+        for place, (part, own, old) in enumerate(
+            zip(self.parts, jax.tree.unflatten(self.scalars, scalars), kept, strict=True)
         ):
             if not part.active:
                 next_kept.append(old)
@@ -123,7 +158,10 @@ class Program:
                 else decode(part.format, old)
             )
             taken = own[0] if part.holds else taken
-            u, *new = _checked(part, u, live, _applied(part, [u, *read, *live], own))
+            returned = _applied(part, [u, *read, *live], own)
+            if place == self.measures:
+                return [], [returned.astype(self.dtype)]
+            u, *new = _checked(part, u, live, returned)
             known |= zip(part.keeps, new, strict=True)
             if part.format is None:
                 stored: Kept = tuple(x.astype(was.dtype) for x, was in zip(new, old, strict=True))
@@ -148,10 +186,12 @@ class Program:
 class Call:
     """Leaves with one program that take a step in one call: what is static of it.
 
-    Its operands are the scalars, a vector; the count, int32; for each leaf its number and that of
+    Its operands are the scalars, a vector, in which a scalar that each layer has of its own lies as
+    one number for each; the count, int32; for each leaf its number and that of
     its first element, uint32[n, 2]; what is kept; n gradients; and n parameters where the program
     reads them. Its results are what is kept; n updates where the program returns them; and n
-    parameters where it moves them.
+    parameters where it moves them. Of a program that measures the result is the sum of all
+    elements, or of those of each layer, a vector.
     """
 
     program: Program
@@ -181,12 +221,23 @@ def _widened(x: jax.Array, real: Any) -> jax.Array:
 
 def _applied(part: Part, arrays: Sequence[Any], scalars: Sequence[Any]) -> Any:
     """What a formula returns, for each layer of a stacked leaf by itself."""
+
+    def of_one(*layer: Any) -> Any:
+        if part.mean is None:
+            return part.formula(*layer, *scalars)
+        values = part.mean(*layer, *scalars)
+        if jnp.shape(values) != jnp.shape(layer[0]) or jnp.iscomplexobj(values):
+            raise ValueError(
+                f"{part.name}: what it takes the mean of is {describe(values)}; expected real"
+                f" numbers of the shape of {describe(layer[0])}."
+            )
+        # 0 of an empty leaf.
+        return part.formula(*layer, *scalars, jnp.sum(values) / max(values.size, 1))
+
     # With complex numbers formulas multiply real ones, which JAX's strict promotion refuses.
     mixed = any(map(jnp.iscomplexobj, arrays))
     with jax.numpy_dtype_promotion("standard") if mixed else nullcontext():
-        if not part.stacked:
-            return part.formula(*arrays, *scalars)
-        return jax.vmap(lambda *layer: part.formula(*layer, *scalars))(*arrays)
+        return jax.vmap(of_one)(*arrays) if part.stacked else of_one(*arrays)
 
 
 def _checked(part: Part, u: jax.Array, live: Sequence[jax.Array], returned: Any) -> Sequence[Any]:

@@ -121,7 +121,7 @@ def run_on_shards(
         parts = arrays[call.arrays_kept :][: call.leaves]
         firsts = [_first_number(of, x, axes) for of, x in zip(strides, parts, strict=True)]
         numbers = jnp.stack([numbers[:, 0], jnp.stack(firsts)], axis=1)
-        return bind(of_a_shard, backend, [vector, count, numbers, *arrays])
+        return bind(of_a_shard, backend, [vector, count, numbers, *arrays], axes)
 
     def spec(x: jax.Array, leaf: jax.Array) -> PartitionSpec:
         fits = x.ndim == leaf.ndim

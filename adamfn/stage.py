@@ -69,6 +69,10 @@ class Stage:
         was given under that name wins.
       mask: which leaves it changes, as in `add_decayed_weights`; None for all.
       elementwise: whether an element of the results depends on no other element of the leaf.
+      mean: of a formula that needs a mean over the whole leaf, what of: a function of a module that
+        is given what the formula is, `(u, *reads, *keeps, *scalars) -> x`, each element by itself.
+        The mean of x is the formula's last scalar. So a large leaf is measured in one pass, and
+        takes its step in another. None for none.
       stacked: which leaves hold layers along their first axis, given like `mask`: the formula is
         given each layer by itself. None for none.
       holds: whether its one scalar says if the step is taken: where it is 0, the updates are 0, and
@@ -104,6 +108,7 @@ class Stage:
     )
     mask: PyTree | Callable[[PyTree], PyTree] | None = None
     elementwise: bool = True
+    mean: Callable[..., jax.Array] | None = None
     stacked: PyTree | Callable[[PyTree], PyTree] | None = None
     holds: bool = False
     rests: bool = False
@@ -115,23 +120,24 @@ class Stage:
                 raise TypeError(
                     f"Stage {self.name}: {what} is {getattr(self, what)!r}; expected a function."
                 )
-        try:
-            hash(self.formula)
-        except TypeError as error:
-            raise TypeError(
-                f"Stage {self.name}: formula is {self.formula!r}, which cannot be hashed; expected"
-                " a function of a module, as compiled programs are kept by it."
-            ) from error
+        for what in ("formula", "mean"):
+            try:
+                hash(getattr(self, what))
+            except TypeError as error:
+                raise TypeError(
+                    f"Stage {self.name}: {what} is {getattr(self, what)!r}, which cannot be hashed;"
+                    " expected a function of a module, as compiled programs are kept by it."
+                ) from error
         for read in self.reads:
             if read not in ("params", "grads", "mu", "nu", "noise", "stored"):
                 raise ValueError(
                     f"Stage {self.name}: reads has {read!r}; expected any of 'params', 'grads',"
                     " 'mu', 'nu', 'noise' and 'stored'."
                 )
-        if self.stacked is not None and self.elementwise:
+        if self.stacked is not None and self.elementwise and self.mean is None:
             raise ValueError(
                 f"Stage {self.name}: stacked is given, and each element is taken by itself, layer"
-                " or no; expected elementwise=False, or stacked left out."
+                " or no; expected mean= or elementwise=False, or stacked left out."
             )
         fields = getattr(self.state, "_fields", None)
         if fields is None:

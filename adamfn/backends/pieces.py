@@ -28,7 +28,7 @@ def can_run(call: Call, avals: Sequence[Any]) -> bool:
         any(kernel_block(part.format) != 0 for part in call.program.parts)
         and not call.packed
         and call.leaves == 1
-        and all(part.elementwise or part.formula is lazy_ratio for part in call.program.parts)
+        and all(part.local or part.formula is lazy_ratio for part in call.program.parts)
         and not factor_places(call)  # a sum is rounded otherwise in another shape
         and leaf.ndim > 1
         and leaf.size > 2 * ELEMENTS

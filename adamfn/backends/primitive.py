@@ -8,8 +8,17 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from adamfn.backends import cpu
+from adamfn.backends.measuring import (
+    elements_in,
+    first_to_measure,
+    knowing,
+    measured,
+    measuring,
+    with_mean,
+)
 from adamfn.backends.native import loader
 from adamfn.backends.xla import by_leaf, run_call
+from adamfn.placement import Axes
 from adamfn.program import Call
 from adamfn.varying import vary_together
 
@@ -19,8 +28,13 @@ Backend = Literal["auto", "xla", "pallas"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
-def bind(call: Call, backend: Backend, operands: list[Any]) -> list[jax.Array]:
+def bind(
+    call: Call, backend: Backend, operands: list[Any], axes: Axes = ()
+) -> list[jax.Array]:
     """The results of a call.
+
+    `axes` are those of a mesh along which each dimension of its leaves is split: a mean is over all
+    shards.
 
     With `"auto"` it is lowered for CPU in native code if that can be had, and for GPU and TPU into
     a kernel where the moments' format needs one; with `"pallas"` into one wherever it can be, on
@@ -30,11 +44,42 @@ def bind(call: Call, backend: Backend, operands: list[Any]) -> list[jax.Array]:
 
     Results vary over every mesh axis that an operand varies over.
     """
+    if backend == "xla" and not any(axes):
+        return run_call(call, *vary_together(operands))
+    place = first_to_measure(call)
+    if place is not None and call.leaves > 1 and any(axes):
+        return by_leaf(lambda one, *own: bind(one, backend, [*own], axes), call, *operands)
+    if place is not None and call.leaves == 1:
+        mean = _mean(call, place, backend, operands, axes)
+        shape = operands[3 + call.arrays_kept].shape
+        vector = with_mean(call, place, operands[0], mean, shape)
+        return bind(knowing(call, place), backend, [vector, *operands[1:]], axes)
+    return _bind(call, backend, operands)
+
+
+def _bind(call: Call, backend: Backend, operands: list[Any]) -> list[jax.Array]:
     operands = vary_together(operands)
     if backend == "xla":
         return run_call(call, *operands)
     results = _call_p.bind(*operands, call=call, pallas=backend == "pallas")
     return cast("list[jax.Array]", results)
+
+
+def _mean(
+    call: Call, place: int, backend: Backend, operands: list[Any], axes: Axes
+) -> jax.Array:
+    """The mean that a part of a call needs, or those of all layers, as a vector."""
+    part, one = call.program.parts[place], measuring(call, place)
+    kept = call.arrays_kept
+    arrays = operands[3 : 4 + kept] if not one.program.reads_params else operands[3:]
+    # Behind a barrier: XLA would write to memory what both passes compute.
+    arrays = jax.lax.optimization_barrier(arrays)
+    (total,) = _bind(one, backend, [*operands[:3], *arrays])
+    number = elements_in(part, operands[3 + kept].shape)
+    names = [name for own in (axes[1:] if part.stacked else axes) for name in own]
+    if names:
+        total, number = jax.lax.psum(total, names), jax.lax.psum(number, names)
+    return total / max(number, 1)  # 0 of an empty leaf
 
 
 _call_p = Primitive("adamfn_call")
@@ -47,6 +92,9 @@ def _impl(*operands: Any, call: Call, pallas: bool) -> list[jax.Array]:
 
 def _abstract_eval(*avals: Any, call: Call, pallas: bool) -> list[Any]:
     kept, leaves = avals[3:][: call.arrays_kept], avals[3 + call.arrays_kept :]
+    if call.program.measures is not None:
+        layers = leaves[0].shape[0] if measured(call).layered else 1
+        return [avals[0].update(shape=(layers,), weak_type=False)]
     grads, params = leaves[: call.leaves], leaves[call.leaves :]
     dtype = call.program.update_dtype
     updates = [] if dtype is None else [g.update(dtype=dtype, weak_type=False) for g in grads]

@@ -79,7 +79,7 @@ def common_block(call: Call, avals: Sequence[Any]) -> int | None:
         and None not in found
         and len(blocks) <= 1
         and program.dtype == jnp.float32
-        and all(part.elementwise for part in program.parts)
+        and all(part.local for part in program.parts)
         and all(aval.dtype in (jnp.float32, jnp.bfloat16) for aval in leaves)
         and leaves[0].size > 0
     )

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from adamfn.formats.elements import numbers_of
+from adamfn.backends.measuring import measured
 from adamfn.program import Call, Program
 from adamfn.storage import Kept
 
@@ -20,7 +21,7 @@ def run_call(call: Call, *operands: jax.Array) -> list[jax.Array]:
     kept = jax.tree.unflatten(call.kept, arrays[: call.arrays_kept])
     grads = arrays[call.arrays_kept :][: call.leaves]
     params: Sequence[Any] = arrays[call.arrays_kept + call.leaves :] or [None] * call.leaves
-    scalars = list(vector)
+    scalars = scalars_of(call, vector, grads[0])
     if call.packed:
         return _run_packed(call, scalars, count, numbers, kept[0], grads, params)
     rows = [
@@ -36,8 +37,27 @@ def run_call(call: Call, *operands: jax.Array) -> list[jax.Array]:
         )
         for k in range(call.leaves)
     ]
+    if call.program.measures is not None:
+        return [sums_of(call, values) for _, (values,) in rows]
     columns = zip(*(results for _, results in rows), strict=True)
     return [*jax.tree.leaves([own for own, _ in rows]), *(x for column in columns for x in column)]
+
+
+def scalars_of(call: Call, vector: jax.Array, leaf: jax.Array) -> list[jax.Array]:
+    """The scalars of a call; one that each layer has lies along the leaf's first axis."""
+    places = call.program.places(leaf.shape[0] if leaf.ndim else 1)
+    across = [1] * (leaf.ndim - 1)
+    return [
+        vector[place] if isinstance(place, int) else vector[place].reshape(-1, *across)
+        for place in places
+    ]
+
+
+def sums_of(call: Call, values: jax.Array) -> jax.Array:
+    """The sum of what is measured, of all or of each layer, as a vector."""
+    if measured(call).layered:
+        return jnp.sum(values, axis=tuple(range(1, values.ndim)))
+    return jnp.sum(values)[None]
 
 
 def by_leaf(

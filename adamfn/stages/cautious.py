@@ -6,7 +6,7 @@ import chex
 import jax.numpy as jnp
 
 from adamfn.chaining import from_stage
-from adamfn.formulas import where_agreeing
+from adamfn.formulas import agreeing, where_agreeing
 from adamfn.hyperparams import scalar
 from adamfn.stage import Stage
 from adamfn.transform import GradientTransformation
@@ -65,7 +65,7 @@ def cautious_updates(
             where_agreeing,
             reads=("grads",),
             scalars=lambda count, state, extra: ((jnp.asarray(floor, float),), {}),
-            elementwise=False,
+            mean=agreeing,
             stacked=stacked,
         )
     )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from adamfn.chaining import from_stage
 from adamfn.ema import bias, decay
-from adamfn.formulas import clip_outgrown
+from adamfn.formulas import clip_outgrown, square_outgrown
 from adamfn.hyperparams import scalar
 from adamfn.stage import Scalars, Stage
 from adamfn.transform import GradientTransformation
@@ -77,7 +77,7 @@ def clip_updates(
             clip_outgrown,
             reads=("grads", "nu"),
             scalars=scalars,
-            elementwise=False,
+            mean=square_outgrown,
             stacked=stacked,
         )
     )
