@@ -30,13 +30,15 @@ def with_type_of(new: Any, old: Any) -> jax.Array:
     return _vary(jnp.array(new, jnp.result_type(old)), axes_of(old))
 
 
-def shape_like(x: jax.Array, dtype: Any) -> jax.ShapeDtypeStruct:
-    """The type of a result of an array's shape that varies as the array does."""
+def shape_like(
+    x: jax.Array, dtype: Any, shape: tuple[int, ...] | None = None
+) -> jax.ShapeDtypeStruct:
+    """The type of a result that varies as the array does, of its shape if no other is given."""
     kind: Any = jax.typeof(x)
     manual: Any = {"vma": axes_of(x)}
     if hasattr(kind, "mat"):
         manual = {"manual_axis_type": kind.mat}
-    return jax.ShapeDtypeStruct(x.shape, dtype, **manual)
+    return jax.ShapeDtypeStruct(x.shape if shape is None else shape, dtype, **manual)
 
 
 def _vary(x: jax.Array, axes: Axes) -> jax.Array:

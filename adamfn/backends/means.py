@@ -28,7 +28,7 @@ def with_means(
 
 def can_run(call: Call, avals: Sequence[Any]) -> bool:
     """Whether a call keeps such means."""
-    return bool(factor_places(call))
+    return bool(factor_places(call)) and call.program.measures is None
 
 
 def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[jax.Array]:

@@ -41,6 +41,16 @@ def measured(call: Call) -> Part:
     return call.program.parts[call.program.measures]
 
 
+def by_layer(call: Call) -> bool:
+    """Whether each layer has a scalar, or a sum, of its own."""
+    return any(part.layered for part in call.program.parts)
+
+
+def sums_in(call: Call, shape: tuple[int, ...]) -> int:
+    """How many sums a call that measures has of a leaf: one, or one for each layer."""
+    return shape[0] if measured(call).layered else 1
+
+
 def knowing(call: Call, place: int) -> Call:
     """The call that is given a part's mean among its scalars."""
     program = call.program

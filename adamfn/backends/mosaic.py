@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu
 
 from adamfn.backends.cut import LANES, Cut, cut_of, inside_of, numbers_in
 from adamfn.backends.lanes import squares
+from adamfn.backends.measuring import by_layer, sums_in
 from adamfn.backends.operands import factor, operand, read, stage, unstage, unview, write
 from adamfn.backends.tile import (
     common_block,
@@ -42,8 +43,8 @@ def _cut_for(call: Call, avals: Sequence[Any]) -> Cut | None:
         factors = [avals[3 + k].shape for k in factor_places(call)]
     strides = call.strides_of(0, shape)
     merges = not factors and len(runs_of(shape[:-1], strides[:-1])) == 1
-    cut = None if block is None else cut_of(shape, block, merges=merges)
-    if cut is None:
+    cut = None if block is None else cut_of(shape, block, merges=merges and not by_layer(call))
+    if cut is None or (by_layer(call) and (len(shape) < 3 or cut.order[0] != 0)):
         return None
     slabs = [[factor[axis] for axis in cut.order[:-2]] for factor in factors]
     whole = [shape[axis] for axis in cut.order[:-2]]
@@ -83,10 +84,13 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
     ]
     views = [own.view for own in given]
     results = results_of(call, arrays)
+    measures = call.program.measures is not None
+    grid = cut.grid(shape)
+    slabs = grid[0] // shape[0] if by_layer(call) else grid[0]  # in a layer
 
     def kernel(vector: Any, words: Any, *refs: Any) -> None:
         ins, refs = refs[: len(arrays)], refs[len(arrays) :]
-        outs, scratch = refs[: len(results)], iter(refs[len(results) :])
+        outs, scratch = refs[: len(results) + measures], iter(refs[len(results) + measures :])
         spaces = [next(scratch) if own.staged else None for own in given]
         square = {ref.dtype: ref for ref in scratch}
         slab, row, column = (pl.program_id(axis) for axis in range(3))
@@ -99,7 +103,7 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
         tile = cut.size, LANES
         within, lane = (jax.lax.broadcasted_iota(jnp.int32, tile, axis) for axis in (0, 1))
 
-        def one_block(k: jax.Array, carry: None) -> None:
+        def one_block(k: jax.Array, total: jax.Array) -> jax.Array:
             tiles = [
                 read(own, ref if space is None else space, cut, first, k, square)
                 for own, ref, space in zip(given, ins, spaces, strict=True)
@@ -107,26 +111,39 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
             at = slab, row * LANES + lane, first + k, within
             own_numbers = words[2] + numbers_in(shape, strides, cut, *at)
             inside = inside_of(shape, cut, *at)
-            values = run_tile(call, vector, words, tiles, own_numbers, inside, along(0))
+            layer = jax.lax.div(slab, slabs)
+            values = run_tile(
+                call, vector, words, tiles, own_numbers, inside, along(0), layer, shape[0]
+            )
+            if measures:
+                return total + jnp.sum(values[0], axis=0, keepdims=True)
             for (source, *_), out, value in zip(results, outs, values, strict=True):
                 space = spaces[source]
                 target = out if space is None else space
                 write(given[source], target, cut, first, k, square, value)
+            return total
 
-        jax.lax.fori_loop(0, jnp.minimum(cut.columns, cut.blocks - first), one_block, None)
+        blocks, zero = jnp.minimum(cut.columns, cut.blocks - first), jnp.zeros((1, LANES))
+        total = jax.lax.fori_loop(0, blocks, one_block, zero)
+        if measures:
+            outs[0][...] = jnp.broadcast_to(total, outs[0].shape)
+            return
         for (source, *_), out in zip(results, outs, strict=True):
             space = spaces[source]
             if space is not None:
                 unstage(given[source], space, out)
 
     small = pl.BlockSpec(memory_space=tpu.SMEM)
+    # Of each tile the sums of its lanes, eight times: a register.
+    sums = [shape_like(views[kept], jnp.float32, (*grid, 8, LANES))] if measures else []
+    sum_spec = pl.BlockSpec((None, None, None, 8, LANES), lambda s, i, j: (s, i, j, 0, 0))
     squared = [jnp.float32, jnp.int32] if cut.flat else []
     call_kernel = pl.pallas_call(
         kernel,
-        out_shape=[shape_like(views[k], dtype) for k, dtype, _ in results],
-        grid=cut.grid(shape),
+        out_shape=sums or [shape_like(views[k], dtype) for k, dtype, _ in results],
+        grid=grid,
         in_specs=[small, small, *(own.spec for own in given)],
-        out_specs=[given[k].spec for k, *_ in results],
+        out_specs=[sum_spec] if measures else [given[k].spec for k, *_ in results],
         scratch_shapes=[
             *(tpu.VMEM((own.staged, LANES), own.dtype) for own in given if own.staged),
             *(tpu.VMEM((LANES * squares(cut.size), LANES), dtype) for dtype in squared),
@@ -143,6 +160,8 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
     words = words_of(numbers, count)
     with jax.enable_x64(False):  # Mosaic has no numbers of 64 bits, not even for constants
         found = call_kernel(vector, words, *views)
+    if measures:
+        return [jnp.sum(found[0][..., 0, :].reshape(sums_in(call, shape), -1), axis=1)]
     moved = [
         unview(given[k], x, arrays[k].shape, cut) for (k, *_), x in zip(results, found, strict=True)
     ]

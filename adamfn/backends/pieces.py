@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adamfn.backends.measuring import by_layer, measured, sums_in
 from adamfn.backends.tile import factor_places, kernel_block, results_of
+from adamfn.backends.xla import scalars_of
 from adamfn.formats.elements import numbers_of
 from adamfn.formulas import lazy_ratio  # looks at other elements of its row alone
 from adamfn.program import Call
@@ -24,13 +26,14 @@ ELEMENTS = 2**20
 def can_run(call: Call, avals: Sequence[Any]) -> bool:
     """Whether a call gains by it, and stores each row by itself, as far as shapes tell."""
     kept, leaf = avals[3:][: call.arrays_kept], avals[3 + call.arrays_kept]
+    least = 3 if by_layer(call) else 2
     return (
         any(kernel_block(part.format) != 0 for part in call.program.parts)
         and not call.packed
         and call.leaves == 1
         and all(part.local or part.formula is lazy_ratio for part in call.program.parts)
         and not factor_places(call)  # a sum is rounded otherwise in another shape
-        and leaf.ndim > 1
+        and leaf.ndim >= least
         and leaf.size > 2 * ELEMENTS
         and all(x.ndim >= leaf.ndim and x.shape[: leaf.ndim - 1] == leaf.shape[:-1] for x in kept)
     )
@@ -41,7 +44,8 @@ def run_leaf(call: Call, *operands: jax.Array) -> list[jax.Array]:
     vector, count, numbers, *arrays = operands
     shape = arrays[call.arrays_kept].shape
     below = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    axis = next(a for a in range(len(shape)) if below[a] <= ELEMENTS or a == len(shape) - 2)
+    axes = range(1 if by_layer(call) else 0, len(shape))
+    axis = next(a for a in axes if below[a] <= ELEMENTS or a == len(shape) - 2)
     length, strides = shape[axis], call.strides_of(0, shape)
     rows = min(max(ELEMENTS // below[axis], 1), length)
     # Along an axis of their own, pieces are cut from a TPU's tiles of 32 rows without a copy.
@@ -51,6 +55,8 @@ def run_leaf(call: Call, *operands: jax.Array) -> list[jax.Array]:
     views = [x.reshape(*x.shape[:axis], length // even, even, *x.shape[axis + 1 :]) for x in arrays]
     strides = *strides[:axis], even * strides[axis], *strides[axis:]
     moved = _run(call, strides, [vector, count, numbers, *views], axis + 1, even)
+    if call.program.measures is not None:
+        return moved
     return [
         x.reshape(arrays[k].shape)
         for (k, *_), x in zip(results_of(call, arrays), moved, strict=True)
@@ -67,8 +73,9 @@ def _run(
     """The call in pieces that have so many rows of an axis, and one of those before it."""
     vector, count, numbers, *arrays = operands
     program, leaf = call.program, arrays[call.arrays_kept]
-    results, scalars, shape = results_of(call, arrays), list(vector), leaf.shape
+    results, scalars, shape = results_of(call, arrays), scalars_of(call, vector, leaf), leaf.shape
     number, first_element = numbers[0]
+    measures = program.measures is not None
 
     def advance(starts: Sequence[jax.Array], rows: int, done: list[jax.Array]) -> list[jax.Array]:
         """The results, with those of one piece put in."""
@@ -77,7 +84,7 @@ def _run(
             return [*starts, *[jnp.int32(0)] * (x.ndim - 1 - axis)]
 
         current = list(arrays)
-        for (k, _, in_place), x in zip(results, done, strict=True):
+        for (k, _, in_place), x in zip(results, done, strict=not measures):
             current[k] = x if in_place else current[k]
         sizes = *[1] * axis, rows
         own = [jax.lax.dynamic_slice(x, at(x), (*sizes, *x.shape[axis + 1 :])) for x in current]
@@ -87,7 +94,12 @@ def _run(
         for place, stride in zip(at(leaf), strides, strict=True):
             start += place.astype(jnp.uint32) * jnp.uint32(stride % 2**32)
         elements = numbers_of(g.shape, strides, start)
-        moved = program(number, scalars, count, g, p[0] if p else None, kept, elements)
+        of_layer = [x[starts[0]].reshape([1] * g.ndim) if x.ndim else x for x in scalars]
+        moved = program(number, of_layer, count, g, p[0] if p else None, kept, elements)
+        if measures:
+            (sums,), (_, (values,)) = done, moved
+            place = starts[0] if measured(call).layered else 0
+            return [sums.at[place].add(jnp.sum(values))]
         return [
             jax.lax.dynamic_update_slice(x, value, at(x))
             for x, value in zip(done, jax.tree.leaves(moved), strict=True)
@@ -107,9 +119,11 @@ def _run(
         steps = jnp.int32(pieces * math.prod(shape[:axis]))
         return jax.lax.fori_loop(jnp.int32(0), steps, one, done) if pieces else done
 
-    done = [
-        arrays[k] if in_place else vary_together([leaf, jnp.zeros(shape, dtype)])[1]
-        for k, dtype, in_place in results
-    ]
+    def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return vary_together([leaf, jnp.zeros(shape, dtype)])[1]
+
+    done = [arrays[k] if same else zeros(shape, dtype) for k, dtype, same in results]
+    if measures:
+        done = [zeros((sums_in(call, shape),), program.dtype)]
     full, rest = divmod(shape[axis], rows)
     return sweep(full * rows, min(rest, 1), rest, sweep(0, full, rows, done))

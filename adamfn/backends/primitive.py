@@ -12,8 +12,8 @@ from adamfn.backends.measuring import (
     elements_in,
     first_to_measure,
     knowing,
-    measured,
     measuring,
+    sums_in,
     with_mean,
 )
 from adamfn.backends.native import loader
@@ -93,8 +93,7 @@ def _impl(*operands: Any, call: Call, pallas: bool) -> list[jax.Array]:
 def _abstract_eval(*avals: Any, call: Call, pallas: bool) -> list[Any]:
     kept, leaves = avals[3:][: call.arrays_kept], avals[3 + call.arrays_kept :]
     if call.program.measures is not None:
-        layers = leaves[0].shape[0] if measured(call).layered else 1
-        return [avals[0].update(shape=(layers,), weak_type=False)]
+        return [avals[0].update(shape=(sums_in(call, leaves[0].shape),), weak_type=False)]
     grads, params = leaves[: call.leaves], leaves[call.leaves :]
     dtype = call.program.update_dtype
     updates = [] if dtype is None else [g.update(dtype=dtype, weak_type=False) for g in grads]

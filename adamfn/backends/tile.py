@@ -109,8 +109,13 @@ class Result(NamedTuple):
 
 
 def results_of(call: Call, arrays: Sequence[jax.Array]) -> list[Result]:
-    """The results of a kernel for a call of one leaf with these arrays: all but means of nu."""
+    """The results of a kernel for a call of one leaf with these arrays: all but means of nu.
+
+    None of a call that measures, whose kernel returns sums of tiles.
+    """
     program, kept = call.program, call.arrays_kept
+    if program.measures is not None:
+        return []
     places = sorted({*range(kept)} - factor_places(call))
     results = [Result(k, arrays[k].dtype, in_place=True) for k in places]
     if program.update_dtype is not None:
@@ -161,6 +166,8 @@ def run_tile(
     numbers: jax.Array,
     inside: jax.Array,
     over: Extremes,
+    layer: Any,
+    layers: int,
 ) -> list[jax.Array]:
     """Runs a leaf's program on a tile of whole blocks.
 
@@ -172,16 +179,26 @@ def run_tile(
       numbers: those that the tile's elements have in the whole leaf, int32.
       inside: whether they are of the leaf.
       over: the extremes of the tile's blocks.
+      layer: the number of the tile's layer, or those of its blocks' layers, where each layer has
+        a scalar of its own.
+      layers: how many there are.
+
+    Returns:
+      The results; of a call that measures what is to be summed, 0 where nothing is of the leaf.
     """
     parts = tuple(
         part if part.format is None else replace(part, format=_InTile(part.format, inside, over))
         for part in call.program.parts
     )
     program = replace(call.program, parts=parts)
-    scalars = [vector[k] for k in range(program.scalars.num_leaves)]
+    scalars = [
+        vector[place] if isinstance(place, int) else vector[place.start + layer]
+        for place in program.places(layers)
+    ]
     (kept,) = jax.tree.unflatten(call.kept, arrays[: call.arrays_kept])
     g, *p = arrays[call.arrays_kept :]
     p = p[0] if p else None
-    return jax.tree.leaves(
+    found = jax.tree.leaves(
         program(words[0], scalars, words[1], g, p, kept, numbers.astype(jnp.uint32))
     )
+    return found if program.measures is None else [jnp.where(inside, found[0], 0)]

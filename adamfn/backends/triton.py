@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from adamfn.backends import means
+from adamfn.backends.measuring import by_layer, sums_in
 from adamfn.backends.tile import (
     common_block,
     cost_of,
@@ -33,14 +34,29 @@ _ELEMENTS = 1024
 
 def can_run(call: Call, avals: Any) -> bool:
     """Whether there is a kernel for a call."""
-    block = common_block(call, avals)
+    block, leaf = common_block(call, avals), avals[3 + call.arrays_kept]
     return (
         block is not None
         and block <= _ELEMENTS
-        and avals[3 + call.arrays_kept].size < 2**31
+        and (not by_layer(call) or _fits_layers(call, leaf.shape, block))
+        and leaf.size < 2**31
         # Else `means` runs it: XLA joins the update with what it is for, and never writes it.
         and (call.program.update_dtype is None or not factor_places(call))
     )
+
+
+def _fits_layers(call: Call, shape: tuple[int, ...], block: int) -> bool:
+    """Whether a tile that is summed is of one layer."""
+    if not block or len(shape) < 2:
+        return False
+    size = size_for(shape[-1], block)
+    blocks = math.prod(shape[1:-1]) * pl.cdiv(shape[-1], size)
+    return call.program.measures is None or blocks % _height(size) == 0
+
+
+def _height(size: int) -> int:
+    """How many blocks of a size are in a tile, each in a row as wide as the next power of two."""
+    return _ELEMENTS // 2 ** math.ceil(math.log2(size))
 
 
 def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[jax.Array]:
@@ -54,8 +70,10 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
     size = size_for(length, block_size) if block_size else _ELEMENTS
     across = pl.cdiv(length, size)
     blocks = leaf.size // length * across
-    width = 2 ** math.ceil(math.log2(size))
-    height = _ELEMENTS // width
+    height = _height(size)
+    width = _ELEMENTS // height
+    measures = call.program.measures is not None
+    layers, rows_in_layer = (leaf.shape or (1,))[0], math.prod(leaf.shape[1:-1])
     results = results_of(call, arrays)
     strides = call.strides_of(0, leaf.shape)
     runs, rows = runs_of(leaf.shape, strides), runs_of(leaf.shape[:-1], strides[:-1])
@@ -93,21 +111,32 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
         else:
             numbers = numbers_at(elements, runs)
         tiles = [load(k) for k in range(len(arrays))]
-        values = run_tile(call, vector, words, tiles, words[2] + numbers, inside, along(1))
+        layer = jnp.minimum(jax.lax.div(row, jnp.int32(rows_in_layer)), layers - 1)
+        own_numbers = words[2] + numbers
+        values = run_tile(
+            call, vector, words, tiles, own_numbers, inside, along(1), layer, layers
+        )
+        if measures:
+            total = jnp.sum(jnp.sum(values[0], axis=1), axis=0)
+            triton.store(refs[-1].at[pl.program_id(0)], total)
+            return
         for (k, *_), ref, value in zip(results, refs[len(arrays) :], values, strict=True):
             where, mask = at(k)
             triton.store(ref.at[where], value.astype(ref.dtype), mask=mask)
 
-    views = [array.reshape(-1) for array in arrays]
+    views, grid = [array.reshape(-1) for array in arrays], (pl.cdiv(blocks, height),)
+    sums = [shape_like(leaf, jnp.float32, grid)] if measures else []
     found = pl.pallas_call(
         kernel,
-        out_shape=[shape_like(views[k], dtype) for k, dtype, _ in results],
-        grid=(pl.cdiv(blocks, height),),
+        out_shape=sums or [shape_like(views[k], dtype) for k, dtype, _ in results],
+        grid=grid,
         input_output_aliases={2 + k: at for at, (k, _, same) in enumerate(results) if same},
         compiler_params=triton.CompilerParams(num_warps=4),
         cost_estimate=cost_of(views, results),
         interpret=interpret,
         name="adamfn_step",
     )(vector, words_of(numbers, count), *views)
+    if measures:
+        return [jnp.sum(found[0].reshape(sums_in(call, leaf.shape), -1), axis=1)]
     moved = [x.reshape(arrays[k].shape) for (k, *_), x in zip(results, found, strict=True)]
     return means.with_means(call, operands, moved)
