@@ -142,9 +142,7 @@ def add_agreeing_multiple(u: jax.Array, p: jax.Array, rate: jax.Array) -> jax.Ar
     return u + jnp.where(_inner(u, p) >= 0, rate, 0) * p
 
 
-def where_agreeing(
-    u: jax.Array, g: jax.Array, floor: jax.Array, share: jax.Array
-) -> jax.Array:
+def where_agreeing(u: jax.Array, g: jax.Array, floor: jax.Array, share: jax.Array) -> jax.Array:
     """The formula of `cautious_updates`."""
     return jnp.where(_inner(u, g) > 0, u / jnp.maximum(share, floor), 0)
 

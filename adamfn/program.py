@@ -90,21 +90,6 @@ class Program:
             for formula in (part.formula, part.mean or part.formula)
         )
 
-    def places(self, layers: int) -> list[int | slice]:
-        """Where each scalar lies in a call's vector: a slice of one that each layer has."""
-        numbers = jax.tree.unflatten(self.scalars, range(self.scalars.num_leaves))
-        own = [
-            jax.tree.leaves(numbers[k])[-1]
-            for k, part in enumerate(self.parts)
-            if part.layered and k != self.measures
-        ]
-        found: list[int | slice] = []
-        start = 0
-        for k in range(self.scalars.num_leaves):
-            found.append(slice(start, start + layers) if k in own else start)
-            start += layers if k in own else 1
-        return found
-
     def __call__(
         self,
         number: jax.Array,

@@ -120,6 +120,8 @@ class Stage:
                 raise TypeError(
                     f"Stage {self.name}: {what} is {getattr(self, what)!r}; expected a function."
                 )
+        if self.mean is not None and not callable(self.mean):
+            raise TypeError(f"Stage {self.name}: mean is {self.mean!r}; expected a function.")
         for what in ("formula", "mean"):
             try:
                 hash(getattr(self, what))

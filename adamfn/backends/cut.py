@@ -160,4 +160,5 @@ def inside_of(
     """Whether elements, as in `numbers_in`, are of the leaf."""
     if cut.flat:
         return (block * LANES + row) * cut.size + within < shape[0]
-    return block * cut.size + within < cut.length
+    inside = block * cut.size + within < cut.length
+    return inside & (row < cut.rows) if cut.rows % LANES else inside

@@ -1,38 +1,74 @@
 """A mean over the whole leaf that a formula needs, found in a pass of its own before the step.
 
-A call of such a program is two of programs that a kernel can run tile by tile: one that sums what
-the mean is of, and one that is given the mean among its scalars.
+A call of such a program becomes two that kernels run tile by tile: one sums what the mean is of,
+and one is given the mean among its scalars.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 
-from adamfn.program import Call, Part
+from adamfn.placement import Axes
+from adamfn.program import Call, Part, Program
 
 
-def first_to_measure(call: Call) -> int | None:
-    """The place of the first part whose mean can be found before the step; None if none needs it.
+def in_passes(
+    run: Callable[[Call, Sequence[jax.Array]], list[jax.Array]],
+    call: Call,
+    operands: Sequence[jax.Array],
+    axes: Axes = (),
+) -> list[jax.Array]:
+    """The results of a call of one leaf, with a pass before it for each mean that it needs.
 
-    A part that looks at other elements besides is left to measure by itself, and those after it.
+    Args:
+      run: what runs a call.
+      call: the call; if it is packed, it needs no mean.
+      operands: its operands.
+      axes: the axes of a mesh that split each dimension of the leaf, inside `jax.shard_map`.
     """
-    found = next((k for k, part in enumerate(call.program.parts) if part.needs_mean), None)
-    return found if found is not None and call.program.parts[found].elementwise else None
+    place = next((k for k, part in enumerate(call.program.parts) if part.needs_mean), None)
+    # A formula that looks at other elements besides is run on whole leaves alone.
+    if place is None or not call.program.parts[place].elementwise:
+        return run(call, operands)
+    vector, *others = operands
+    end = 3 + call.arrays_kept
+    leaf, part, measuring = operands[end], call.program.parts[place], _measuring(call, place)
+    arrays = operands[3:] if measuring.program.reads_params else operands[3 : end + 1]
+    # Behind a barrier: XLA would write to memory what both passes compute.
+    apart = jax.lax.optimization_barrier([*arrays])
+    (total,) = run(measuring, [*operands[:3], *apart])
+    elements = math.prod(leaf.shape[1:] if part.stacked else leaf.shape)
+    names = [name for own in (axes[1:] if part.stacked else axes) for name in own]
+    if names:
+        total, elements = jax.lax.psum(total, names), jax.lax.psum(elements, names)
+    mean = total / max(elements, 1)  # 0 of an empty leaf
+    start = _end_of_scalars(call, place, leaf)
+    vector = jnp.concatenate([vector[:start], mean, vector[start:]])
+    return in_passes(run, _knowing(call, place), [vector, *others], axes)
 
 
-def measuring(call: Call, place: int) -> Call:
-    """The call whose result is the sum that a part needs the mean of."""
-    program = call.program
-    part = program.parts[place]
-    own = replace(part, formula=part.mean, mean=None, stacked=False, layered=part.stacked)
-    rest = [replace(later, mean=None, reads=()) for later in program.parts[place + 1 :]]
-    parts = (*program.parts[:place], own, *rest)
-    return replace(
-        call,
-        program=replace(program, parts=parts, moves=False, update_dtype=None, measures=place),
-    )
+def places_of_scalars(program: Program, layers: int) -> list[int | slice]:
+    """Where each scalar lies in a call's vector: a slice of one that each layer has."""
+    numbers = jax.tree.unflatten(program.scalars, range(program.scalars.num_leaves))
+    own = [
+        jax.tree.leaves(numbers[k])[-1]
+        for k, part in enumerate(program.parts)
+        if part.layered and k != program.measures
+    ]
+    found: list[int | slice] = []
+    start = 0
+    for k in range(program.scalars.num_leaves):
+        found.append(slice(start, start + layers) if k in own else start)
+        start += layers if k in own else 1
+    return found
+
+
+def by_layer(call: Call) -> bool:
+    """Whether each layer has a scalar, or a sum, of its own."""
+    return any(part.layered for part in call.program.parts)
 
 
 def measured(call: Call) -> Part:
@@ -41,40 +77,39 @@ def measured(call: Call) -> Part:
     return call.program.parts[call.program.measures]
 
 
-def by_layer(call: Call) -> bool:
-    """Whether each layer has a scalar, or a sum, of its own."""
-    return any(part.layered for part in call.program.parts)
-
-
 def sums_in(call: Call, shape: tuple[int, ...]) -> int:
     """How many sums a call that measures has of a leaf: one, or one for each layer."""
     return shape[0] if measured(call).layered else 1
 
 
-def knowing(call: Call, place: int) -> Call:
-    """The call that is given a part's mean among its scalars."""
+def _measuring(call: Call, place: int) -> Call:
+    """The call whose result is the sum that a part needs the mean of."""
+    program = call.program
+    part = program.parts[place]
+    own = replace(part, formula=part.mean, mean=None, stacked=False, layered=part.stacked)
+    later = [replace(other, mean=None, reads=()) for other in program.parts[place + 1 :]]
+    parts = (*program.parts[:place], own, *later)
+    measures = replace(program, parts=parts, moves=False, update_dtype=None, measures=place)
+    return replace(call, program=measures)
+
+
+def _knowing(call: Call, place: int) -> Call:
+    """The call that is given a part's mean, behind its other scalars."""
     program = call.program
     part = program.parts[place]
     own = replace(part, mean=None, stacked=False, layered=part.stacked)
     numbers = jax.tree.unflatten(program.scalars, range(program.scalars.num_leaves))
-    scalars = (*numbers[:place], (*numbers[place], 0), *numbers[place + 1 :])
+    numbers = (*numbers[:place], (*numbers[place], 0), *numbers[place + 1 :])
     parts = (*program.parts[:place], own, *program.parts[place + 1 :])
-    structure = jax.tree.structure(scalars)
-    return replace(call, program=replace(program, parts=parts, scalars=structure))
+    knows = replace(program, parts=parts, scalars=jax.tree.structure(numbers))
+    return replace(call, program=knows)
 
 
-def with_mean(
-    call: Call, place: int, vector: jax.Array, mean: jax.Array, shape: tuple[int, ...]
-) -> jax.Array:
-    """The scalars of a call, with the mean behind those of a part."""
+def _end_of_scalars(call: Call, place: int, leaf: jax.Array) -> int:
+    """Where the scalars of a part end in the vector."""
     numbers = jax.tree.unflatten(call.program.scalars, range(call.program.scalars.num_leaves))
-    before = len(jax.tree.leaves(numbers[: place + 1]))
-    places = [*call.program.places(shape[0] if shape else 1), vector.size]
-    at = places[before]
-    start = at if isinstance(at, int) else at.start
-    return jnp.concatenate([vector[:start], mean, vector[start:]])
-
-
-def elements_in(part: Part, shape: tuple[int, ...]) -> int:
-    """How many elements of a leaf, or of each of its layers, a part's mean is over."""
-    return math.prod(shape[1:] if part.stacked else shape)
+    last = len(jax.tree.leaves(numbers[: place + 1])) - 1
+    if last < 0:
+        return 0
+    found = places_of_scalars(call.program, leaf.shape[0] if leaf.ndim else 1)[last]
+    return found + 1 if isinstance(found, int) else found.stop

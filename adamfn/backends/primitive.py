@@ -1,5 +1,6 @@
 """A call of programs as a primitive of JAX, which each platform lowers in its own way."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
@@ -8,14 +9,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from adamfn.backends import cpu
-from adamfn.backends.measuring import (
-    elements_in,
-    first_to_measure,
-    knowing,
-    measuring,
-    sums_in,
-    with_mean,
-)
+from adamfn.backends.measuring import in_passes, sums_in
 from adamfn.backends.native import loader
 from adamfn.backends.xla import by_leaf, run_call
 from adamfn.placement import Axes
@@ -28,13 +22,8 @@ Backend = Literal["auto", "xla", "pallas"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
-def bind(
-    call: Call, backend: Backend, operands: list[Any], axes: Axes = ()
-) -> list[jax.Array]:
+def bind(call: Call, backend: Backend, operands: list[Any], axes: Axes = ()) -> list[jax.Array]:
     """The results of a call.
-
-    `axes` are those of a mesh along which each dimension of its leaves is split: a mean is over all
-    shards.
 
     With `"auto"` it is lowered for CPU in native code if that can be had, and for GPU and TPU into
     a kernel where the moments' format needs one; with `"pallas"` into one wherever it can be, on
@@ -43,43 +32,25 @@ def bind(
     a copy and a custom call could not be. Inside `jax.shard_map` every shard is whole.
 
     Results vary over every mesh axis that an operand varies over.
+
+    Args:
+      call: what is static of the call.
+      backend: what is to run it.
+      operands: those of the call.
+      axes: the axes of a mesh along which each dimension of the leaves is split, of whose shards
+        these are one each: means are over all of them.
     """
-    if backend == "xla" and not any(axes):
-        return run_call(call, *vary_together(operands))
-    place = first_to_measure(call)
-    if place is not None and call.leaves > 1 and any(axes):
-        return by_leaf(lambda one, *own: bind(one, backend, [*own], axes), call, *operands)
-    if place is not None and call.leaves == 1:
-        mean = _mean(call, place, backend, operands, axes)
-        shape = operands[3 + call.arrays_kept].shape
-        vector = with_mean(call, place, operands[0], mean, shape)
-        return bind(knowing(call, place), backend, [vector, *operands[1:]], axes)
-    return _bind(call, backend, operands)
+    if any(axes) and any(part.needs_mean for part in call.program.parts):
 
+        def run(call: Call, *operands: jax.Array) -> list[jax.Array]:
+            return in_passes(lambda own, given: bind(own, backend, [*given]), call, operands, axes)
 
-def _bind(call: Call, backend: Backend, operands: list[Any]) -> list[jax.Array]:
+        return by_leaf(run, call, *operands)
     operands = vary_together(operands)
     if backend == "xla":
         return run_call(call, *operands)
     results = _call_p.bind(*operands, call=call, pallas=backend == "pallas")
     return cast("list[jax.Array]", results)
-
-
-def _mean(
-    call: Call, place: int, backend: Backend, operands: list[Any], axes: Axes
-) -> jax.Array:
-    """The mean that a part of a call needs, or those of all layers, as a vector."""
-    part, one = call.program.parts[place], measuring(call, place)
-    kept = call.arrays_kept
-    arrays = operands[3 : 4 + kept] if not one.program.reads_params else operands[3:]
-    # Behind a barrier: XLA would write to memory what both passes compute.
-    arrays = jax.lax.optimization_barrier(arrays)
-    (total,) = _bind(one, backend, [*operands[:3], *arrays])
-    number = elements_in(part, operands[3 + kept].shape)
-    names = [name for own in (axes[1:] if part.stacked else axes) for name in own]
-    if names:
-        total, number = jax.lax.psum(total, names), jax.lax.psum(number, names)
-    return total / max(number, 1)  # 0 of an empty leaf
 
 
 _call_p = Primitive("adamfn_call")
@@ -130,12 +101,15 @@ def _run_by_kernels(
     """`run_call`, with a kernel for each leaf that has one, and large leaves without in pieces."""
     from adamfn.backends import pallas, pieces  # slow to import
 
-    def run_one(call: Call, *operands: jax.Array) -> list[jax.Array]:
+    def run_pass(call: Call, operands: Sequence[jax.Array]) -> list[jax.Array]:
         kernel = pallas.kernel_for(call, operands, platform, asked=asked)
         if kernel is not None:
             return kernel(*operands)
         run = pieces.run_leaf if pieces.can_run(call, operands) else run_call
         return run(call, *operands)
+
+    def run_one(call: Call, *operands: jax.Array) -> list[jax.Array]:
+        return in_passes(run_pass, call, operands)
 
     return by_leaf(run_one, call, *operands)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from adamfn.backends.measuring import places_of_scalars
 from adamfn.formats import (
     BlockMean,
     Blockwise,
@@ -193,7 +194,7 @@ def run_tile(
     program = replace(call.program, parts=parts)
     scalars = [
         vector[place] if isinstance(place, int) else vector[place.start + layer]
-        for place in program.places(layers)
+        for place in places_of_scalars(program, layers)
     ]
     (kept,) = jax.tree.unflatten(call.kept, arrays[: call.arrays_kept])
     g, *p = arrays[call.arrays_kept :]

@@ -113,9 +113,7 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
         tiles = [load(k) for k in range(len(arrays))]
         layer = jnp.minimum(jax.lax.div(row, jnp.int32(rows_in_layer)), layers - 1)
         own_numbers = words[2] + numbers
-        values = run_tile(
-            call, vector, words, tiles, own_numbers, inside, along(1), layer, layers
-        )
+        values = run_tile(call, vector, words, tiles, own_numbers, inside, along(1), layer, layers)
         if measures:
             total = jnp.sum(jnp.sum(values[0], axis=1), axis=0)
             triton.store(refs[-1].at[pl.program_id(0)], total)

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adamfn.backends.measuring import measured, places_of_scalars
 from adamfn.formats.elements import numbers_of
-from adamfn.backends.measuring import measured
 from adamfn.program import Call, Program
 from adamfn.storage import Kept
 
@@ -45,7 +45,7 @@ def run_call(call: Call, *operands: jax.Array) -> list[jax.Array]:
 
 def scalars_of(call: Call, vector: jax.Array, leaf: jax.Array) -> list[jax.Array]:
     """The scalars of a call; one that each layer has lies along the leaf's first axis."""
-    places = call.program.places(leaf.shape[0] if leaf.ndim else 1)
+    places = places_of_scalars(call.program, leaf.shape[0] if leaf.ndim else 1)
     across = [1] * (leaf.ndim - 1)
     return [
         vector[place] if isinstance(place, int) else vector[place].reshape(-1, *across)
@@ -55,9 +55,8 @@ def scalars_of(call: Call, vector: jax.Array, leaf: jax.Array) -> list[jax.Array
 
 def sums_of(call: Call, values: jax.Array) -> jax.Array:
     """The sum of what is measured, of all or of each layer, as a vector."""
-    if measured(call).layered:
-        return jnp.sum(values, axis=tuple(range(1, values.ndim)))
-    return jnp.sum(values)[None]
+    axes = tuple(range(1, values.ndim)) if measured(call).layered else None
+    return jnp.sum(values, axis=axes).reshape(-1)
 
 
 def by_leaf(
