@@ -35,8 +35,24 @@ def machine(request):
 
 
 @pytest.fixture(scope="session")
-def measure(machine):
-    """The cost of a step over one leaf, or over a tree, of this shape and dtype."""
+def measure_chain(machine):
+    """The cost of a step of a chain over a tree of these shapes and this dtype."""
+
+    def measured(tx, shapes, dtype="float32", way="step"):
+        candidate = {"step": candidates.by_step, "update": candidates.by_update}[way](tx)
+        chip = cost.one_chip(machine)
+        params = cost.on(chip, trees.abstract(shapes, dtype))
+        state = cost.on(chip, jax.eval_shape(tx.init, params))
+        mesh = jax.sharding.Mesh(machine.devices[:1], ("chip",))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # names the device to Pallas
+            return cost.cost(candidate.step, params, state, params, machine)
+
+    return measured
+
+
+@pytest.fixture(scope="session")
+def measure(measure_chain):
+    """The cost of a step of Adam over one leaf, or over a tree, of this shape and dtype."""
 
     @functools.cache
     def one_leaf(way, moments, shape, dtype, bits):
@@ -47,13 +63,7 @@ def measure(machine):
 
         tx = adamfn.adam(1e-3, moments=moments)
         tx = tx if bits is None else adamfn.chain(tx, adamfn.round_weights(bits))
-        candidate = {"step": candidates.by_step, "update": candidates.by_update}[way](tx)
-        chip = cost.one_chip(machine)
-        params = cost.on(chip, trees.abstract(shapes, dtype))
-        state = cost.on(chip, jax.eval_shape(tx.init, params))
-        mesh = jax.sharding.Mesh(machine.devices[:1], ("chip",))
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # names the device to Pallas
-            return cost.cost(candidate.step, params, state, params, machine)
+        return measure_chain(tx, shapes, dtype, way)
 
     def call(way, moments, shapes, dtype="float32", bits=None):
         if isinstance(shapes, tuple):

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 
 import adamfn
-from adamfn.sharding import state_shardings
+from adamfn.sharding import sharded, state_shardings
 
 MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 SPLIT = jax.NamedSharding(MESH, jax.P("data"))
@@ -80,3 +80,70 @@ def test_a_norm_over_shards_is_given():
     moved, _ = jax.jit(run)(params, params, state)
     expected, _ = adamfn.step(tx, params, state, params)
     np.testing.assert_allclose(moved, expected, atol=1e-6)
+
+
+SHAPES = {"both": (128, 2048), "layers": (4, 32, 1024), "bias": (512,), "norm": (512,)}
+SPECS = {
+    "both": jax.P("data", "model"),
+    "layers": jax.P("data", None, "model"),
+    "bias": jax.P("model"),
+    "norm": jax.P("model"),
+}
+
+
+def lean(backend):
+    layers = {name: name == "layers" for name in SHAPES}
+    return adamfn.with_backend(
+        adamfn.chain(
+            adamfn.scale_by_moments(b2=0.9, moments="8bit"),
+            adamfn.bias_correct(b2=0.9),
+            adamfn.cautious_updates(stacked=layers),
+            adamfn.clip_updates(b2=0.9, stacked=layers),
+            adamfn.scale_by_lr(0.1),
+        ),
+        backend,
+    )
+
+
+def drawn(steps):
+    random = np.random.default_rng(0)
+    scale = dict.fromkeys(SHAPES, 1.0) | {"layers": np.arange(1.0, 5.0).reshape(4, 1, 1)}
+    return [
+        {k: jnp.asarray(random.normal(size=SHAPES[k]) * scale[k], jnp.float32) for k in SHAPES}
+        for _ in range(steps + 1)
+    ]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("backend", ["auto", "xla", "pallas"])
+def test_means_over_all_shards(kind, backend):
+    """A shard's kernel sums its own; what is added are numbers, one for each leaf or layer."""
+    params, *grads = drawn(3)
+    tx = lean(backend)
+    expected, whole = params, tx.init(params)
+    alone = jax.jit(lambda g, s, p: adamfn.step(lean("xla"), g, s, p))
+    for g in grads:
+        expected, whole = alone(g, whole, expected)
+
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+    where = {name: jax.NamedSharding(mesh, spec) for name, spec in SPECS.items()}
+    if kind == AxisType.Auto:
+        tx = sharded(tx, where)
+    with jax.set_mesh(mesh):
+        moved = jax.device_put(params, where)
+        state = jax.jit(tx.init)(moved)
+        step = jax.jit(lambda g, s, p: adamfn.step(tx, g, s, p))
+        compiled = step.lower(jax.device_put(grads[0], where), state, moved).compile()
+        for g in grads:
+            moved, state = step(jax.device_put(g, where), state, moved)
+    lines = re.findall(
+        r"= (.*) (all-reduce|all-gather|all-to-all|collective-permute)\(", compiled.as_text()
+    )
+    assert {what for _, what in lines} == {"all-reduce"}
+    sent = {shape for types, _ in lines for shape in re.findall(r"\w\[([\d,]*)\]", types)}
+    assert sent <= {"", "1"}
+    for name, found in moved.items():
+        np.testing.assert_allclose(found, expected[name], atol=1e-6, err_msg=name)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
+        if b.dtype in (jnp.int8, jnp.uint8):
+            np.testing.assert_array_equal(a, b)
