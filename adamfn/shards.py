@@ -52,9 +52,9 @@ def split_leaves(
       kept: what is kept of it.
 
     Returns:
-      Of each leaf how it is split; None where its program looks at the whole leaf, or stores it in
-      a format that is not ours, or a mesh has axes of several types: XLA runs it, and sends what it
-      has to.
+      Of each leaf how it is split; None where its program looks at the whole leaf for more than a
+      mean, or stores it in a format that is not ours, or a mesh has axes of several types: XLA
+      runs it, and sends what it has to.
 
     Raises:
       ValueError: a shard would have a part of a block; names the leaf.

@@ -110,14 +110,19 @@ def _cautious(sign: float) -> GradientTransformation:
             _where_signs_agree,
             reads=("grads",),
             scalars=lambda count, state, extra: ((sign,), {}),
-            elementwise=False,
+            mean=_signs_agree,
         )
     )
 
 
-def _where_signs_agree(u: jax.Array, g: jax.Array, sign: chex.Numeric) -> jax.Array:
-    agree = (jnp.sign(u) * jnp.sign(g) * sign > 0).astype(u.dtype)
-    return u * (agree / jnp.maximum(jnp.mean(agree), 1e-3))
+def _where_signs_agree(
+    u: jax.Array, g: jax.Array, sign: chex.Numeric, share: jax.Array
+) -> jax.Array:
+    return u * (_signs_agree(u, g, sign) / jnp.maximum(share, 1e-3))
+
+
+def _signs_agree(u: jax.Array, g: jax.Array, sign: chex.Numeric) -> jax.Array:
+    return (jnp.sign(u) * jnp.sign(g) * sign > 0).astype(jnp.real(u).dtype)
 
 
 def _decay_last(weight_decay: float, learning_rate: ScalarOrSchedule) -> GradientTransformation:
