@@ -55,8 +55,8 @@ def backend(platform: str | None = None) -> Runner:
         return Runner(platform, "xla", native.reason)
     kept = "for this process alone" if native.path is None else f"kept as {native.path}"
     reason = (
-        f"built by {native.built_by}, {kept}; adam and adamw on leaves of float32 and bfloat16 with"
-        " moments in float32, bfloat16 or 8 bits, whole or inside shard_map, go through it, the"
-        " rest through XLA."
+        f"built by {native.built_by}, {kept}; Adam, AdamW and Adam-atan2 on leaves of float32 and"
+        " bfloat16 with moments in float32, bfloat16 or 8 bits, whole or inside shard_map, go"
+        " through it, the rest through XLA."
     )
     return Runner(platform, "native", reason)
