@@ -116,7 +116,7 @@ def can_run(call: Call, avals: Any) -> bool:
 
 
 def _counted(scalars: jax.Array, count: jax.Array) -> jax.Array:
-    """The scalars, and behind them the results of operations that nothing reads.
+    """The scalars of a large step, and behind them the results of operations that nothing reads.
 
     XLA runs a program of few operations in the thread that calls it, which then waits for the step;
     and it counts none for a call of native code.

@@ -166,7 +166,9 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
         unview(given[k], x, arrays[k].shape, cut) for (k, *_), x in zip(results, found, strict=True)
     ]
     if factors:
-        whole = run_call(call, *operands)  # of which no more than the means is computed
+        # No more of it than the means is computed. The barriers of `means` would save nothing here,
+        # and cost temporary memory on a mesh.
+        whole = run_call(call, *operands)
         for place in sorted(factors):
             moved.insert(place, whole[place])
     return moved

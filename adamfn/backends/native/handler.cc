@@ -1,9 +1,10 @@
 // A call of Adam's program, as a handler of XLA's foreign function interface.
 //
-// Operands and results are those of adamfn.program.Call: the scalars, float32; the count, int32; the
-// leaves' numbers and those of their first elements, uint32; the moments; the gradients; the
-// parameters where they are read. Results are the moments, the updates if they are returned, and the
-// parameters if they are moved. Moments and parameters lie in the buffers of their operands.
+// Operands and results are those of adamfn.program.Call: the scalars, float32, and behind them what
+// nothing reads (adamfn.backends.cpu says why); the count, int32; the leaves' numbers and those of
+// their first elements, uint32; the moments; the gradients; the parameters where they are read.
+// Results are the moments, the updates if they are returned, and the parameters if they are moved.
+// Moments and parameters lie in the buffers of their operands.
 //
 // Each leaf has moments of its own, in its shape; or all share two buffers, in which they lie end to
 // end. What XLA hands over is checked: a mistake is an error of the step and not a crash.
