@@ -46,6 +46,7 @@ def processor() -> str | None:
 def versions() -> dict[str, str]:
     """Of the libraries that take part, where they are installed."""
     names = ("jax", "adamfn", "optax", "torch", "torchao", "bitsandbytes", "flashoptim-jax")
+    names += ("flashoptim",)
     return {name: version(name) for name in names if find_spec(name.replace("-", "_"))}
 
 

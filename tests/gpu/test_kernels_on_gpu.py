@@ -1,0 +1,117 @@
+"""What the kernels store and move on a GPU, beside XLA's program on it and on CPU."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from programs import call_of
+from test_pallas import check_same_but_means, special
+
+import adamfn
+from adamfn import formats
+from adamfn.backends import pallas
+from adamfn.backends.tile import factor_places
+from adamfn.backends.xla import run_call
+
+SHAPES = [
+    (300,),
+    (5000,),
+    (300003,),
+    (2**20,),
+    (64, 300),
+    (77, 130),
+    (1000, 1),
+    (1, 1000),
+    (2048, 1024),
+    (501, 1023),
+    (3, 31, 150),
+    (24, 128, 512),
+    (3, 3, 64, 128),
+    (7, 7, 3, 64),
+]
+FORMATS = ["bfloat16", "8bit", "4bit", formats.FourBit(block=16), formats.EightBit(block=1024)]
+MEANS = ["factored", "blockmean"]
+
+
+def check(tx, shape, dtype, ordinary=False):
+    """Two steps by the kernel and by XLA, from the same numbers."""
+    rng = np.random.default_rng(0)
+
+    def drawn():
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    draw = drawn if ordinary else partial(special, rng, shape, dtype)
+    p = draw()
+    call, operands = call_of(tx, p, p)
+    kernel = pallas.kernel_for(call, operands, "cuda", asked=True)
+    assert kernel is not None
+    run, reference = jax.jit(kernel), jax.jit(partial(run_call, call))
+    for count in (1, 2**31 - 1):
+        operands[1], operands[-2] = jnp.int32(count), draw()
+        found, expected = run(*operands), reference(*operands)
+        check_same_but_means(found, expected, factor_places(call), dtype == jnp.bfloat16)
+        operands[3 : 3 + call.arrays_kept] = expected[: call.arrays_kept]
+        operands[-1] = expected[-1]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("moments", FORMATS, ids=str)
+def test_codes_are_those_of_xla_to_the_bit(moments, shape, dtype):
+    check(adamfn.adamw(0.1, moments=moments), shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if len(shape) > 1], ids=str)
+@pytest.mark.parametrize("moments", MEANS)
+def test_every_element_meets_its_own_means(moments, shape, dtype):
+    check(adamfn.adamw(0.1, moments=moments), shape, dtype, ordinary=True)
+
+
+RECIPES = {
+    "nadam": adamfn.nadam,
+    "radam": adamfn.radam,
+    "adamax": adamfn.adamax,
+    "amsgrad": adamfn.amsgrad,
+    "24 bits": lambda rate, moments: adamfn.chain(
+        adamfn.adam(rate, moments=moments), adamfn.round_weights(24)
+    ),
+}
+
+
+@pytest.mark.parametrize("moments", ["8bit", "4bit"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe(name, moments):
+    dtype = jnp.bfloat16 if name == "24 bits" else jnp.float32
+    check(RECIPES[name](0.1, moments=moments), (501, 1023), dtype)
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "8bit", "4bit"])
+def test_a_run_is_that_of_a_cpu(moments):
+    """The noise is the same, so codes are but for a few whose rounding hung on a last bit."""
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (200, 768), "bias": (768,), "filter": (3, 3, 32, 64)}
+    params, *grads = (
+        {name: np.float32(rng.standard_normal(shape)) for name, shape in shapes.items()}
+        for _ in range(6)
+    )
+    tx = adamfn.adamw(0.01, moments=moments)
+
+    def trained(device):
+        with jax.default_device(device):
+            p = jax.tree.map(jnp.asarray, params)
+            state, step = tx.init(p), jax.jit(partial(adamfn.step, tx))
+            for g in grads:
+                p, state = step(jax.tree.map(jnp.asarray, g), state, p)
+            return jax.tree.map(np.asarray, (p, state))
+
+    found, expected = trained(jax.devices("gpu")[0]), trained(jax.devices("cpu")[0])
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        if a.dtype in (np.int8, np.uint8):
+            assert np.mean(a != b) < 2e-3
+    for name in shapes:
+        # A step moves a weight by at most about the rate: a code that differs, by a hundredth.
+        np.testing.assert_allclose(found[0][name], expected[0][name], rtol=0, atol=1e-4)
