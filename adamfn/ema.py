@@ -87,11 +87,11 @@ def bounded(g: jax.Array) -> jax.Array:
     """
     info = jnp.finfo(g.dtype)
     largest = 2.0**480 if info.bits == 64 else 2.0**48
-    size = jnp.maximum(abs(g.real), abs(g.imag)) if jnp.iscomplexobj(g) else abs(g)
-    over = (size > largest) & (size <= info.max)
     if jnp.iscomplexobj(g):
+        size = jnp.maximum(abs(g.real), abs(g.imag))
+        over = (size > largest) & (size <= info.max)
         return g * jnp.where(over, largest / jnp.where(over, size, 1), 1)
-    return jnp.where(over, jnp.where(g < 0, -largest, largest), g)
+    return jnp.where(abs(g) <= info.max, jnp.clip(g, -largest, largest), g)
 
 
 def average_moments(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from adamfn import weights
 from adamfn.angle import angle
 from adamfn.ema import Shares, average, average_moments, bounded
+from adamfn.quotients import quotient, root
 
 
 def ratio(
@@ -26,7 +27,7 @@ def ratio(
     g = bounded(g)
     mu, nu = average_moments(g, mu, nu, b1, b2)
     m = mu if ahead is None else mu * ((1 - b1.complement) * ahead) + g * b1.complement
-    return m / (jnp.sqrt(nu + eps_root) + eps), mu, nu
+    return quotient(m, root(nu + eps_root) + eps), mu, nu
 
 
 def multiply(u: jax.Array, factor: jax.Array) -> jax.Array:
@@ -53,7 +54,7 @@ def max_ratio(
     g = bounded(g)
     mu, nu = average_moments(g, mu, nu, b1, b2)
     nu_max = jnp.maximum(nu_max, nu)
-    return mu / (jnp.sqrt(nu_max + eps_root) + eps), mu, nu, nu_max
+    return quotient(mu, root(nu_max + eps_root) + eps), mu, nu, nu_max
 
 
 def nesterov_ratio(
@@ -70,7 +71,7 @@ def nesterov_ratio(
     """The formula of `scale_by_nesterov_moments`: `(u, mu, nu)`."""
     g = bounded(g)
     mu, nu = average_moments(g, mu, nu, b1, b2)
-    return (of_mu * mu + of_g * g) / (jnp.sqrt(nu + eps_root) + eps), mu, nu
+    return quotient(of_mu * mu + of_g * g, root(nu + eps_root) + eps), mu, nu
 
 
 def rectified_ratio(
@@ -88,7 +89,7 @@ def rectified_ratio(
     g = bounded(g)
     mu, nu = average_moments(g, mu, nu, b1, b2)
     factor = jnp.where(
-        rectification > 0, rectification / (jnp.sqrt(nu + eps_root) + eps), untrusted
+        rectification > 0, quotient(rectification, root(nu + eps_root) + eps), untrusted
     )
     return mu * factor, mu, nu
 
@@ -116,7 +117,7 @@ def lazy_ratio(
     g = bounded(g)
     active = jnp.any(g != 0, axis=-1, keepdims=True) if g.ndim else g != 0
     next_mu, next_nu = average_moments(g, mu, nu, b1, b2)
-    u = jnp.where(active, next_mu / (jnp.sqrt(next_nu + eps_root) + eps), 0)
+    u = jnp.where(active, quotient(next_mu, root(next_nu + eps_root) + eps), 0)
     return u, jnp.where(active, next_mu, mu), jnp.where(active, next_nu, nu)
 
 

@@ -9,20 +9,32 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from adamfn import formulas
-from adamfn.formats import Format, elements, noise
-from adamfn.formats.base import noise_at
+from adamfn.formats import Format, elements
+from adamfn.formats.base import Seed, noise_at, seed_of
 from adamfn.storage import Kept, decode, encode
 from adamfn.trees import describe
 
 _NOISE_OF_WEIGHTS = np.uint32(2**31)
 """Added to a leaf's number, so that this noise is that of no leaf's moments."""
+
+
+class Seeds(NamedTuple):
+    """Those of all noise of a leaf at a step."""
+
+    moments: Seed
+    weights: Seed
+
+    @staticmethod
+    def of(count: jax.Array, number: jax.Array) -> "Seeds":
+        """Those of a step, by its count, and of a leaf, by its number in the tree."""
+        return Seeds(seed_of(count, number), seed_of(count, number + _NOISE_OF_WEIGHTS))
 
 
 @dataclass(frozen=True)
@@ -92,9 +104,8 @@ class Program:
 
     def __call__(
         self,
-        number: jax.Array,
+        seeds: Seeds,
         scalars: Sequence[jax.Array],
-        count: jax.Array,
         g: jax.Array,
         p: jax.Array | None,
         kept: Sequence[Kept],
@@ -105,9 +116,8 @@ class Program:
         A program that measures keeps nothing, and returns what it is to take the mean of.
 
         Args:
-          number: the leaf's in the tree, for the noise of stochastic rounding.
+          seeds: of the noise of stochastic rounding.
           scalars: the scalars of all parts, in the program's dtype.
-          count: the step, likewise for the noise.
           g: the gradient, or what stages before these made of it.
           p: the parameter; None if the program does not read it.
           kept: what is kept of the leaf for each part.
@@ -121,10 +131,8 @@ class Program:
                 param = part.whole(stored_p, *old)
         known = {"params": param, "stored": stored_p, "grads": grad}
 
-        def words(leaf: jax.Array) -> jax.Array:
-            if numbers is None:
-                return noise(count, leaf, g.shape)
-            return noise_at(count, leaf, numbers)
+        def words(seed: Seed) -> jax.Array:
+            return noise_at(seed, elements.numbers_of(g.shape) if numbers is None else numbers)
 
         next_kept: list[Kept] = []
         taken: jax.Array | None = None
@@ -135,7 +143,7 @@ class Program:
                 next_kept.append(old)
                 continue
             if "noise" in part.reads:
-                known["noise"] = words(number + _NOISE_OF_WEIGHTS)
+                known["noise"] = words(seeds.weights)
             read = [known[name] for name in part.reads]
             live = (
                 [_widened(x, self.dtype) for x in old]
@@ -151,7 +159,7 @@ class Program:
             if part.format is None:
                 stored: Kept = tuple(x.astype(was.dtype) for x, was in zip(new, old, strict=True))
             else:
-                stored = encode(part.format, new, words(number))
+                stored = encode(part.format, new, words(seeds.moments))
             if part.rests and part.format is not None:
                 moved = jnp.any(jnp.stack([a != b for a, b in zip(new, live, strict=True)]), axis=0)
                 moved = jnp.any(moved, axis=-1, keepdims=True) if moved.ndim else moved

@@ -42,7 +42,7 @@ def by_jax(candidates: dict[str, Candidate], shapes: Any, dtype: str) -> dict[st
 
     def timed(candidate: Candidate) -> Timed:
         step = jax.jit(candidate.step, donate_argnums=(0, 1))
-        state = jax.jit(candidate.init)(params)
+        state = candidate.init(params)
 
         def run(times: int) -> None:
             nonlocal params, state

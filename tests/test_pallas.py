@@ -180,7 +180,7 @@ def test_codes_are_those_of_xla_to_the_bit(kernel, moments, shape):
     p = special(rng, shape, dtype)
     call, operands = call_of(tx, p, p)
     assert kernel.can_run(call, operands)
-    run = jax.jit(partial(kernel.run_leaf, call, interpret=True))
+    run = jax.jit(partial(kernel.run_leaf, call, platform="cpu"))
     reference = jax.jit(partial(run_call, call))
     for count in (1, 2**31 - 1):
         operands[1], operands[-2] = jnp.int32(count), special(rng, shape, dtype)
@@ -197,7 +197,7 @@ def test_every_element_meets_its_own_means(kernel, moments, shape):
     dtype = jnp.bfloat16 if len(shape) == 4 else jnp.float32
     p, *grads = (jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(4))
     call, operands = call_of(adamfn.adamw(0.1, moments=moments), p, p)
-    run = jax.jit(partial(kernel.run_leaf, call, interpret=True))
+    run = jax.jit(partial(kernel.run_leaf, call, platform="cpu"))
     reference = jax.jit(partial(run_call, call))
     for count, g in enumerate(grads, start=1):
         operands[1], operands[-2] = jnp.int32(count), g

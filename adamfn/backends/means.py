@@ -31,7 +31,7 @@ def can_run(call: Call, avals: Sequence[Any]) -> bool:
     return bool(factor_places(call)) and call.program.measures is None
 
 
-def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[jax.Array]:
+def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]:
     """`run_call` of a call that it `can_run`: by XLA alone, in few passes on GPU."""
     places = factor_places(call)
     whole = run_call(call, *operands)

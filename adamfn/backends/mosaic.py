@@ -70,7 +70,7 @@ def can_lower(call: Call, avals: Sequence[Any]) -> bool:
     return True
 
 
-def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[jax.Array]:
+def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]:
     """`run_call` of a call that it `can_run`."""
     vector, count, numbers, *arrays = operands
     kept, factors = call.arrays_kept, factor_places(call)
@@ -109,11 +109,11 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
                 for own, ref, space in zip(given, ins, spaces, strict=True)
             ]
             at = slab, row * LANES + lane, first + k, within
-            own_numbers = words[2] + numbers_in(shape, strides, cut, *at)
+            numbers = numbers_in(shape, strides, cut, *at)
             inside = inside_of(shape, cut, *at)
             layer = jax.lax.div(slab, slabs)
             values = run_tile(
-                call, vector, words, tiles, own_numbers, inside, along(0), layer, shape[0]
+                call, vector, words, tiles, numbers, inside, along(0), layer, shape[0]
             )
             if measures:
                 return total + jnp.sum(values[0], axis=0, keepdims=True)
@@ -154,7 +154,7 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
             vmem_limit_bytes=64 * 2**20,
         ),
         cost_estimate=cost_of(views, results),
-        interpret=interpret,
+        interpret=platform == "cpu",
         name="adamfn_step",
     )
     words = words_of(numbers, count)

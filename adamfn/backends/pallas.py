@@ -35,5 +35,5 @@ def kernel_for(
     for kernel in _KERNELS[platform]:
         lowers = platform != "tpu" or mosaic.can_lower(call, avals)
         if lowers and kernel.can_run(call, avals):
-            return partial(kernel.run_leaf, call, interpret=platform == "cpu")
+            return partial(kernel.run_leaf, call, platform=platform)
     return None

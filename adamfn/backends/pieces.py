@@ -16,7 +16,7 @@ from adamfn.backends.tile import factor_places, kernel_block, results_of
 from adamfn.backends.xla import scalars_of
 from adamfn.formats.elements import numbers_of
 from adamfn.formulas import lazy_ratio  # looks at other elements of its row alone
-from adamfn.program import Call
+from adamfn.program import Call, Seeds
 from adamfn.varying import vary_together
 
 ELEMENTS = 2**20
@@ -75,6 +75,7 @@ def _run(
     program, leaf = call.program, arrays[call.arrays_kept]
     results, scalars, shape = results_of(call, arrays), scalars_of(call, vector, leaf), leaf.shape
     number, first_element = numbers[0]
+    seeds = Seeds.of(count, number)
     measures = program.measures is not None
 
     def advance(starts: Sequence[jax.Array], rows: int, done: list[jax.Array]) -> list[jax.Array]:
@@ -95,7 +96,7 @@ def _run(
             start += place.astype(jnp.uint32) * jnp.uint32(stride % 2**32)
         elements = numbers_of(g.shape, strides, start)
         of_layer = [x[starts[0]].reshape([1] * g.ndim) if x.ndim else x for x in scalars]
-        moved = program(number, of_layer, count, g, p[0] if p else None, kept, elements)
+        moved = program(seeds, of_layer, g, p[0] if p else None, kept, elements)
         if measures:
             (sums,), (_, (values,)) = done, moved
             place = starts[0] if measured(call).layered else 0

@@ -20,9 +20,9 @@ from adamfn.formats import (
     Rounded,
     Stored,
 )
-from adamfn.formats.base import halves
+from adamfn.formats.base import Seed, halves
 from adamfn.formats.blocks import Extremes
-from adamfn.program import Call
+from adamfn.program import Call, Seeds
 
 
 def kernel_block(format: Format | None) -> int | None:
@@ -96,9 +96,10 @@ def cost_of(arrays: Sequence[jax.Array], results: Sequence["Result"]) -> pl.Cost
 
 
 def words_of(numbers: jax.Array, count: jax.Array) -> jax.Array:
-    """What a kernel makes noise of, int32: the leaf's number, the count, the first element's."""
-    leaf, first = numbers[0].astype(jnp.int32)
-    return jnp.stack([leaf, count, first])
+    """What a kernel makes noise of, int32: the first element's number, and the leaf's seeds."""
+    leaf, first = numbers[0]
+    seeds = jax.tree.leaves(Seeds.of(count, leaf))
+    return jnp.stack([first, *seeds]).astype(jnp.int32)
 
 
 class Result(NamedTuple):
@@ -131,12 +132,13 @@ class _InTile:
     """A format that stores a tile of whole blocks. What is beyond the leaf is zero to it."""
 
     format: Any
-    inside: jax.Array
+    inside: jax.Array | None
     over: Extremes
 
     def encode(self, mu: jax.Array, nu: jax.Array, noise: jax.Array | None) -> Stored:
         """Returns codes, and scales with 1 where a block was; no means."""
-        mu, nu = (jnp.where(self.inside, x, 0) for x in (mu, nu))
+        if self.inside is not None:
+            mu, nu = (jnp.where(self.inside, x, 0) for x in (mu, nu))
         if isinstance(self.format, Blockwise):
             return self.format.encode_blocks(mu, nu, noise, self.over)
         if not _by_factors(self.format):
@@ -165,7 +167,7 @@ def run_tile(
     words: Any,
     arrays: Sequence[jax.Array],
     numbers: jax.Array,
-    inside: jax.Array,
+    inside: jax.Array | None,
     over: Extremes,
     layer: Any,
     layers: int,
@@ -177,8 +179,8 @@ def run_tile(
       vector: the scalars.
       words: those of `words_of`.
       arrays: the tile of each of the call's arrays.
-      numbers: those that the tile's elements have in the whole leaf, int32.
-      inside: whether they are of the leaf.
+      numbers: those that the tile's elements have in the whole leaf, after the first, int32.
+      inside: whether they are of the leaf; None if all are.
       over: the extremes of the tile's blocks.
       layer: the number of the tile's layer, or those of its blocks' layers, where each layer has
         a scalar of its own.
@@ -199,7 +201,11 @@ def run_tile(
     (kept,) = jax.tree.unflatten(call.kept, arrays[: call.arrays_kept])
     g, *p = arrays[call.arrays_kept :]
     p = p[0] if p else None
-    found = jax.tree.leaves(
-        program(words[0], scalars, words[1], g, p, kept, numbers.astype(jnp.uint32))
+    seeds = Seeds(
+        *(Seed(words[k].astype(jnp.uint32), words[k + 1].astype(jnp.uint32)) for k in (1, 3))
     )
-    return found if program.measures is None else [jnp.where(inside, found[0], 0)]
+    numbers = (words[0] + numbers).astype(jnp.uint32)
+    found = jax.tree.leaves(program(seeds, scalars, g, p, kept, numbers))
+    if program.measures is None or inside is None:
+        return found
+    return [jnp.where(inside, found[0], 0)]

@@ -5,6 +5,7 @@ its elements, so that leaves of every shape are cut alike, and copied never.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,10 +27,26 @@ from adamfn.backends.tile import (
 from adamfn.formats.blocks import along, size_for
 from adamfn.formats.elements import numbers_at, runs_of, strides_of
 from adamfn.program import Call
+from adamfn.quotients import Operations, lending
 from adamfn.varying import shape_like
 
-_ELEMENTS = 1024
-"""In a tile: eight for each thread."""
+_ELEMENTS = 256
+"""Of a warp, eight for each thread. Where no block is longer, a tile is of one warp, which need not
+wait for others."""
+
+
+def _by_instruction(name: str, x: jax.Array) -> jax.Array:
+    """An instruction of PTX of float32 numbers."""
+    like = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    (found,) = triton.elementwise_inline_asm(
+        f"{name} $0, $1;", args=[x], constraints="=r,r", pack=1, result_shape_dtypes=[like]
+    )
+    return found
+
+
+_OPERATIONS = Operations(
+    partial(_by_instruction, "rcp.approx.ftz.f32"), partial(_by_instruction, "sqrt.approx.ftz.f32")
+)
 
 
 def can_run(call: Call, avals: Any) -> bool:
@@ -37,7 +54,7 @@ def can_run(call: Call, avals: Any) -> bool:
     block, leaf = common_block(call, avals), avals[3 + call.arrays_kept]
     return (
         block is not None
-        and block <= _ELEMENTS
+        and block <= 4 * _ELEMENTS
         and (not by_layer(call) or _fits_layers(call, leaf.shape, block))
         and leaf.size < 2**31
         # Else `means` runs it: XLA joins the update with what it is for, and never writes it.
@@ -51,15 +68,16 @@ def _fits_layers(call: Call, shape: tuple[int, ...], block: int) -> bool:
         return False
     size = size_for(shape[-1], block)
     blocks = math.prod(shape[1:-1]) * pl.cdiv(shape[-1], size)
-    return call.program.measures is None or blocks % _height(size) == 0
+    return call.program.measures is None or blocks % _tile(size)[0] == 0
 
 
-def _height(size: int) -> int:
-    """How many blocks of a size are in a tile, each in a row as wide as the next power of two."""
-    return _ELEMENTS // 2 ** math.ceil(math.log2(size))
+def _tile(size: int) -> tuple[int, int]:
+    """How many blocks of a size are in a tile, and how wide the row of each is: a power of two."""
+    width = 2 ** math.ceil(math.log2(size))
+    return max(_ELEMENTS // width, 1), width
 
 
-def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[jax.Array]:
+def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]:
     """`run_call` of a call that it `can_run`."""
     vector, count, numbers, *arrays = operands
     leaf, factors = arrays[call.arrays_kept], factor_places(call)
@@ -70,8 +88,8 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
     size = size_for(length, block_size) if block_size else _ELEMENTS
     across = pl.cdiv(length, size)
     blocks = leaf.size // length * across
-    height = _height(size)
-    width = _ELEMENTS // height
+    height, width = _tile(size)
+    whole = length % size == 0 and size == width and blocks % height == 0
     measures = call.program.measures is not None
     layers, rows_in_layer = (leaf.shape or (1,))[0], math.prod(leaf.shape[1:-1])
     results = results_of(call, arrays)
@@ -84,11 +102,14 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
         row = jax.lax.div(block, jnp.int32(across))
         place = (block - row * across) * size + within
         elements = row * length + place if length % size else block * size + within
-        inside = (place < length) & (within < size) & (block < blocks)
-        inside |= jnp.zeros(elements.shape, bool)
-        of_blocks, of_elements = (block, block < blocks), (elements, inside)
+        inside, exists = None, None
+        if not whole:
+            inside = (place < length) & (within < size) & (block < blocks)
+            inside |= jnp.zeros(elements.shape, bool)
+            exists = block < blocks
+        of_blocks, of_elements = (block, exists), (elements, inside)
 
-        def at(k: int) -> tuple[jax.Array, jax.Array]:
+        def at(k: int) -> tuple[jax.Array, jax.Array | None]:
             """Where an array's tile lies, and what of it is in the array."""
             shape = arrays[k].shape
             if k not in factors:
@@ -97,12 +118,13 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
                 0 if n == 1 else step for n, step in zip(shape, strides_of(shape), strict=True)
             ]
             outer = numbers_at(row, runs_of(leaf.shape[:-1], steps[:-1]))
-            return (outer + place, inside) if steps[-1] else (outer, block < blocks)
+            return (outer + place, inside) if steps[-1] else (outer, exists)
 
         def load(k: int) -> jax.Array:
             where, mask = at(k)
             ref = refs[k]
-            return triton.load(ref.at[where], mask=mask, other=jnp.zeros((), ref.dtype))
+            other = None if mask is None else jnp.zeros((), ref.dtype)
+            return triton.load(ref.at[where], mask=mask, other=other)
 
         if len(runs) == 1:
             numbers = elements
@@ -112,8 +134,8 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
             numbers = numbers_at(elements, runs)
         tiles = [load(k) for k in range(len(arrays))]
         layer = jnp.minimum(jax.lax.div(row, jnp.int32(rows_in_layer)), layers - 1)
-        own_numbers = words[2] + numbers
-        values = run_tile(call, vector, words, tiles, own_numbers, inside, along(1), layer, layers)
+        with lending(_OPERATIONS if platform == "cuda" else None):
+            values = run_tile(call, vector, words, tiles, numbers, inside, along(1), layer, layers)
         if measures:
             total = jnp.sum(jnp.sum(values[0], axis=1), axis=0)
             triton.store(refs[-1].at[pl.program_id(0)], total)
@@ -129,9 +151,9 @@ def run_leaf(call: Call, *operands: jax.Array, interpret: bool = False) -> list[
         out_shape=sums or [shape_like(views[k], dtype) for k, dtype, _ in results],
         grid=grid,
         input_output_aliases={2 + k: at for at, (k, _, same) in enumerate(results) if same},
-        compiler_params=triton.CompilerParams(num_warps=4),
+        compiler_params=triton.CompilerParams(num_warps=height * width // _ELEMENTS),
         cost_estimate=cost_of(views, results),
-        interpret=interpret,
+        interpret=platform == "cpu",
         name="adamfn_step",
     )(vector, words_of(numbers, count), *views)
     if measures:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from adamfn.backends.measuring import measured, places_of_scalars
 from adamfn.formats.elements import numbers_of
-from adamfn.program import Call, Program
+from adamfn.program import Call, Program, Seeds
 from adamfn.storage import Kept
 
 
@@ -92,7 +92,7 @@ def _run_leaf(
 ) -> tuple[list[Kept], list[jax.Array]]:
     leaf, first = number
     numbers = None if strides is None else numbers_of(g.shape, strides, first)
-    return program(leaf, scalars, count, g, p, kept, numbers)
+    return program(Seeds.of(count, leaf), scalars, g, p, kept, numbers)
 
 
 def _run_packed(
@@ -108,7 +108,7 @@ def _run_packed(
         return jnp.concatenate([leaf.reshape(-1).astype(call.program.dtype) for leaf in leaves])
 
     p = None if params[0] is None else flat(params)
-    own, results = call.program(numbers[0, 0], scalars, count, flat(grads), p, kept)
+    own, results = call.program(Seeds.of(count, numbers[0, 0]), scalars, flat(grads), p, kept)
     ends = [*accumulate(math.prod(g.shape) for g in grads)]
     moved = [
         result[end - g.size : end].reshape(g.shape)

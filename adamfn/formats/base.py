@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from adamfn.formats.elements import numbers_of
+from adamfn.formats.floats import float_of
 
 SMALLEST = 4096
 """Leaves of fewer elements stay in float32: all together they are a thousandth of a model."""
@@ -90,15 +91,27 @@ def noise(count: chex.Numeric, leaf: chex.Numeric, shape: tuple[int, ...]) -> ja
     >>> print(noise(1, 0, (3,)) == noise(1, 0, (3,)), noise(1, 0, (3,)) == noise(2, 0, (3,)))
     [ True  True  True] [False False False]
     """
-    return noise_at(count, leaf, numbers_of(shape))
+    return noise_at(seed_of(count, leaf), numbers_of(shape))
 
 
-def noise_at(count: chex.Numeric, leaf: chex.Numeric, elements: jax.Array) -> jax.Array:
-    """`noise` of some elements of a leaf, by their numbers: uint32, as what it returns."""
+class Seed(NamedTuple):
+    """The two keys, uint32, of the noise of a leaf at a step."""
+
+    first: jax.Array
+    second: jax.Array
+
+
+def seed_of(count: chex.Numeric, leaf: chex.Numeric) -> Seed:
+    """The `Seed` of `noise`."""
     zero = jnp.zeros((), jnp.uint32)
     leaf = _hash(jnp.asarray(leaf).astype(jnp.uint32) + jnp.uint32(0x9E3779B9), zero)
-    add = _hash(jnp.asarray(count).astype(jnp.uint32), leaf)
-    return _hash(add + elements, _hash(add + jnp.uint32(0x85EBCA6B), leaf))
+    first = _hash(jnp.asarray(count).astype(jnp.uint32), leaf)
+    return Seed(first, _hash(first + jnp.uint32(0x85EBCA6B), leaf))
+
+
+def noise_at(seed: Seed, elements: jax.Array) -> jax.Array:
+    """`noise` of some elements of a leaf, by their numbers: uint32, as what it returns."""
+    return _hash(seed.first + elements, seed.second)
 
 
 def _hash(x: jax.Array, key: jax.Array) -> jax.Array:
@@ -119,4 +132,14 @@ def threshold(bits: jax.Array | None) -> jax.Array | float:
 
     It is the middle of its interval of 2^-16, so probabilities are right to 2^-17. None gives 1/2.
     """
-    return 0.5 if bits is None else bits.astype(jnp.float32) * 2.0**-16 + 2.0**-17
+    return 0.5 if bits is None else _beyond_one(bits) - 1
+
+
+def dither(bits: jax.Array | None) -> jax.Array | float:
+    """`threshold` less 1/2: what is added to a number before it is rounded to the nearest."""
+    return 0.0 if bits is None else _beyond_one(bits) - 1.5
+
+
+def _beyond_one(bits: jax.Array) -> jax.Array:
+    # As the mantissa of a number from 1 to 2: conversions cost a GPU much.
+    return float_of(bits << 7 | 0x3F800040)

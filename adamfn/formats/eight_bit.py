@@ -6,11 +6,12 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from adamfn.formats.base import Stored, halves, threshold
+from adamfn.formats.base import Stored, dither, halves, threshold
 from adamfn.formats.blocks import Extremes
 from adamfn.formats.blockwise import Blockwise
-from adamfn.formats.floats import bits_of, float_of, near_root
+from adamfn.formats.floats import SMALLEST_RATIO, bits_of, float_of, near_root, nearest
 from adamfn.formats.levels import round_to_level, spanning
+from adamfn.quotients import quotient
 
 _LEVELS = 255
 
@@ -86,14 +87,16 @@ class EightBit(Blockwise):
         codes = jnp.where(nu == 0, 0, _LEVELS - j)
 
         # The scale is for nu as it came, lest a second pass wait for the levels chosen. A level
-        # below has a root smaller by this factor at most.
-        fall = 1 + levels.step.astype(jnp.float32) * 2.0**-24
-        ratio = mu * jnp.where(nu == 0, 0, 1 / near_root(nu))
+        # below has a root smaller by this factor at most, with room for roundings.
+        fall = 1 + 2.0**-20 + levels.step.astype(jnp.float32) * 2.0**-24
+        mu = mu * jnp.where(nu == 0, 0.0, 1.0)
+        ratio = quotient(mu, near_root(nu))
         largest = fall * float_of(over.largest(bits_of(ratio)))
-        per_code = jnp.where(largest == 0, 0, 127 / jnp.where(largest == 0, 1, largest))
+        # A smaller ratio is no update. With it, what follows could be infinite.
+        per_code = quotient(127.0, jnp.maximum(largest, SMALLEST_RATIO))
         chosen = levels.top - j * levels.step
-        ratio = mu * jnp.where(nu == 0, 0, per_code / near_root(chosen))
-        signed = jnp.clip(jnp.floor(ratio + threshold(mu_bits)), -127, 127)
+        ratio = mu * quotient(per_code, near_root(chosen))
+        signed = nearest(ratio + dither(mu_bits))
         scales = EightBitScales(largest * (1 / 127), float_of(levels.top), levels.step)
         return Stored(signed, codes, scales)
 

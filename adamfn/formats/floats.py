@@ -13,6 +13,9 @@ SMALLEST_NORMAL = 0x00800000
 INFINITY = 0x7F800000
 """Bits of infinity; those of NaN are larger."""
 
+SMALLEST_RATIO = 2.0**-50
+"""Of a moment to the other's root: 2^50 over the root of the smallest normal is still finite."""
+
 
 def bits_of(x: jax.Array) -> jax.Array:
     """The bits of |x|, int32."""
@@ -22,6 +25,16 @@ def bits_of(x: jax.Array) -> jax.Array:
 def float_of(bits: jax.Array) -> jax.Array:
     """The float32 number of these bits."""
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def nearest(x: jax.Array) -> jax.Array:
+    """The integer nearest to an |x| below 2^22, int32, of two as near the even one.
+
+    By an addition that leaves it in the last bits: conversions cost a GPU much. XLA would add a
+    constant that was added to x before to the one here, and lose its last bits. The 2 is for ptxas
+    (12.9, 13.0): to store the last byte of a sum, it converts the sum to an integer of 8 bits.
+    """
+    return jax.lax.bitcast_convert_type(x + (1.5 * 2.0**23 + 2), jnp.int32) - 0x4B400002
 
 
 def near_root(bits: jax.Array) -> jax.Array:

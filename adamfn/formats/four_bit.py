@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from adamfn.formats.base import Stored, halves, threshold
 from adamfn.formats.blocks import Extremes
 from adamfn.formats.blockwise import Blockwise
-from adamfn.formats.floats import bits_of, float_of, near_root
+from adamfn.formats.floats import SMALLEST_RATIO, bits_of, float_of, near_root, nearest
 from adamfn.formats.levels import round_to_level, spanning
+from adamfn.quotients import quotient
 
 _NU_LEVELS = 17
 _MU_LEVELS = 15  # 17 * 15 and a zero are the 256 values of a byte
@@ -88,13 +89,13 @@ class FourBit(Blockwise):
         levels = spanning(nu, _NU_LEVELS, over, _OCTAVES)
         j = round_to_level(nu, levels, _NU_LEVELS, threshold(nu_bits), unbiased=False)
 
-        ratio = mu * jnp.where(nu == 0, 0, 1 / near_root(nu))
+        mu = mu * jnp.where(nu == 0, 0.0, 1.0)
+        ratio = quotient(mu, near_root(nu))
         largest = float_of(over.largest(bits_of(ratio)))
-        per_level = jnp.where(largest == 0, 0, _MU_LARGEST / jnp.where(largest == 0, 1, largest))
+        per_level = quotient(float(_MU_LARGEST), jnp.maximum(largest, SMALLEST_RATIO))
         # Divided anew: XLA would keep a quotient that is used twice in memory.
-        ratio = mu * jnp.where(nu == 0, 0, per_level / near_root(nu))
-        signed = jnp.clip(jnp.floor(ratio + 0.5), -_MU_LARGEST, _MU_LARGEST)
-        codes = 1 + _MU_LEVELS * j + (signed.astype(jnp.int32) + _MU_LARGEST)
+        ratio = mu * quotient(per_level, near_root(nu))
+        codes = 1 + _MU_LEVELS * j + (nearest(ratio) + _MU_LARGEST)
         codes = jnp.where(nu == 0, 0, codes)
         scales = FourBitScales(largest * (1 / _MU_LARGEST), float_of(levels.top), levels.step)
         return Stored(None, codes, scales)

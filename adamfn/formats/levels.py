@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamfn.formats.blocks import Extremes
-from adamfn.formats.floats import INFINITY, SMALLEST_NORMAL, float_of
+from adamfn.formats.floats import INFINITY, SMALLEST_NORMAL, float_of, nearest
+from adamfn.quotients import quotient
 
 
 class Levels(NamedTuple):
@@ -33,7 +34,8 @@ def spanning(bits: jax.Array, number: int, over: Extremes, octaves: int = 256) -
     """
     least = SMALLEST_NORMAL + number  # the last may come out as much below the smallest element
     top = jnp.maximum(over.largest(bits), least)
-    bottom = jnp.maximum(over.smallest(jnp.where(bits == 0, INFINITY, bits)), least)
+    # One less, without the sign: zeros are the largest.
+    bottom = jnp.maximum(over.smallest(bits - 1 & 0x7FFFFFFF) + 1, least)
     span = jnp.clip(top - bottom, 0, min(octaves << 23, INFINITY))
     return Levels(top, jnp.maximum(jax.lax.div(span + (number - 2), np.int32(number - 1)), 1))
 
@@ -54,10 +56,12 @@ def round_to_level(
     Returns:
       j. What is not finite gets 0. So does zero, or anything: its level means nothing.
     """
-    depth = (levels.top - bits).astype(jnp.float32) * (1 / levels.step.astype(jnp.float32))
-    j = jnp.minimum(depth.astype(jnp.int32), number - 1)
+    depth = (levels.top - bits).astype(jnp.float32) * quotient(1.0, levels.step.astype(jnp.float32))
+    # An element on a level comes out there, whether as this one or as the next.
+    j = nearest(jnp.minimum(depth - 0.5, number - 1.5))
     if unbiased:
-        upper, lower = (float_of(levels.top - (j + below) * levels.step) for below in (0, 1))
+        above = levels.top - j * levels.step
+        upper, lower = float_of(above), float_of(above - levels.step)
         up = float_of(bits) - lower > threshold * (upper - lower)
     else:
         up = depth - j.astype(jnp.float32) < 1 - threshold

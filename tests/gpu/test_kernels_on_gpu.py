@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from programs import call_of
-from test_pallas import check_same_but_means, special
+from test_pallas import check_same, check_same_but_means, special
 
 import adamfn
 from adamfn import formats
@@ -35,14 +35,18 @@ FORMATS = ["bfloat16", "8bit", "4bit", formats.FourBit(block=16), formats.EightB
 MEANS = ["factored", "blockmean"]
 
 
-def check(tx, shape, dtype, ordinary=False):
+def ordinary(rng, shape, dtype):
+    return jnp.asarray(rng.standard_normal(shape), dtype)
+
+
+def finite(rng, shape, dtype):
+    return jnp.nan_to_num(special(rng, shape, dtype), nan=1e-3, posinf=1e-9, neginf=-1.0)
+
+
+def check(tx, shape, dtype, draw=finite):
     """Two steps by the kernel and by XLA, from the same numbers."""
     rng = np.random.default_rng(0)
-
-    def drawn():
-        return jnp.asarray(rng.standard_normal(shape), dtype)
-
-    draw = drawn if ordinary else partial(special, rng, shape, dtype)
+    draw = partial(draw, rng, shape, dtype)
     p = draw()
     call, operands = call_of(tx, p, p)
     kernel = pallas.kernel_for(call, operands, "cuda", asked=True)
@@ -51,7 +55,11 @@ def check(tx, shape, dtype, ordinary=False):
     for count in (1, 2**31 - 1):
         operands[1], operands[-2] = jnp.int32(count), draw()
         found, expected = run(*operands), reference(*operands)
-        check_same_but_means(found, expected, factor_places(call), dtype == jnp.bfloat16)
+        pairs = list(zip(found, expected, strict=True))
+        if draw.func is special:  # codes beside a scale that is NaN mean nothing
+            pairs = [own for own in pairs if own[0].dtype.itemsize > 1]
+        means = factor_places(call)
+        check_same_but_means(*zip(*pairs, strict=True), means, dtype == jnp.bfloat16)
         operands[3 : 3 + call.arrays_kept] = expected[: call.arrays_kept]
         operands[-1] = expected[-1]
 
@@ -67,7 +75,29 @@ def test_codes_are_those_of_xla_to_the_bit(moments, shape, dtype):
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if len(shape) > 1], ids=str)
 @pytest.mark.parametrize("moments", MEANS)
 def test_every_element_meets_its_own_means(moments, shape, dtype):
-    check(adamfn.adamw(0.1, moments=moments), shape, dtype, ordinary=True)
+    check(adamfn.adamw(0.1, moments=moments), shape, dtype, ordinary)
+
+
+@pytest.mark.parametrize("moments", ["bfloat16", "8bit", "4bit"])
+def test_what_is_not_finite_stays_visible(moments):
+    check(adamfn.adamw(0.1, moments=moments), (501, 1023), jnp.float32, special)
+
+
+@pytest.mark.parametrize("moments", ["8bit", "4bit"])
+def test_xla_stores_the_codes_that_it_computes(moments):
+    """Of the last byte of a sum, ptxas has stored the sum converted to a byte."""
+    rng = np.random.default_rng(0)
+    g = np.float32(rng.standard_normal((501, 1023)))
+
+    @jax.jit
+    def encode(g):
+        noise = formats.noise(1, 0, g.shape)
+        return formats.get(moments).encode(0.1 * g, 0.001 * g * g, noise)
+
+    found, expected = (
+        jax.tree.leaves(encode(jax.device_put(g, jax.devices(kind)[0]))) for kind in ("gpu", "cpu")
+    )
+    check_same(found, expected, bfloat16=False)
 
 
 RECIPES = {
@@ -113,5 +143,8 @@ def test_a_run_is_that_of_a_cpu(moments):
         if a.dtype in (np.int8, np.uint8):
             assert np.mean(a != b) < 2e-3
     for name in shapes:
-        # A step moves a weight by at most about the rate: a code that differs, by a hundredth.
-        np.testing.assert_allclose(found[0][name], expected[0][name], rtol=0, atol=1e-4)
+        # A code that differs moves a weight by a hundredth of a step less or more; one of a block's
+        # largest or smallest, all of the block.
+        off = np.abs(found[0][name] - expected[0][name])
+        assert np.mean(off > 1e-4) < 2e-3
+        assert np.max(off) < 1e-3

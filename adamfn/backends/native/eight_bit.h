@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "rounding.h"
 
@@ -13,12 +14,22 @@ namespace adamfn {
 
 inline constexpr int kLargestBlock = 1024;
 
+inline constexpr float kSmallestRatio = 0x1p-50f;
+
 // What is stored of a block besides its codes.
 struct BlockScales {
   float* scale;
   float* top;
   int32_t* step;
 };
+
+// The integer nearest to an |x| < 2^22, of two as near the even one.
+inline int32_t Nearest(float x) {
+  const float word = x + 12582914.0f;
+  int32_t bits;
+  std::memcpy(&bits, &word, sizeof bits);
+  return bits - 0x4B400002;
+}
 
 inline float NearRoot(int32_t bits) { return FloatOf((bits >> 1) + (127 << 22)); }
 
@@ -55,36 +66,36 @@ ADAMFN_LOOPS inline void EncodeBlock(const float* __restrict mu, const float* __
   const int32_t span = std::clamp(top - bottom, 0, kInfinity);
   const int32_t step = std::max((span + (kLevels - 2)) / (kLevels - 1), 1);
 
-  // The ratios are scaled for nu as it came; the root of a level below is smaller by `fall`.
-  const float fall = 1 + static_cast<float>(step) * 0x1p-24f;
+  // The ratios are scaled for nu as it came; the root of a level below is smaller by `fall`, in
+  // which there is room for roundings.
+  const float fall = 1 + 0x1p-20f + static_cast<float>(step) * 0x1p-24f;
   int32_t widest = 0;
   for (int i = 0; i < size; ++i) {
     const int32_t bits = BitsOf(nu[i]);
-    const float inverse = bits ? 1 / NearRoot(bits) : 0.0f;
-    widest = std::max(widest, BitsOf(mu[i] * inverse));
+    widest = std::max(widest, BitsOf(mu[i] * (bits ? 1.0f : 0.0f) / NearRoot(bits)));
   }
   const float largest = fall * FloatOf(widest);
-  const float per_code = largest == 0 ? 0 : 127 / largest;
+  // In this order the maximum is NaN where `largest` is.
+  const float per_code = 127 / (largest < kSmallestRatio ? kSmallestRatio : largest);
   const float per_step = 1 / static_cast<float>(step);
 
 #pragma GCC ivdep
   for (int i = 0; i < size; ++i) {
     const uint32_t random = noise[i];
-    const float place_of_mu = static_cast<float>(random & 0xFFFF) * 0x1p-16f + 0x1p-17f;
+    const float place_of_mu = static_cast<float>(random & 0xFFFF) * 0x1p-16f + (0x1p-17f - 0.5f);
     const float place_of_nu = static_cast<float>(random >> 16) * 0x1p-16f + 0x1p-17f;
     const int32_t bits = BitsOf(nu[i]);
     const float depth = static_cast<float>(top - bits) * per_step;
-    const int32_t above = static_cast<int32_t>(std::min(depth, kLevels - 1.0f));
+    const int32_t above = Nearest(std::min(depth - 0.5f, kLevels - 1.5f));
     const int32_t from = top - above * step;
     const float upper = FloatOf(from);
     const float lower = FloatOf(from - step);  // not top - 255 * step, which may overflow
     const bool up = FloatOf(bits) - lower > place_of_nu * (upper - lower);
     int32_t level = std::min(up ? above : above + 1, kLevels - 1);
     level = bits >= kInfinity ? 0 : level;
-    const float per_ratio = bits ? per_code / NearRoot(top - level * step) : 0.0f;
-    const float code = std::floor(mu[i] * per_ratio + place_of_mu);
-    const float held = std::min(std::max(code, -127.0f), 127.0f);
-    mu_codes[i] = static_cast<int8_t>(static_cast<int32_t>(held == held ? held : 0.0f));
+    const float per_ratio = per_code / NearRoot(top - level * step);
+    const float ratio = mu[i] * (bits ? 1.0f : 0.0f) * per_ratio;
+    mu_codes[i] = static_cast<int8_t>(Nearest(ratio + place_of_mu));
     nu_codes[i] = static_cast<uint8_t>(bits ? kLevels - level : 0);
   }
   *block.scale = largest * (1.0f / 127);
