@@ -1,12 +1,14 @@
 """How fast an update is on the GPU at hand: every format beside its peers and a plain copy.
 
 Adam by adamfn in every format, by `step` and by `update` with the parameters applied, optax's and
-flashoptim-jax's jitted, and torch's optimizers that are installed, all of them taking turns in one
-process. Beside the time of an update stands the bandwidth that it reached, as a share of a copy's:
-the bytes that it cannot do without (parameters and state read and written once, gradients read
-once), over its time.
+flashoptim-jax's jitted, ten updates in a call, and torch's optimizers that are installed, all of
+them taking turns in one process. Beside the time of an update stands the bandwidth that it reached,
+as a share of a copy's: the bytes that it cannot do without (parameters and state read and written
+once, gradients read once), over its time.
 
 Takes a GPU with 40 GB that does nothing else.
+
+Results of trees that are not measured this time stay as they are.
 
     python benchmarks/gpu_speed.py              # writes benchmarks/results/gpu_speed.json
     python benchmarks/gpu_speed.py --trees "GPT-2 small" --dtypes float32 --rounds 3 --out /dev/null
@@ -14,6 +16,7 @@ Takes a GPU with 40 GB that does nothing else.
 
 import argparse
 import gc
+import json
 import os
 import sys
 from pathlib import Path
@@ -28,7 +31,7 @@ import jax.numpy as jnp
 import model_trees
 from ahead_of_time import trees
 from ahead_of_time.candidates import OPTAX, candidates
-from gpu_candidates import Timed
+from gpu_candidates import IN_A_CALL, Timed
 from lean import RESULTS, machine, quieten, save, versions
 from rich import box
 from rich.console import Console
@@ -61,7 +64,7 @@ def measure(timed: dict[str, Timed], rounds: int, bandwidth: float) -> dict[str,
     samples = {name: [] for name in timed}
     for i in range(rounds):
         for name in timed if i % 2 else reversed(timed):
-            samples[name].append(seconds(timed[name].run, times[name]) / times[name])
+            samples[name].append(seconds(timed[name].run, times[name]) / times[name] / IN_A_CALL)
     return {
         name: {
             "seconds": median(own),
@@ -77,6 +80,12 @@ def measure_tree(shapes: Any, dtype: str, rounds: int, bandwidth: float) -> dict
     gc.collect()  # what an earlier tree may have left
     timed = gpu_candidates.by_jax(candidates(dtype, "cuda"), shapes, dtype)
     return measure(timed | gpu_candidates.by_torch(shapes, dtype), rounds, bandwidth)
+
+
+def earlier(path: Path, card: str) -> dict[str, dict[str, dict]]:
+    """Results of this card that trees measured now are added to."""
+    recorded = json.loads(path.read_text()) if path.is_file() else {}
+    return recorded["updates"] if recorded.get("card") == card else {}
 
 
 def table(title: str, rows: dict[str, dict]) -> Table:
@@ -109,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     bandwidth = copy_bandwidth(args.rounds)
     card = jax.devices()[0].device_kind
     console.print(f"{card}: a copy moves {bandwidth / 1e12:.2f} TB/s")
-    results: dict[str, dict[str, dict]] = {}
+    results = earlier(args.out, card)
     for name in args.trees:
         for dtype in args.dtypes:
             rows = measure_tree(TREES[name], dtype, args.rounds, bandwidth)

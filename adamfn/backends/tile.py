@@ -96,10 +96,10 @@ def cost_of(arrays: Sequence[jax.Array], results: Sequence["Result"]) -> pl.Cost
 
 
 def words_of(numbers: jax.Array, count: jax.Array) -> jax.Array:
-    """What a kernel makes noise of, int32: the first element's number, and the leaf's seeds."""
+    """What a kernel makes noise of, int32: the leaf's seeds, of elements counted from its first."""
     leaf, first = numbers[0]
-    seeds = jax.tree.leaves(Seeds.of(count, leaf))
-    return jnp.stack([first, *seeds]).astype(jnp.int32)
+    words = [word for seed in Seeds.of(count, leaf) for word in (seed.first + first, seed.second)]
+    return jnp.stack(words).astype(jnp.int32)
 
 
 class Result(NamedTuple):
@@ -201,10 +201,9 @@ def run_tile(
     (kept,) = jax.tree.unflatten(call.kept, arrays[: call.arrays_kept])
     g, *p = arrays[call.arrays_kept :]
     p = p[0] if p else None
-    seeds = Seeds(
-        *(Seed(words[k].astype(jnp.uint32), words[k + 1].astype(jnp.uint32)) for k in (1, 3))
-    )
-    numbers = (words[0] + numbers).astype(jnp.uint32)
+    keys = [words[k].astype(jnp.uint32) for k in range(4)]
+    seeds = Seeds(Seed(*keys[:2]), Seed(*keys[2:]))
+    numbers = numbers.astype(jnp.uint32)
     found = jax.tree.leaves(program(seeds, scalars, g, p, kept, numbers))
     if program.measures is None or inside is None:
         return found

@@ -104,5 +104,5 @@ class EightBit(Blockwise):
         """Returns both moments in float32."""
         mu_codes, nu_codes, (scale, top, step) = cast("tuple[Any, Any, EightBitScales]", stored)
         codes = nu_codes.astype(jnp.int32)
-        nu = jnp.where(codes == 0, 0, bits_of(top) - (_LEVELS - codes) * step)
+        nu = jnp.where(codes == 0, 0, bits_of(top) - _LEVELS * step + codes * step)
         return mu_codes.astype(jnp.float32) * scale * near_root(nu), float_of(nu)
