@@ -2,8 +2,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-peers test-accelerators test-accelerators-quick lint format bench
-.PHONY: bench-lean bench-accelerators wheel test-wheel test-lowest test-newest docs docs-html
+.PHONY: help demo test test-peers test-accelerators test-accelerators-quick test-gpu lint format bench
+.PHONY: bench-lean bench-accelerators bench-gpu wheel test-wheel test-lowest test-newest docs docs-html
 .PHONY: screenshots notebook clean
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test-accelerators  programs compiled for a TPU and a GPU that are not at hand, held to"
 	@echo "             their bounds (installs the compilers in environments of their own)"
 	@echo "make test-accelerators-quick  a small choice of them"
+	@echo "make test-gpu  the kernels on the GPU at hand (installs JAX for CUDA)"
 	@echo "make test-lowest  the core's tests with the lowest jax and chex that pyproject.toml allows"
 	@echo "make test-newest  the same with the newest that PYTHON can have (jax 0.11 and later need 3.12)"
 	@echo "make wheel   wheel and sdist, in dist/"
@@ -31,6 +32,7 @@ help:
 	@echo "             flashoptim-jax (installs them in an environment of their own; about an hour)"
 	@echo "make bench-accelerators  measure what an update costs on TPUs and GPUs that are not at hand, by"
 	@echo "             their compilers"
+	@echo "make bench-gpu  time an update on the GPU at hand, beside optax, torch and those in 8 bits"
 	@echo "make clean   remove the virtual environment and what was built"
 
 demo: $(VENV)/.examples
@@ -53,6 +55,9 @@ test-accelerators: $(VENV)-tpu/.tpu $(VENV)-gpu/.gpu
 
 test-accelerators-quick:
 	$(MAKE) test-accelerators ARGS="-m quick $(ARGS)"
+
+test-gpu: $(VENV)-cuda/.cuda
+	$(VENV)-cuda/bin/python -m pytest -q tests/gpu $(ARGS)
 
 wheel: $(VENV)/.dev
 	rm -rf dist
@@ -126,12 +131,16 @@ bench-accelerators: $(VENV)-tpu/.tpu $(VENV)-gpu/.gpu $(VENV)/.examples
 	$(VENV)-gpu/bin/python benchmarks/accelerators.py --machines h100 b200 --meshes h100:8 $(ARGS)
 	$(BIN)/python benchmarks/readme_tables.py
 
+bench-gpu: $(VENV)-cuda/.cuda
+	$(VENV)-cuda/bin/python benchmarks/gpu_speed.py $(ARGS)
+	$(VENV)-cuda/bin/python benchmarks/readme_tables.py
+
 # One stamp for each extra, so that an extra is installed once and again when it changes.
-$(VENV)/.% $(VENV)-bench/.% $(VENV)-lean/.% $(VENV)-tpu/.% $(VENV)-gpu/.%: pyproject.toml
+$(VENV)/.% $(VENV)-bench/.% $(VENV)-lean/.% $(VENV)-tpu/.% $(VENV)-gpu/.% $(VENV)-cuda/.%: pyproject.toml
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-bench $(VENV)-lean $(VENV)-tpu $(VENV)-gpu \
+	rm -rf $(VENV) $(VENV)-bench $(VENV)-lean $(VENV)-tpu $(VENV)-gpu $(VENV)-cuda \
 		$(VENV)-lowest $(VENV)-newest $(VENV)-docs build dist site out .ruff_cache .hypothesis

@@ -58,8 +58,8 @@ def copy_bandwidth(rounds: int) -> float:
     return 2 * COPIED * times / min(seconds(run, times) for _ in range(rounds))
 
 
-def measure(timed: dict[str, Timed], rounds: int, bandwidth: float) -> dict[str, dict[str, Any]]:
-    """Seconds of an update of each, how many times as fast as optax, and its share of a copy."""
+def measure(timed: dict[str, Timed], rounds: int) -> dict[str, dict[str, Any]]:
+    """Seconds of an update of each, how many times as fast as optax, and what it must move."""
     times = {name: repeats(own.run) for name, own in timed.items()}
     samples = {name: [] for name in timed}
     for i in range(rounds):
@@ -70,25 +70,24 @@ def measure(timed: dict[str, Timed], rounds: int, bandwidth: float) -> dict[str,
             "seconds": median(own),
             "times_as_fast_as_optax": spread(samples[OPTAX], own),
             "least": timed[name].least,
-            "of_copy": timed[name].least / median(own) / bandwidth,
         }
         for name, own in samples.items()
     }
 
 
-def measure_tree(shapes: Any, dtype: str, rounds: int, bandwidth: float) -> dict[str, dict]:
+def measure_tree(shapes: Any, dtype: str, rounds: int) -> dict[str, dict]:
     gc.collect()  # what an earlier tree may have left
     timed = gpu_candidates.by_jax(candidates(dtype, "cuda"), shapes, dtype)
-    return measure(timed | gpu_candidates.by_torch(shapes, dtype), rounds, bandwidth)
+    return measure(timed | gpu_candidates.by_torch(shapes, dtype), rounds)
 
 
-def earlier(path: Path, card: str) -> dict[str, dict[str, dict]]:
-    """Results of this card that trees measured now are added to."""
+def earlier(path: Path, card: str) -> dict[str, Any]:
+    """What was recorded of this card, which trees measured now are added to."""
     recorded = json.loads(path.read_text()) if path.is_file() else {}
-    return recorded["updates"] if recorded.get("card") == card else {}
+    return recorded if recorded.get("card") == card else {"updates": {}, "copy_bytes_a_second": 0}
 
 
-def table(title: str, rows: dict[str, dict]) -> Table:
+def table(title: str, rows: dict[str, dict], bandwidth: float) -> Table:
     shown = Table(title=title, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for column in ("Adam by", "ms (median)", "times as fast as optax", "of a copy's bandwidth"):
         shown.add_column(column, justify="left" if column == "Adam by" else "right", no_wrap=True)
@@ -98,7 +97,7 @@ def table(title: str, rows: dict[str, dict]) -> Table:
             name,
             f"{1e3 * row['seconds']:.3f}",
             f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
-            f"{row['of_copy']:.2f}",
+            f"{row['least'] / row['seconds'] / bandwidth:.2f}",
         )
     return shown
 
@@ -115,23 +114,23 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"JAX found no GPU here, only {jax.default_backend()}; this measures a GPU.")
     quieten()
     console = Console(width=100)
-    bandwidth = copy_bandwidth(args.rounds)
     card = jax.devices()[0].device_kind
+    recorded = earlier(args.out, card)
+    bandwidth = max(copy_bandwidth(args.rounds), recorded["copy_bytes_a_second"])
     console.print(f"{card}: a copy moves {bandwidth / 1e12:.2f} TB/s")
-    results = earlier(args.out, card)
+    recorded = {
+        "card": card,
+        "machine": machine(),
+        "versions": versions(),
+        "rounds": args.rounds,
+        "copy_bytes_a_second": bandwidth,
+        "updates": recorded["updates"],
+    }
     for name in args.trees:
         for dtype in args.dtypes:
-            rows = measure_tree(TREES[name], dtype, args.rounds, bandwidth)
-            results.setdefault(name, {})[dtype] = rows
-            console.print(table(f"{name}, {dtype}", rows))
-            recorded = {
-                "card": card,
-                "machine": machine(),
-                "versions": versions(),
-                "rounds": args.rounds,
-                "copy_bytes_a_second": bandwidth,
-                "updates": results,
-            }
+            rows = measure_tree(TREES[name], dtype, args.rounds)
+            recorded["updates"].setdefault(name, {})[dtype] = rows
+            console.print(table(f"{name}, {dtype}", rows, bandwidth))
             save(args.out, recorded)
 
 

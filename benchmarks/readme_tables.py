@@ -20,6 +20,7 @@ from accelerator_tables import (
     accelerators_update,
     accelerators_versions,
 )
+from gpu_tables import gpu_measured_on, gpu_speed
 from step_tables import step_cost, step_goals, step_limits, step_speed, step_variants
 from why_table import why
 
@@ -186,6 +187,8 @@ def stage_cost() -> str:
 TABLES = {
     "README.md": (why,),
     "docs/accelerators.md": (
+        gpu_measured_on,
+        gpu_speed,
         accelerators_versions,
         accelerators_step,
         accelerators_update,
