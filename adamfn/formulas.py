@@ -104,23 +104,6 @@ def infinity_ratio(
     return mu / nu, mu, nu
 
 
-def lazy_ratio(
-    g: jax.Array,
-    mu: jax.Array,
-    nu: jax.Array,
-    b1: Shares,
-    b2: Shares,
-    eps: jax.Array,
-    eps_root: jax.Array,
-) -> tuple[jax.Array, ...]:
-    """The formula of `scale_by_lazy_moments`: `(u, mu, nu)`."""
-    g = bounded(g)
-    active = jnp.any(g != 0, axis=-1, keepdims=True) if g.ndim else g != 0
-    next_mu, next_nu = average_moments(g, mu, nu, b1, b2)
-    u = jnp.where(active, quotient(next_mu, root(next_nu + eps_root) + eps), 0)
-    return u, jnp.where(active, next_mu, mu), jnp.where(active, next_nu, nu)
-
-
 def atan2_ratio(
     g: jax.Array,
     mu: jax.Array,

@@ -183,7 +183,7 @@ def _check_packable(stage: Any) -> None:
             f"packed: {stage.name} keeps bits of each weight, which buffers of float32 moments have"
             " no place for; expected a chain without it. Leave `packed` out."
         )
-    if not stage.elementwise or stage.mean is not None:
+    if not stage.elementwise or stage.rests or stage.mean is not None:
         raise ValueError(
             f"packed: {stage.name} looks at whole leaves, which a buffer does not keep apart;"
             " expected stages that take each element by itself. Leave `packed` out."

@@ -49,6 +49,7 @@ class Part:
     format: Format | None
     """How they are stored; None for as they are."""
     rests: bool
+    """Whether rows rest where the update that it is given is zero."""
     elementwise: bool
     active: bool
     """Whether the stage's mask has this leaf."""
@@ -110,6 +111,7 @@ class Program:
         p: jax.Array | None,
         kept: Sequence[Kept],
         numbers: jax.Array | None = None,
+        moving: jax.Array | None = None,
     ) -> tuple[list[Kept], list[jax.Array]]:
         """Returns what is kept for each part, then the update and the parameter, if asked for.
 
@@ -123,6 +125,8 @@ class Program:
           kept: what is kept of the leaf for each part.
           numbers: of a shard or a tile of a leaf, the numbers that its elements have there,
             uint32 of g's shape; None for a whole leaf.
+          moving: of a tile, whether its rows move, for the stage that lets others rest; None where
+            it holds whole rows.
         """
         u = grad = _widened(g, self.dtype)
         stored_p = param = None if p is None else _widened(p, self.dtype)
@@ -154,16 +158,18 @@ class Program:
             returned = _applied(part, [u, *read, *live], own)
             if place == self.measures:
                 return [], [returned.astype(self.dtype)]
-            u, *new = _checked(part, u, live, returned)
+            given, (u, *new) = u, _checked(part, u, live, returned)
+            rows: Any = moving_rows(given) if part.rests and moving is None else moving
+            if part.rests:
+                u = jnp.where(rows, u, 0)
+                new = [jnp.where(rows, a, b) for a, b in zip(new, live, strict=True)]
             known |= zip(part.keeps, new, strict=True)
             if part.format is None:
                 stored: Kept = tuple(x.astype(was.dtype) for x, was in zip(new, old, strict=True))
             else:
                 stored = encode(part.format, new, words(seeds.moments))
-            if part.rests and part.format is not None:
-                moved = jnp.any(jnp.stack([a != b for a, b in zip(new, live, strict=True)]), axis=0)
-                moved = jnp.any(moved, axis=-1, keepdims=True) if moved.ndim else moved
-                stored = jax.tree.map(partial(jnp.where, moved), stored, old)
+                if part.rests:
+                    stored = jax.tree.map(partial(jnp.where, rows), stored, old)
             next_kept.append(stored)
         if taken is not None:
             # A select: what is held back may be NaN.
@@ -205,6 +211,11 @@ class Call:
     def strides_of(self, leaf: int, shape: Sequence[int]) -> tuple[int, ...]:
         """The strides by which the elements of one of the leaves are numbered."""
         return elements.strides_of(shape) if self.strides is None else self.strides[leaf]
+
+
+def moving_rows(u: jax.Array) -> jax.Array:
+    """Whether each row of the last axis, a scalar by itself, has anything but zeros."""
+    return jnp.any(u != 0, axis=-1, keepdims=True) if u.ndim else u != 0
 
 
 def _widened(x: jax.Array, real: Any) -> jax.Array:

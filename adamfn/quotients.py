@@ -4,7 +4,7 @@ Numbers of any size take a GPU eight operations to divide by. For these one will
 lends its own while it is traced: right to two roundings, as XLA's division on GPU is.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -25,7 +25,7 @@ _lent: ContextVar[Operations | None] = ContextVar("lent", default=None)
 
 
 @contextmanager
-def lending(operations: Operations | None) -> Iterator[None]:
+def lending(operations: Operations | None) -> Generator[None]:
     """Computes with these operations what is traced inside; None for those of XLA."""
     token = _lent.set(operations)
     try:
@@ -37,7 +37,7 @@ def lending(operations: Operations | None) -> Iterator[None]:
 def quotient(x: chex.Numeric, y: jax.Array) -> jax.Array:
     """`x / y`, of any x."""
     own = _lent.get()
-    return x / y if own is None else x * own.inverse(y)
+    return jnp.divide(x, y) if own is None else jnp.multiply(x, own.inverse(y))
 
 
 def root(x: jax.Array) -> jax.Array:

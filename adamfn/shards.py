@@ -15,7 +15,6 @@ from adamfn.backends.primitive import Backend, bind
 from adamfn.bundle import Bundle
 from adamfn.formats.elements import strides_of
 from adamfn.formats.shards import block_of, cut_block, on_shards
-from adamfn.formulas import lazy_ratio  # looks at other elements of its row alone
 from adamfn.placement import Axes, Path, axes_beside, axes_of_spec, size, spec_of
 from adamfn.program import Call, Program
 from adamfn.trees import PyTree, describe, path_name
@@ -72,7 +71,7 @@ def _can_split(path: Path, program: Program, g: Any, shards: Shards) -> bool:
         return False
     last = size(shards.axes[-1], shards.mesh) if shards.axes else 1
     active = [part for part in program.parts if part.active]
-    if not all(part.elementwise or (part.formula is lazy_ratio and last == 1) for part in active):
+    if not all(part.elementwise and (last == 1 or not part.rests) for part in active):
         return False
     blocks = [block_of(part.format) for part in active]
     if None in blocks:

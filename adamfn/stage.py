@@ -77,7 +77,8 @@ class Stage:
         given each layer by itself. None for none.
       holds: whether its one scalar says if the step is taken: where it is 0, the updates are 0, and
         the stages joined with this one keep and remember what they had, their counts too.
-      rests: whether rows whose moments the formula leaves as they are stay as they are stored.
+      rests: whether rows, along the last axis, rest where the stage is given nothing but zeros:
+        their updates are 0, and what is kept of them stays as it is stored.
 
     Raises:
       TypeError, ValueError: these do not fit each other; names the stage.

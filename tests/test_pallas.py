@@ -190,6 +190,43 @@ def test_codes_are_those_of_xla_to_the_bit(kernel, moments, shape):
         operands[-1] = expected[-1]
 
 
+@pytest.mark.parametrize(
+    ("kernel", "moments", "shape"),
+    [
+        (mosaic, "8bit", (130, 300)),
+        (mosaic, "4bit", (3, 31, 150)),  # the rows are its first axis
+        (mosaic, "8bit", (2, 32, 256)),  # slabs are so many more rows
+        (mosaic, "8bit", (128, 150)),  # lies the other way round
+        (mosaic, "bfloat16", (64, 300)),
+        (triton, "8bit", (64, 300)),
+        (triton, "4bit", (3, 31, 150)),
+    ],
+)
+@pytest.mark.parametrize("decays", [False, True])
+def test_rows_rest_as_by_xla(kernel, moments, shape, decays):
+    """Also where a decay before it wakes those of which a weight is not zero."""
+    rng = np.random.default_rng(0)
+    tx = adamfn.lazy_adam(0.1, moments=moments)
+    tx = adamfn.chain(adamfn.add_decayed_weights(0.1), tx) if decays else tx
+    p, *grads = (rng.standard_normal(shape).astype(np.float32) for _ in range(4))
+    p[..., 1::3, :] = 0
+    call, operands = call_of(tx, jnp.asarray(p), jnp.asarray(p))
+    assert kernel.can_run(call, operands)
+    run = jax.jit(partial(kernel.run_leaf, call, platform="cpu"))
+    reference = jax.jit(partial(run_call, call))
+    for count, g in enumerate(grads, start=1):
+        g[..., rng.random(shape[-2]) < 0.5, :] = 0
+        operands[1], operands[-2] = jnp.int32(count), jnp.asarray(g)
+        found, expected = run(*operands), reference(*operands)
+        check_same(found, expected, bfloat16=False)
+        still = ~(g.any(-1) | (decays & np.asarray(operands[-1]).any(-1)))
+        assert still.any()
+        for was, now in zip(operands[3:-2], found, strict=False):
+            np.testing.assert_array_equal(np.asarray(was)[still], np.asarray(now)[still])
+        operands[3 : 3 + call.arrays_kept] = expected[: call.arrays_kept]
+        operands[-1] = expected[-1]
+
+
 @pytest.mark.parametrize(("kernel", "moments", "shape"), MEANS)
 def test_every_element_meets_its_own_means(kernel, moments, shape):
     """Of ordinary gradients: one NaN would make all means NaN."""
@@ -269,7 +306,8 @@ def lowered(tx, params, platform):
 def test_every_recipe_and_a_stage_of_ones_own_has_a_kernel(moments):
     params = jax.ShapeDtypeStruct((200, 768), jnp.float32)
     recipes = [adamfn.adam, adamfn.adamw, adamfn.amsgrad, adamfn.nadam, adamfn.radam]
-    makes = [*(partial(recipe, 0.1) for recipe in [*recipes, adamfn.adamax])]
+    recipes += [adamfn.adamax] + [adamfn.lazy_adam] * (moments in ("8bit", "4bit"))
+    makes = [*(partial(recipe, 0.1) for recipe in recipes)]
     for make in (*makes, with_a_stage_of_ones_own):
         tx = make(moments=moments)
         assert lowered(tx, params, "tpu").count("tpu_custom_call") == 1
@@ -309,7 +347,7 @@ class ScalesWithAnAxis(formats.EightBit):
         (adamfn.adamw(0.1, moments=ScalesWithAnAxis()), (3, 31, 300)),
         (adamfn.adamw(0.1, moments=OnesOwn()), (3, 5, 31, 300)),
         (adamfn.adamw(0.1, moments=OnesOwn()), (2, 128, 160)),
-        (adamfn.lazy_adam(0.1, moments="8bit"), (256, 160)),
+        (adamfn.lazy_adam(0.1, moments=OnesOwn()), (256, 160)),
     ],
 )
 def test_pieces_are_the_whole_to_the_bit(monkeypatch, tx, shape):

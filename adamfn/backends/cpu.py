@@ -56,7 +56,7 @@ def scalar_places(program: Program) -> list[int] | None:
     """
     numbers = jax.tree.unflatten(program.scalars, range(program.scalars.num_leaves))
     left = [(p, own) for p, own in zip(program.parts, numbers, strict=True) if p.active]
-    if program.measures is not None or any(p.needs_mean or p.layered for p, _ in left):
+    if program.measures is not None or any(p.needs_mean or p.layered or p.rests for p, _ in left):
         return None
 
     def place_of(*formulas: Callable[..., Any]) -> int:

@@ -20,6 +20,7 @@ from adamfn.backends.cut import LANES, Cut, cut_of, inside_of, numbers_in
 from adamfn.backends.lanes import squares
 from adamfn.backends.measuring import by_layer, sums_in
 from adamfn.backends.operands import factor, operand, read, stage, unstage, unview, write
+from adamfn.backends.rows import row_places, with_moving_rows
 from adamfn.backends.tile import (
     common_block,
     cost_of,
@@ -72,7 +73,8 @@ def can_lower(call: Call, avals: Sequence[Any]) -> bool:
 
 def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]:
     """`run_call` of a call that it `can_run`."""
-    vector, count, numbers, *arrays = operands
+    vector, count, numbers = operands[:3]
+    arrays = with_moving_rows(call, operands)
     kept, factors = call.arrays_kept, factor_places(call)
     cut = _cut_for(call, operands)
     assert cut is not None
@@ -80,7 +82,8 @@ def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]
     strides = call.strides_of(0, shape)
     arrays = with_factors(call, arrays)
     given = [
-        factor(x, cut) if k in factors else operand(x, shape, cut) for k, x in enumerate(arrays)
+        factor(x, cut) if k in factors | row_places(call) else operand(x, shape, cut)
+        for k, x in enumerate(arrays)
     ]
     views = [own.view for own in given]
     results = results_of(call, arrays)

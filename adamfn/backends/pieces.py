@@ -15,7 +15,6 @@ from adamfn.backends.measuring import by_layer, measured, sums_in
 from adamfn.backends.tile import factor_places, kernel_block, results_of
 from adamfn.backends.xla import scalars_of
 from adamfn.formats.elements import numbers_of
-from adamfn.formulas import lazy_ratio  # looks at other elements of its row alone
 from adamfn.program import Call, Seeds
 from adamfn.varying import vary_together
 
@@ -31,7 +30,7 @@ def can_run(call: Call, avals: Sequence[Any]) -> bool:
         any(kernel_block(part.format) != 0 for part in call.program.parts)
         and not call.packed
         and call.leaves == 1
-        and all(part.local or part.formula is lazy_ratio for part in call.program.parts)
+        and all(part.local for part in call.program.parts)
         and not factor_places(call)  # a sum is rounded otherwise in another shape
         and leaf.ndim >= least
         and leaf.size > 2 * ELEMENTS

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from adamfn.backends.measuring import places_of_scalars
+from adamfn.backends.rows import resting_part
 from adamfn.formats import (
     BlockMean,
     Blockwise,
@@ -59,7 +60,10 @@ def factor_places(call: Call) -> frozenset[int]:
 
 
 def with_factors(call: Call, arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """The arrays of a call, with factors of nu, of which any axis may be 1, in the means' stead."""
+    """The arrays of a call, with factors of nu, of which any axis may be 1, in the means' stead.
+
+    What comes behind the call's own stays there.
+    """
     (rows,) = jax.tree.unflatten(call.kept, arrays[: call.arrays_kept])
     for k, (part, row) in enumerate(zip(call.program.parts, rows, strict=True)):
         if _by_factors(part.format):
@@ -74,6 +78,7 @@ def common_block(call: Call, avals: Sequence[Any]) -> int | None:
     program, leaves = call.program, avals[3 + call.arrays_kept :]
     found = [kernel_block(part.format) for part in program.parts if part.keeps]
     blocks = {block for block in found if block}
+    resting = [part for part in program.parts if part.active and part.rests]
     fits = (
         not call.packed
         and call.leaves == 1
@@ -81,6 +86,7 @@ def common_block(call: Call, avals: Sequence[Any]) -> int | None:
         and len(blocks) <= 1
         and program.dtype == jnp.float32
         and all(part.local for part in program.parts)
+        and (not resting or (len(resting) == 1 and len(leaves[0].shape) > 1))
         and all(aval.dtype in (jnp.float32, jnp.bfloat16) for aval in leaves)
         and leaves[0].size > 0
     )
@@ -178,7 +184,7 @@ def run_tile(
       call: the leaf's.
       vector: the scalars.
       words: those of `words_of`.
-      arrays: the tile of each of the call's arrays.
+      arrays: the tile of each of the call's arrays, and of what rows move if some may rest.
       numbers: those that the tile's elements have in the whole leaf, after the first, int32.
       inside: whether they are of the leaf; None if all are.
       over: the extremes of the tile's blocks.
@@ -199,12 +205,13 @@ def run_tile(
         for place in places_of_scalars(program, layers)
     ]
     (kept,) = jax.tree.unflatten(call.kept, arrays[: call.arrays_kept])
-    g, *p = arrays[call.arrays_kept :]
-    p = p[0] if p else None
+    g, *others = arrays[call.arrays_kept :]
+    p = others[0] if program.reads_params else None
+    moving = None if resting_part(call) is None else others[-1] > 0
     keys = [words[k].astype(jnp.uint32) for k in range(4)]
     seeds = Seeds(Seed(*keys[:2]), Seed(*keys[2:]))
     numbers = numbers.astype(jnp.uint32)
-    found = jax.tree.leaves(program(seeds, scalars, g, p, kept, numbers))
+    found = jax.tree.leaves(program(seeds, scalars, g, p, kept, numbers, moving))
     if program.measures is None or inside is None:
         return found
     return [jnp.where(inside, found[0], 0)]

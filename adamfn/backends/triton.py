@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton
 
 from adamfn.backends import means
 from adamfn.backends.measuring import by_layer, sums_in
+from adamfn.backends.rows import row_places, with_moving_rows
 from adamfn.backends.tile import (
     common_block,
     cost_of,
@@ -79,8 +80,9 @@ def _tile(size: int) -> tuple[int, int]:
 
 def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]:
     """`run_call` of a call that it `can_run`."""
-    vector, count, numbers, *arrays = operands
-    leaf, factors = arrays[call.arrays_kept], factor_places(call)
+    vector, count, numbers = operands[:3]
+    arrays = with_moving_rows(call, operands)
+    leaf, factors = arrays[call.arrays_kept], factor_places(call) | row_places(call)
     arrays = with_factors(call, arrays)
     block_size = common_block(call, operands)
     assert block_size is not None

@@ -17,30 +17,18 @@ from adamfn.storage import Kept
 
 def run_call(call: Call, *operands: jax.Array) -> list[jax.Array]:
     """Runs a call by XLA, which compiles what a leaf's program does into one kernel or a few."""
-    vector, count, numbers, *arrays = operands
-    kept = jax.tree.unflatten(call.kept, arrays[: call.arrays_kept])
-    grads = arrays[call.arrays_kept :][: call.leaves]
-    params: Sequence[Any] = arrays[call.arrays_kept + call.leaves :] or [None] * call.leaves
-    scalars = scalars_of(call, vector, grads[0])
     if call.packed:
-        return _run_packed(call, scalars, count, numbers, kept[0], grads, params)
-    rows = [
-        _run_leaf(
-            call.program,
-            None if call.strides is None else call.strides[k],
-            numbers[k],
-            scalars,
-            count,
-            grads[k],
-            params[k],
-            kept[k],
-        )
-        for k in range(call.leaves)
-    ]
+        return _run_packed(call, *operands)
     if call.program.measures is not None:
-        return [sums_of(call, values) for _, (values,) in rows]
+        return [sums_of(call, values) for values in measured_values(call, *operands)]
+    rows = _run_leaves(call, *operands)
     columns = zip(*(results for _, results in rows), strict=True)
     return [*jax.tree.leaves([own for own, _ in rows]), *(x for column in columns for x in column)]
+
+
+def measured_values(call: Call, *operands: jax.Array) -> list[jax.Array]:
+    """Of each leaf of a call that measures what is to be summed."""
+    return [values for _, (values,) in _run_leaves(call, *operands)]
 
 
 def scalars_of(call: Call, vector: jax.Array, leaf: jax.Array) -> list[jax.Array]:
@@ -79,6 +67,28 @@ def by_leaf(
     return [*kept, *(x for column in zip(*moved, strict=True) for x in column)]
 
 
+def _run_leaves(
+    call: Call, vector: jax.Array, count: jax.Array, numbers: jax.Array, *arrays: jax.Array
+) -> list[tuple[list[Kept], list[jax.Array]]]:
+    kept = jax.tree.unflatten(call.kept, arrays[: call.arrays_kept])
+    grads = arrays[call.arrays_kept :][: call.leaves]
+    params: Sequence[Any] = arrays[call.arrays_kept + call.leaves :] or [None] * call.leaves
+    scalars = scalars_of(call, vector, grads[0])
+    return [
+        _run_leaf(
+            call.program,
+            None if call.strides is None else call.strides[k],
+            numbers[k],
+            scalars,
+            count,
+            grads[k],
+            params[k],
+            kept[k],
+        )
+        for k in range(call.leaves)
+    ]
+
+
 @partial(jax.jit, static_argnums=(0, 1))  # traced once for all leaves of one signature
 def _run_leaf(
     program: Program,
@@ -96,15 +106,14 @@ def _run_leaf(
 
 
 def _run_packed(
-    call: Call,
-    scalars: Sequence[jax.Array],
-    count: jax.Array,
-    numbers: jax.Array,
-    kept: Sequence[Kept],
-    grads: Sequence[jax.Array],
-    params: Sequence[Any],
+    call: Call, vector: jax.Array, count: jax.Array, numbers: jax.Array, *arrays: jax.Array
 ) -> list[jax.Array]:
-    def flat(leaves: Sequence[jax.Array]) -> jax.Array:
+    (kept,) = jax.tree.unflatten(call.kept, arrays[: call.arrays_kept])
+    grads = arrays[call.arrays_kept :][: call.leaves]
+    params: Any = arrays[call.arrays_kept + call.leaves :] or [None] * call.leaves
+    scalars = scalars_of(call, vector, grads[0])
+
+    def flat(leaves: Sequence[Any]) -> jax.Array:
         return jnp.concatenate([leaf.reshape(-1).astype(call.program.dtype) for leaf in leaves])
 
     p = None if params[0] is None else flat(params)

@@ -90,13 +90,12 @@ class EightBit(Blockwise):
         # The scale is for nu as it came, lest a second pass wait for the levels chosen. A level
         # below has a root smaller by this factor at most, with room for roundings.
         fall = 1 + 2.0**-20 + levels.step.astype(jnp.float32) * 2.0**-24
-        mu = mu * jnp.where(nu == 0, 0.0, 1.0)
-        ratio = quotient(mu, near_root(nu))
+        ratio = mu * jnp.where(nu == 0, 0, quotient(1.0, near_root(nu)))
         largest = fall * float_of(over.largest(bits_of(ratio)))
         # A smaller ratio is no update. With it, what follows could be infinite.
         per_code = quotient(127.0, jnp.maximum(largest, SMALLEST_RATIO))
         chosen = levels.top - j * levels.step
-        ratio = mu * quotient(per_code, near_root(chosen))
+        ratio = mu * jnp.where(nu == 0, 0, quotient(per_code, near_root(chosen)))
         signed = nearest(ratio + dither(mu_bits))
         scales = EightBitScales(largest * (1 / 127), float_of(levels.top), levels.step)
         return Stored(signed, codes, scales)

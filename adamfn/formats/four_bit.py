@@ -89,12 +89,11 @@ class FourBit(Blockwise):
         levels = spanning(nu, _NU_LEVELS, over, _OCTAVES)
         j = round_to_level(nu, levels, _NU_LEVELS, threshold(nu_bits), unbiased=False)
 
-        mu = mu * jnp.where(nu == 0, 0.0, 1.0)
-        ratio = quotient(mu, near_root(nu))
+        ratio = mu * jnp.where(nu == 0, 0, quotient(1.0, near_root(nu)))
         largest = float_of(over.largest(bits_of(ratio)))
         per_level = quotient(float(_MU_LARGEST), jnp.maximum(largest, SMALLEST_RATIO))
         # Divided anew: XLA would keep a quotient that is used twice in memory.
-        ratio = mu * quotient(per_level, near_root(nu))
+        ratio = mu * jnp.where(nu == 0, 0, quotient(per_level, near_root(nu)))
         codes = 1 + _MU_LEVELS * j + (nearest(ratio) + _MU_LARGEST)
         codes = jnp.where(nu == 0, 0, codes)
         scales = FourBitScales(largest * (1 / _MU_LARGEST), float_of(levels.top), levels.step)

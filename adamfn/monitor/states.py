@@ -24,7 +24,6 @@ _KNOWN = (
     formulas.max_ratio,
     formulas.nesterov_ratio,
     formulas.rectified_ratio,
-    formulas.lazy_ratio,
     formulas.infinity_ratio,
 )
 """The formulas whose first scalars are b1, b2, and eps in units of the uncorrected root."""

@@ -4,7 +4,7 @@ import chex
 
 from adamfn.ema import bias, decay
 from adamfn.formats import Moments
-from adamfn.formulas import lazy_ratio
+from adamfn.formulas import ratio
 from adamfn.hyperparams import scalar
 from adamfn.stages.two_moments import from_moments
 from adamfn.transform import GradientTransformation
@@ -60,9 +60,8 @@ def scale_by_lazy_moments(
     eps, eps_root = scalar("eps", eps), scalar("eps_root", eps_root)
     return from_moments(
         "scale_by_lazy_moments",
-        lazy_ratio,
-        lambda count: (mean.shares, square.shares, eps, bias(square, count) * eps_root),
+        ratio,
+        lambda count: (mean.shares, square.shares, eps, bias(square, count) * eps_root, None),
         moments,
-        elementwise=False,
         rests=True,
     )

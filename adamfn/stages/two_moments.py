@@ -35,7 +35,6 @@ def from_moments(
     *,
     more: Sequence[str] = (),
     state: type[Any] = ScaleByMomentsState,
-    elementwise: bool = True,
     rests: bool = False,
 ) -> GradientTransformation:
     """The transformation of a stage that keeps two moments.
@@ -47,7 +46,6 @@ def from_moments(
       moments: how the moments are stored.
       more: fields of the state that are kept as nu is, which the formula is given after it.
       state: the state's type.
-      elementwise: as in `Stage`.
       rests: as in `Stage`.
     """
     return from_stage(
@@ -58,7 +56,6 @@ def from_moments(
             scalars=lambda count, state, extra: (scalars(count), {}),
             state=state,
             moments=moments,
-            elementwise=elementwise,
             rests=rests,
         )
     )

@@ -72,7 +72,8 @@ ADAMFN_LOOPS inline void EncodeBlock(const float* __restrict mu, const float* __
   int32_t widest = 0;
   for (int i = 0; i < size; ++i) {
     const int32_t bits = BitsOf(nu[i]);
-    widest = std::max(widest, BitsOf(mu[i] * (bits ? 1.0f : 0.0f) / NearRoot(bits)));
+    const float inverse = bits ? 1 / NearRoot(bits) : 0.0f;
+    widest = std::max(widest, BitsOf(mu[i] * inverse));
   }
   const float largest = fall * FloatOf(widest);
   // In this order the maximum is NaN where `largest` is.
@@ -93,9 +94,8 @@ ADAMFN_LOOPS inline void EncodeBlock(const float* __restrict mu, const float* __
     const bool up = FloatOf(bits) - lower > place_of_nu * (upper - lower);
     int32_t level = std::min(up ? above : above + 1, kLevels - 1);
     level = bits >= kInfinity ? 0 : level;
-    const float per_ratio = per_code / NearRoot(top - level * step);
-    const float ratio = mu[i] * (bits ? 1.0f : 0.0f) * per_ratio;
-    mu_codes[i] = static_cast<int8_t>(Nearest(ratio + place_of_mu));
+    const float per_ratio = bits ? per_code / NearRoot(top - level * step) : 0.0f;
+    mu_codes[i] = static_cast<int8_t>(Nearest(mu[i] * per_ratio + place_of_mu));
     nu_codes[i] = static_cast<uint8_t>(bits ? kLevels - level : 0);
   }
   *block.scale = largest * (1.0f / 127);
