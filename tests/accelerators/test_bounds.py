@@ -146,3 +146,17 @@ def test_bfloat16_weights_with_a_correction_byte_move_twelve_bytes(measure):
     assert moved <= 1.05 * least
     assert temporary <= 0.05
     assert found.kernels == 1
+
+
+@lean
+@dtypes
+def test_rows_that_rest_are_found_by_one_reading_of_the_gradients(measure_chain, moments, dtype):
+    import adamfn
+
+    shape = SHAPES["an embedding"]
+    found = measure_chain(adamfn.lazy_adam(1e-3, moments=moments), {"leaf": shape}, dtype)
+    moved, least, temporary = of_parameters(found, shape)
+    gradient = {"float32": 4, "bfloat16": 2}[dtype]
+    assert moved <= 1.05 * least + PADDING * gradient
+    assert temporary <= 0.05
+    assert found.kernels <= 2
