@@ -9,32 +9,17 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from adamfn import formulas
 from adamfn.formats import Format, elements
-from adamfn.formats.base import Seed, noise_at, seed_of
+from adamfn.formats.base import Seed, noise_at
+from adamfn.seeds import Seeds
 from adamfn.storage import Kept, decode, encode
 from adamfn.trees import describe
-
-_NOISE_OF_WEIGHTS = np.uint32(2**31)
-"""Added to a leaf's number, so that this noise is that of no leaf's moments."""
-
-
-class Seeds(NamedTuple):
-    """Those of all noise of a leaf at a step."""
-
-    moments: Seed
-    weights: Seed
-
-    @staticmethod
-    def of(count: jax.Array, number: jax.Array) -> "Seeds":
-        """Those of a step, by its count, and of a leaf, by its number in the tree."""
-        return Seeds(seed_of(count, number), seed_of(count, number + _NOISE_OF_WEIGHTS))
 
 
 @dataclass(frozen=True)

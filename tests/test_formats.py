@@ -11,6 +11,8 @@ import pytest
 
 from adamfn import formats
 from adamfn.formats import FORMATS, blocks
+from adamfn.formats.base import dither, threshold
+from adamfn.formats.floats import nearest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import model_trees
@@ -446,3 +448,17 @@ def test_get():
     for wrong in (8, jnp.float16, formats.EightBit, formats.Linear):
         with pytest.raises(TypeError, match="expected one of 'float32'"):
             formats.get(wrong)
+
+
+def test_nearest_integers_are_rints():
+    """In jit too, where XLA adds up constants that it finds side by side."""
+    x = np.float32(np.concatenate([np.arange(-300, 300, 0.25), [2.0**21 + 0.5, -(2.0**22) + 1]]))
+    for rounded in (nearest, jax.jit(nearest)):
+        np.testing.assert_array_equal(rounded(x), np.rint(x))
+
+
+def test_a_dither_is_a_threshold_about_zero():
+    bits = jnp.arange(2**16)
+    np.testing.assert_array_equal(threshold(bits), (np.arange(2**16) + 0.5) / 2**16)
+    np.testing.assert_array_equal(dither(bits), threshold(bits) - 0.5)
+    assert (threshold(None), dither(None)) == (0.5, 0.0)

@@ -314,6 +314,14 @@ def test_every_recipe_and_a_stage_of_ones_own_has_a_kernel(moments):
         assert lowered(tx, params, "cuda").count("__gpu$xla.gpu.triton") == 1
 
 
+@pytest.mark.parametrize(("platform", "lent"), [("cuda", True), ("rocm", False)])
+def test_kernels_divide_by_an_instruction_where_it_is_known(platform, lent):
+    params = jax.ShapeDtypeStruct((200, 768), jnp.float32)
+    text = lowered(adamfn.adam(0.1, moments="8bit"), params, platform)
+    for instruction in ("rcp.approx.ftz.f32", "sqrt.approx.ftz.f32"):
+        assert (instruction in text) == lent
+
+
 def test_an_update_by_means_of_nu_is_left_to_xla_on_gpu():
     """Which joins it with what it is for."""
     params = jax.ShapeDtypeStruct((200, 768), jnp.float32)

@@ -15,7 +15,8 @@ from adamfn.backends.measuring import by_layer, measured, sums_in
 from adamfn.backends.tile import factor_places, kernel_block, results_of
 from adamfn.backends.xla import scalars_of
 from adamfn.formats.elements import numbers_of
-from adamfn.program import Call, Seeds
+from adamfn.program import Call
+from adamfn.seeds import Seeds
 from adamfn.varying import vary_together
 
 ELEMENTS = 2**20

@@ -23,7 +23,8 @@ from adamfn.formats import (
 )
 from adamfn.formats.base import Seed, halves
 from adamfn.formats.blocks import Extremes
-from adamfn.program import Call, Seeds
+from adamfn.program import Call
+from adamfn.seeds import Seeds
 
 
 def kernel_block(format: Format | None) -> int | None:

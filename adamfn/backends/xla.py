@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from adamfn.backends.measuring import measured, places_of_scalars
 from adamfn.formats.elements import numbers_of
-from adamfn.program import Call, Program, Seeds
+from adamfn.program import Call, Program
+from adamfn.seeds import Seeds
 from adamfn.storage import Kept
 
 

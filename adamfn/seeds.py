@@ -1,0 +1,23 @@
+"""The seeds of all noise that the step of a leaf rounds with."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from adamfn.formats.base import Seed, seed_of
+
+_NOISE_OF_WEIGHTS = np.uint32(2**31)
+"""Added to a leaf's number, so that this noise is that of no leaf's moments."""
+
+
+class Seeds(NamedTuple):
+    """Those of a leaf at a step."""
+
+    moments: Seed
+    weights: Seed
+
+    @staticmethod
+    def of(count: jax.Array, number: jax.Array) -> "Seeds":
+        """Those of a step, by its count, and of a leaf, by its number in the tree."""
+        return Seeds(seed_of(count, number), seed_of(count, number + _NOISE_OF_WEIGHTS))
