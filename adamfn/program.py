@@ -132,7 +132,7 @@ class Program:
                 next_kept.append(old)
                 continue
             if "noise" in part.reads:
-                known["noise"] = words(seeds.weights)
+                known["noise"] = words(seeds.weights())
             read = [known[name] for name in part.reads]
             live = (
                 [_widened(x, self.dtype) for x in old]
@@ -152,7 +152,7 @@ class Program:
             if part.format is None:
                 stored: Kept = tuple(x.astype(was.dtype) for x, was in zip(new, old, strict=True))
             else:
-                stored = encode(part.format, new, words(seeds.moments))
+                stored = encode(part.format, new, words(seeds.moments()))
                 if part.rests:
                     stored = jax.tree.map(partial(jnp.where, rows), stored, old)
             next_kept.append(stored)

@@ -1,5 +1,7 @@
 """The seeds of all noise that the step of a leaf rounds with."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,12 +14,14 @@ _NOISE_OF_WEIGHTS = np.uint32(2**31)
 
 
 class Seeds(NamedTuple):
-    """Those of a leaf at a step."""
+    """Those of a leaf at a step, made where they are asked for: few programs round both."""
 
-    moments: Seed
-    weights: Seed
+    moments: Callable[[], Seed]
+    weights: Callable[[], Seed]
 
     @staticmethod
     def of(count: jax.Array, number: jax.Array) -> "Seeds":
         """Those of a step, by its count, and of a leaf, by its number in the tree."""
-        return Seeds(seed_of(count, number), seed_of(count, number + _NOISE_OF_WEIGHTS))
+        return Seeds(
+            partial(seed_of, count, number), lambda: seed_of(count, number + _NOISE_OF_WEIGHTS)
+        )

@@ -105,7 +105,8 @@ def cost_of(arrays: Sequence[jax.Array], results: Sequence["Result"]) -> pl.Cost
 def words_of(numbers: jax.Array, count: jax.Array) -> jax.Array:
     """What a kernel makes noise of, int32: the leaf's seeds, of elements counted from its first."""
     leaf, first = numbers[0]
-    words = [word for seed in Seeds.of(count, leaf) for word in (seed.first + first, seed.second)]
+    seeds = [seed() for seed in Seeds.of(count, leaf)]
+    words = [word for seed in seeds for word in (seed.first + first, seed.second)]
     return jnp.stack(words).astype(jnp.int32)
 
 
@@ -210,7 +211,7 @@ def run_tile(
     p = others[0] if program.reads_params else None
     moving = None if resting_part(call) is None else others[-1] > 0
     keys = [words[k].astype(jnp.uint32) for k in range(4)]
-    seeds = Seeds(Seed(*keys[:2]), Seed(*keys[2:]))
+    seeds = Seeds(lambda: Seed(*keys[:2]), lambda: Seed(*keys[2:]))
     numbers = numbers.astype(jnp.uint32)
     found = jax.tree.leaves(program(seeds, scalars, g, p, kept, numbers, moving))
     if program.measures is None or inside is None:
