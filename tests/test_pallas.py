@@ -1,5 +1,6 @@
 """Pallas kernels: interpreted on CPU beside XLA's program, and lowered for GPU and TPU."""
 
+import sys
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -382,6 +383,18 @@ def test_large_leaves_without_a_kernel_are_cut():
     state = jax.eval_shape(tx.init, params)
     text = jax.jit(partial(adamfn.step, tx)).lower(params, state, params).as_text()
     assert "stablehlo.while" not in text  # on CPU
+
+
+def test_a_jax_without_triton_has_its_other_kernels(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    monkeypatch.delattr("jax.experimental.pallas.triton")
+    for name in ("triton", "pallas"):
+        monkeypatch.delitem(sys.modules, f"adamfn.backends.{name}")
+        monkeypatch.delattr(f"adamfn.backends.{name}")
+    params = jax.ShapeDtypeStruct((4096, 1024), jnp.float32)
+    tx = adamfn.adam(moments="8bit")
+    assert "stablehlo.while" in lowered(tx, params, "cuda")  # in pieces
+    assert "tpu_custom_call" in lowered(tx, params, "tpu")
 
 
 def test_sharded_leaves_go_through_xla():

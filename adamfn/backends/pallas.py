@@ -9,15 +9,23 @@ from typing import Any
 
 import jax
 
-from adamfn.backends import means, mosaic, triton
+from adamfn.backends import means, mosaic
 from adamfn.backends.tile import common_block
 from adamfn.program import Call
 
+_by_triton: tuple[Any, ...] = ()
+try:
+    from adamfn.backends import triton
+
+    _by_triton = (triton,)
+except ImportError:  # JAX has announced that it will go; XLA runs what it ran
+    pass
+
 _KERNELS: dict[str, tuple[Any, ...]] = {
-    "cuda": (triton, means),
-    "rocm": (triton, means),
+    "cuda": (*_by_triton, means),
+    "rocm": (*_by_triton, means),
     "tpu": (mosaic,),
-    "cpu": (mosaic, triton),  # interpreted
+    "cpu": (mosaic, *_by_triton),  # interpreted
 }
 
 
