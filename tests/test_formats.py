@@ -462,3 +462,18 @@ def test_a_dither_is_a_threshold_about_zero():
     np.testing.assert_array_equal(threshold(bits), (np.arange(2**16) + 0.5) / 2**16)
     np.testing.assert_array_equal(dither(bits), threshold(bits) - 0.5)
     assert (threshold(None), dither(None)) == (0.5, 0.0)
+
+
+@pytest.mark.parametrize("name", ["8bit", "4bit"])
+def test_a_mu_that_moves_nothing_fades(name):
+    """However small, down to where an inverse of its ratio to nu's root is infinite."""
+    nu = np.ones((4, 1024), np.float32)
+    for size in (1e-14, 1e-16, 1e-25, 1e-36, 1.2e-38):
+        mu = np.float32(size) * np.linspace(-1, 1, 4096, dtype=np.float32).reshape(4, 1024)
+        kept = np.asarray(roundtrip(name, mu, nu, formats.noise(1, 0, nu.shape))[0])
+        if size < 2.0**-50:
+            assert np.all(np.abs(kept) <= size)
+        else:
+            np.testing.assert_allclose(kept, mu, rtol=0, atol=size / 7)
+    kept = np.asarray(roundtrip(name, 1e-25 * nu, nu, formats.noise(1, 0, nu.shape))[0])
+    assert np.max(np.abs(kept)) < 1e-26

@@ -18,6 +18,7 @@ from adamfn.backends import mosaic, pallas, pieces, triton
 from adamfn.backends.tile import factor_places
 from adamfn.backends.xla import run_call
 from adamfn.formats.elements import strides_of
+from adamfn.stages.two_moments import ScaleByMomentsState
 
 DEVICES = {
     "tpu": {"platform": "tpu", "device_kind": "TPU v5e", "num_cores": 1},
@@ -321,6 +322,21 @@ def test_kernels_divide_by_an_instruction_where_it_is_known(platform, lent):
     text = lowered(adamfn.adam(0.1, moments="8bit"), params, platform)
     for instruction in ("rcp.approx.ftz.f32", "sqrt.approx.ftz.f32"):
         assert (instruction in text) == lent
+
+
+def signs(g, mu, nu):
+    return jnp.sign(mu), (mu + g) / 2, (nu + g * g) / 2
+
+
+@pytest.mark.parametrize("kernel", [mosaic, triton])
+def test_a_stage_without_scalars_has_a_kernel(kernel):
+    keeps = {"mu": jnp.zeros_like, "nu": jnp.zeros_like}
+    stage = adamfn.Stage("signs", signs, keeps=keeps, moments="8bit", state=ScaleByMomentsState)
+    p = jnp.asarray(np.random.default_rng(0).standard_normal((64, 300)), jnp.float32)
+    call, operands = call_of(adamfn.from_stage(stage), p, p)
+    assert operands[0].size == 0
+    run = jax.jit(partial(kernel.run_leaf, call, platform="cpu"))
+    check_same(run(*operands), jax.jit(partial(run_call, call))(*operands), bfloat16=False)
 
 
 def test_an_update_by_means_of_nu_is_left_to_xla_on_gpu():

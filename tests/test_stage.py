@@ -252,3 +252,31 @@ def test_scalars_that_are_no_pair_are_refused(result):
     tx = adamfn.from_stage(adamfn.Stage("scaled", scaled, scalars=lambda *_: result))
     with pytest.raises(TypeError, match=r"scaled: its scalars returned .*; expected the formula's"):
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+
+
+class Moving(NamedTuple):
+    slow: Any
+
+
+def towards(g, mu):
+    mu = 0.9 * mu + g
+    return mu, mu
+
+
+@pytest.mark.parametrize("backend", ["xla", "pallas"])
+def test_rows_of_ones_own_stage_rest(backend):
+    stage = adamfn.Stage(
+        "towards", towards, keeps={"slow": jnp.zeros_like}, rests=True, state=Moving
+    )
+    tx = adamfn.with_backend(adamfn.from_stage(stage), backend)
+    params = jnp.ones((3, 2))
+    state = tx.init(params)
+    first = jnp.array([[1.0, 0.0], [2.0, 2.0], [0.0, 0.0]])
+    second = jnp.array([[0.0, 0.0], [0.0, 3.0], [0.0, jnp.nan]])
+    moved, state = adamfn.step(tx, first, state, params)
+    np.testing.assert_array_equal(moved, params + first)
+    updates, after = tx.update(second, state, moved)
+    expected = np.float32([[0, 0], [1.8, 4.8], [0, np.nan]])
+    np.testing.assert_allclose(updates, expected, rtol=1e-6)
+    kept = next(x for x in jax.tree.leaves(after) if jnp.shape(x) == (3, 2))
+    np.testing.assert_allclose(kept, [[1, 0], [1.8, 4.8], [0, np.nan]], rtol=1e-6)

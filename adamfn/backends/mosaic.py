@@ -25,6 +25,7 @@ from adamfn.backends.tile import (
     common_block,
     cost_of,
     factor_places,
+    given_scalars,
     results_of,
     run_tile,
     with_factors,
@@ -162,7 +163,7 @@ def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]
     )
     words = words_of(numbers, count)
     with jax.enable_x64(False):  # Mosaic has no numbers of 64 bits, not even for constants
-        found = call_kernel(vector, words, *views)
+        found = call_kernel(given_scalars(vector), words, *views)
     if measures:
         return [jnp.sum(found[0][..., 0, :].reshape(sums_in(call, shape), -1), axis=1)]
     moved = [

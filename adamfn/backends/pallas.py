@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -14,12 +15,10 @@ from adamfn.backends.tile import common_block
 from adamfn.program import Call
 
 _by_triton: tuple[Any, ...] = ()
-try:
+if find_spec("jax.experimental.pallas.triton"):  # which JAX will drop: XLA then runs what it ran
     from adamfn.backends import triton
 
     _by_triton = (triton,)
-except ImportError:  # JAX has announced that it will go; XLA runs what it ran
-    pass
 
 _KERNELS: dict[str, tuple[Any, ...]] = {
     "cuda": (*_by_triton, means),

@@ -12,8 +12,8 @@ from adamfn.program import Call, moving_rows
 
 
 def resting_part(call: Call) -> int | None:
-    """The part of a program that lets rows rest; None if there is none."""
-    parts = call.program.parts
+    """The part of what a program runs that lets rows rest; None if there is none."""
+    parts = call.program.parts[: call.program.measures]
     return next((k for k, part in enumerate(parts) if part.active and part.rests), None)
 
 

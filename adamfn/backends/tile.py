@@ -110,6 +110,11 @@ def words_of(numbers: jax.Array, count: jax.Array) -> jax.Array:
     return jnp.stack(words).astype(jnp.int32)
 
 
+def given_scalars(vector: jax.Array) -> jax.Array:
+    """The scalars as a kernel takes them: no array without elements."""
+    return vector if vector.size else jnp.pad(vector, (0, 1))
+
+
 class Result(NamedTuple):
     """A result of a kernel: what it is like, and whether it lies where its operand did."""
 

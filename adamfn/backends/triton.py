@@ -20,6 +20,7 @@ from adamfn.backends.tile import (
     common_block,
     cost_of,
     factor_places,
+    given_scalars,
     results_of,
     run_tile,
     with_factors,
@@ -34,6 +35,7 @@ from adamfn.varying import shape_like
 _ELEMENTS = 256
 """Of a warp, eight for each thread. Where no block is longer, a tile is of one warp, which need not
 wait for others."""
+_LARGEST_BLOCK = 1024
 
 
 def _by_instruction(name: str, x: jax.Array) -> jax.Array:
@@ -55,7 +57,7 @@ def can_run(call: Call, avals: Any) -> bool:
     block, leaf = common_block(call, avals), avals[3 + call.arrays_kept]
     return (
         block is not None
-        and block <= 4 * _ELEMENTS
+        and block <= _LARGEST_BLOCK
         and (not by_layer(call) or _fits_layers(call, leaf.shape, block))
         and leaf.size < 2**31
         # Else `means` runs it: XLA joins the update with what it is for, and never writes it.
@@ -157,7 +159,7 @@ def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]
         cost_estimate=cost_of(views, results),
         interpret=platform == "cpu",
         name="adamfn_step",
-    )(vector, words_of(numbers, count), *views)
+    )(given_scalars(vector), words_of(numbers, count), *views)
     if measures:
         return [jnp.sum(found[0].reshape(sums_in(call, leaf.shape), -1), axis=1)]
     moved = [x.reshape(arrays[k].shape) for (k, *_), x in zip(results, found, strict=True)]

@@ -48,7 +48,7 @@ class EightBit(Blockwise):
     What is not finite stays visible: in nu as that element (a NaN makes the block's infinities NaN
     too), in mu as its whole block. Where nu is zero, mu is stored as zero: the update there would
     have no bound. A nu that is not zero stays so; the smallest that is told apart is 2^-126. Where
-    every mu of a block is below 2^-50 of nu's root, and moves nothing, they go to zero.
+    every mu of a block is below 2^-50 of nu's root, and moves nothing, they fade to zero.
 
     Attributes:
       block: the largest size of a block, a multiple of 16.

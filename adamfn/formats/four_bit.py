@@ -54,7 +54,8 @@ class FourBit(Blockwise):
     the nearest.
 
     What is not finite stays visible: in nu as that element, perhaps with neighbours within a level
-    of it; in mu as its whole block. Where nu is zero, mu is stored as zero.
+    of it; in mu as its whole block. Where nu is zero, mu is stored as zero, and where every mu of a
+    block is below 2^-50 of nu's root.
 
     Attributes:
       block: the largest size of a block, a multiple of 16.

@@ -105,6 +105,7 @@ RECIPES = {
     "radam": adamfn.radam,
     "adamax": adamfn.adamax,
     "amsgrad": adamfn.amsgrad,
+    "lazy_adam": adamfn.lazy_adam,
     "24 bits": lambda rate, moments: adamfn.chain(
         adamfn.adam(rate, moments=moments), adamfn.round_weights(24)
     ),
