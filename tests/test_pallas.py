@@ -415,7 +415,7 @@ def test_a_jax_without_triton_has_its_other_kernels(monkeypatch):
 
 def test_sharded_leaves_go_through_xla():
     """XLA would gather a leaf for a kernel."""
-    mesh = AbstractMesh((2,), ("x",))
+    mesh = AbstractMesh((2,), ("x",), (AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     params = jax.ShapeDtypeStruct((64, 768), jnp.float32, sharding=sharding)
     tx = adamfn.with_backend(adamfn.adam(), "pallas")
