@@ -1,16 +1,20 @@
 """Adam for JAX: pure functions over pytrees, exact from the first step on."""
 
-from adamfn import exports, formats, masks, monitor, sharding
+from adamfn import formats, monitor, sharding
 from adamfn.backends.report import backend
-from adamfn.chaining import chain, from_stage, with_backend
-from adamfn.packing import packed, repack
+from adamfn.chains import exports
+from adamfn.chains.chain import chain, from_stage, with_backend
+from adamfn.chains.packed import packed, repack
+from adamfn.chains.step import step
+from adamfn.chains.transform import GradientTransformation, apply_updates
+from adamfn.core import masks
+from adamfn.core.stage import CountedState, EmptyState, Stage
 from adamfn.recipes.adam import adam, adamw
 from adamfn.recipes.adamax import adamax
 from adamfn.recipes.amsgrad import amsgrad
 from adamfn.recipes.lazy_adam import lazy_adam
 from adamfn.recipes.nadam import nadam
 from adamfn.recipes.radam import radam
-from adamfn.stage import CountedState, EmptyState, Stage
 from adamfn.stages.atan2 import scale_by_atan2_moments
 from adamfn.stages.bias import bias_correct
 from adamfn.stages.cautious import cautious_updates
@@ -27,8 +31,6 @@ from adamfn.stages.round_weights import narrow_weights, round_weights, whole_wei
 from adamfn.stages.skipping import skip_outliers
 from adamfn.stages.update_clipping import clip_updates
 from adamfn.stages.weight_decay import add_decayed_weights
-from adamfn.stepping import step
-from adamfn.transform import GradientTransformation, apply_updates
 
 __version__ = "0.2.0"
 

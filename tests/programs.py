@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from adamfn import calls, joined
-from adamfn.chaining import elements, structure_of
+from adamfn.chains import calls
+from adamfn.chains import segment as joined
+from adamfn.chains.chain import elements, structure_of
+from adamfn.core.layers import layers_of
+from adamfn.core.leaf import kept_by_leaf
+from adamfn.core.program import Call
 from adamfn.formats import choose_formats
-from adamfn.layers import layers_of
-from adamfn.program import Call
-from adamfn.storage import kept_by_leaf
 
 
 def call_of(tx, g, p):

@@ -88,7 +88,7 @@ def test_radam_counts_gradients_exactly(b2):
     # The terms of rho = rho_inf - 2 t b2^t / (1 - b2^t) cancel for small t: digits of float64.
     from fractions import Fraction
 
-    from adamfn.ema import decay
+    from adamfn.core.averages import decay
     from adamfn.stages.rectified import _gradients_in
 
     b, steps = Fraction(b2), [1, 2, 5, 6, 7, 10, 31, 100, 316, 1000]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import adamfn
-from adamfn.hyperparams import scalar, scheduled, value_at
+from adamfn.core.hyperparameters import scalar, scheduled, value_at
 
 
 @pytest.mark.parametrize(

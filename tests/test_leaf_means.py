@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 import adamfn
-from adamfn.backends import mosaic, pallas, pieces, triton
+from adamfn.backends import chunks as pieces
+from adamfn.backends import gpu as triton
+from adamfn.backends import kernels as pallas
+from adamfn.backends.tpu import kernel as mosaic
 
 STEPS = 3
 RATE = 0.1

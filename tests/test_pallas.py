@@ -14,8 +14,11 @@ from programs import call_of
 
 import adamfn
 from adamfn import formats
-from adamfn.backends import mosaic, pallas, pieces, triton
+from adamfn.backends import chunks as pieces
+from adamfn.backends import gpu as triton
+from adamfn.backends import kernels as pallas
 from adamfn.backends.tile import factor_places
+from adamfn.backends.tpu import kernel as mosaic
 from adamfn.backends.xla import run_call
 from adamfn.formats.elements import strides_of
 from adamfn.stages.two_moments import ScaleByMomentsState

@@ -13,7 +13,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import adamfn
-from adamfn import weights
+from adamfn.core import weights
 
 BITS = [16, 24, 32]
 BFLOAT16 = jnp.bfloat16

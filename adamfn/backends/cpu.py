@@ -11,10 +11,7 @@ from jax.core import ShapedArray
 from jax.interpreters import mlir
 
 from adamfn.backends.native import loader
-from adamfn.formats import EightBit, Format, Pair, Rounded
-from adamfn.formats.blocks import size_for
-from adamfn.formats.elements import runs_of
-from adamfn.formulas import (
+from adamfn.core.formulas import (
     add_agreeing_multiple,
     add_multiple,
     atan2_ratio,
@@ -25,7 +22,10 @@ from adamfn.formulas import (
     round_to_24,
     round_to_32,
 )
-from adamfn.program import Call, Program
+from adamfn.core.program import Call, Program
+from adamfn.formats import EightBit, Format, Pair, Rounded
+from adamfn.formats.blocks import size_for
+from adamfn.formats.elements import runs_of
 
 _TARGET = "adamfn_step"
 _LARGEST_BLOCK = 1024

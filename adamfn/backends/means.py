@@ -11,7 +11,7 @@ import jax
 
 from adamfn.backends.tile import factor_places
 from adamfn.backends.xla import run_call
-from adamfn.program import Call
+from adamfn.core.program import Call
 
 
 def with_means(

@@ -11,8 +11,8 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from adamfn.placement import Axes
-from adamfn.program import Call, Part, Program
+from adamfn.core.placement import Axes
+from adamfn.core.program import Call, Part, Program
 
 
 def in_passes(

@@ -12,9 +12,9 @@ from adamfn.backends import cpu
 from adamfn.backends.measuring import in_passes, sums_in
 from adamfn.backends.native import loader
 from adamfn.backends.xla import by_leaf, run_call
-from adamfn.placement import Axes
-from adamfn.program import Call
-from adamfn.varying import vary_together
+from adamfn.core.placement import Axes
+from adamfn.core.program import Call
+from adamfn.core.varying import vary_together
 
 Backend = Literal["auto", "xla", "pallas"]
 """What runs a program: the fastest known where it is lowered, plain XLA, or Pallas kernels."""
@@ -99,7 +99,8 @@ def _run_by_kernels(
     platform: str, asked: bool, call: Call, *operands: jax.Array
 ) -> list[jax.Array]:
     """`run_call`, with a kernel for each leaf that has one, and large leaves without in pieces."""
-    from adamfn.backends import pallas, pieces  # slow to import
+    from adamfn.backends import chunks as pieces
+    from adamfn.backends import kernels as pallas
 
     def run_pass(call: Call, operands: Sequence[jax.Array]) -> list[jax.Array]:
         kernel = pallas.kernel_for(call, operands, platform, asked=asked)

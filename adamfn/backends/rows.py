@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from adamfn.backends.xla import measured_values
-from adamfn.program import Call, moving_rows
+from adamfn.core.program import Call, moving_rows
 
 
 def resting_part(call: Call) -> int | None:

@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 
 from adamfn.backends.measuring import places_of_scalars
 from adamfn.backends.rows import resting_part
+from adamfn.core.program import Call
 from adamfn.formats import (
     BlockMean,
     Blockwise,
@@ -23,8 +24,7 @@ from adamfn.formats import (
 )
 from adamfn.formats.base import Seed, halves
 from adamfn.formats.blocks import Extremes
-from adamfn.program import Call
-from adamfn.seeds import Seeds
+from adamfn.formats.seeds import Seeds
 
 
 def kernel_block(format: Format | None) -> int | None:

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from adamfn.backends.measuring import measured, places_of_scalars
+from adamfn.core.leaf import Kept
+from adamfn.core.program import Call, Program
 from adamfn.formats.elements import numbers_of
-from adamfn.program import Call, Program
-from adamfn.seeds import Seeds
-from adamfn.storage import Kept
+from adamfn.formats.seeds import Seeds
 
 
 def run_call(call: Call, *operands: jax.Array) -> list[jax.Array]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from adamfn.arrangement import kept_leaves, states_of_moments
+from adamfn.formats.arrangement import kept_leaves, states_of_moments
 from adamfn.trees import PyTree, path_name
 from adamfn.trees import describe as describe_array
 

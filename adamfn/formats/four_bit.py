@@ -11,7 +11,7 @@ from adamfn.formats.blocks import Extremes
 from adamfn.formats.blockwise import Blockwise
 from adamfn.formats.floats import SMALLEST_RATIO, bits_of, float_of, near_root, nearest
 from adamfn.formats.levels import round_to_level, spanning
-from adamfn.quotients import quotient
+from adamfn.formats.quotients import quotient
 
 _NU_LEVELS = 17
 _MU_LEVELS = 15  # 17 * 15 and a zero are the 256 values of a byte

@@ -8,7 +8,7 @@ import numpy as np
 
 from adamfn.formats.blocks import Extremes
 from adamfn.formats.floats import INFINITY, SMALLEST_NORMAL, float_of, nearest
-from adamfn.quotients import quotient
+from adamfn.formats.quotients import quotient
 
 
 class Levels(NamedTuple):

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamfn.arrangement import holds_moments, leaf_fields
+from adamfn.core.leaf import as_fields, decode, encode, kept_by_leaf
+from adamfn.core.stage import Stage, zeros
 from adamfn.formats import Moments, check_moments, choose_formats
+from adamfn.formats.arrangement import holds_moments, leaf_fields
 from adamfn.interop.states import moment_states
-from adamfn.stage import Stage, zeros
-from adamfn.storage import as_fields, decode, encode, kept_by_leaf
 from adamfn.trees import PyTree
 
 

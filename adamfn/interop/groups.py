@@ -5,9 +5,9 @@ from typing import Any, cast
 
 import jax
 
-from adamfn.joined import way_out
+from adamfn.chains.segment import way_out
+from adamfn.chains.transform import GradientTransformation, Transformation
 from adamfn.stages.learning_rate import ScaleByLrState
-from adamfn.transform import GradientTransformation, Transformation
 from adamfn.trees import PyTree, path_name
 
 

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple, cast
 import jax
 import numpy as np
 
-from adamfn.arrangement import holds_moments, kept_leaves, leaf_fields
+from adamfn.chains.transform import Transformation, check_transformation
+from adamfn.formats.arrangement import holds_moments, kept_leaves, leaf_fields
 from adamfn.interop.groups import by_group
 from adamfn.interop.states import leaves_by_path, moment_states
-from adamfn.transform import Transformation, check_transformation
 from adamfn.trees import PyTree, check_inexact, describe, path_name
 
 _CALLER = "carry_over"

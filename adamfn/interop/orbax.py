@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from adamfn.arrangement import holds_moments, kept_leaves
+from adamfn.formats.arrangement import holds_moments, kept_leaves
 from adamfn.trees import PyTree, describe, path_name
 
 

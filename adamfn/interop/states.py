@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from adamfn.arrangement import holds_moments, kept_leaves, leaf_fields, states_of_moments
+from adamfn.formats.arrangement import holds_moments, kept_leaves, leaf_fields, states_of_moments
 from adamfn.trees import PyTree, path_name
 
 _COUNTERS = (

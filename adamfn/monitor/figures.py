@@ -29,10 +29,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamfn.chains.transform import wide_sum
+from adamfn.core.varying import vary_together
 from adamfn.formats import EightBit, Format, FourBit, Linear, Pair
-from adamfn.transform import wide_sum
 from adamfn.trees import wide_dtype
-from adamfn.varying import vary_together
 
 Figures = dict[str, jax.Array]
 

@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamfn.ema import increment
+from adamfn.chains.step import check_extra
+from adamfn.chains.transform import Transformation, apply_updates, where_updated
+from adamfn.core.averages import increment
+from adamfn.core.varying import vary_together
 from adamfn.interop.states import leaves_by_path
 from adamfn.monitor.figures import Figures, measure
 from adamfn.monitor.states import chain_states, count_of, rate_around, read
 from adamfn.stages.round_weights import rounding_states, whole_weights
-from adamfn.stepping import check_extra
-from adamfn.transform import Transformation, apply_updates, where_updated
 from adamfn.trees import PyTree, as_array, check_inexact, describe
-from adamfn.varying import vary_together
 
 
 @jax.tree_util.register_dataclass

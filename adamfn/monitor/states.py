@@ -6,17 +6,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adamfn import formulas
-from adamfn.arrangement import kept_leaves
-from adamfn.ema import Decay, Shares, bias
+from adamfn.chains.layout import Packed
+from adamfn.chains.packed import repack
+from adamfn.chains.step import own_of
+from adamfn.chains.transform import summary
+from adamfn.core import formulas
+from adamfn.core.averages import Decay, Shares, bias
+from adamfn.core.leaf import decode, kept_by_leaf
+from adamfn.core.stage import CountedState, EmptyState, Stage
 from adamfn.formats import choose_formats
-from adamfn.layout import Packed
+from adamfn.formats.arrangement import kept_leaves
 from adamfn.monitor.figures import Moments, at_the_ends
-from adamfn.packing import repack
-from adamfn.stage import CountedState, EmptyState, Stage
-from adamfn.stepping import own_of
-from adamfn.storage import decode, kept_by_leaf
-from adamfn.transform import summary
 from adamfn.trees import PyTree, describe, path_name
 
 _KNOWN = (

@@ -7,9 +7,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from adamfn import stepping
+from adamfn.chains import step as stepping
+from adamfn.chains.transform import Transformation
 from adamfn.monitor.observing import observe
-from adamfn.transform import Transformation
 from adamfn.trees import PyTree
 
 

@@ -4,15 +4,15 @@ from collections.abc import Callable
 
 import chex
 
-from adamfn.chaining import chain
+from adamfn.chains.chain import chain
+from adamfn.chains.transform import GradientTransformation
+from adamfn.core.hyperparameters import ScalarOrSchedule
+from adamfn.core.naming import explained
 from adamfn.formats import Moments
-from adamfn.hyperparams import ScalarOrSchedule
-from adamfn.naming import explained
 from adamfn.stages.bias import bias_correct
 from adamfn.stages.learning_rate import scale_by_lr
 from adamfn.stages.ratio import scale_by_moments
 from adamfn.stages.weight_decay import add_decayed_weights
-from adamfn.transform import GradientTransformation
 from adamfn.trees import PyTree
 
 

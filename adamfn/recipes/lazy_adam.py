@@ -2,14 +2,14 @@
 
 import chex
 
-from adamfn.chaining import chain
+from adamfn.chains.chain import chain
+from adamfn.chains.transform import GradientTransformation
+from adamfn.core.hyperparameters import ScalarOrSchedule
+from adamfn.core.naming import explained
 from adamfn.formats import Moments
-from adamfn.hyperparams import ScalarOrSchedule
-from adamfn.naming import explained
 from adamfn.stages.bias import bias_correct
 from adamfn.stages.lazy import scale_by_lazy_moments
 from adamfn.stages.learning_rate import scale_by_lr
-from adamfn.transform import GradientTransformation
 
 
 @explained

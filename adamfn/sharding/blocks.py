@@ -5,10 +5,10 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
+from adamfn.core.placement import place, size
 from adamfn.formats import Format, Moments, check_moments, get
 from adamfn.formats.blocks import size_for
 from adamfn.formats.shards import block_of, cut_block, with_block
-from adamfn.placement import place, size
 from adamfn.sharding.states import split_further
 from adamfn.trees import PyTree, path_name
 

@@ -9,9 +9,9 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey
 
-from adamfn.arrangement import holds_moments, kept_leaves
-from adamfn.placement import Axes, Path, Placed, axes_beside, place, size, spec_of
-from adamfn.transform import GradientTransformation
+from adamfn.chains.transform import GradientTransformation
+from adamfn.core.placement import Axes, Path, Placed, axes_beside, place, size, spec_of
+from adamfn.formats.arrangement import holds_moments, kept_leaves
 from adamfn.trees import PyTree
 
 

@@ -7,13 +7,13 @@ from typing import Any
 import jax
 from jax.sharding import AxisType
 
-from adamfn.chaining import structure_of
-from adamfn.joined import Wanted
-from adamfn.placement import Path, place
+from adamfn.backends.shards import Shards
+from adamfn.chains.chain import structure_of
+from adamfn.chains.segment import Wanted
+from adamfn.chains.step import assemble, own_of
+from adamfn.chains.transform import GradientTransformation, check_transformation, where_updated
+from adamfn.core.placement import Path, place
 from adamfn.sharding.states import shardings_of, with_zero
-from adamfn.shards import Shards
-from adamfn.stepping import assemble, own_of
-from adamfn.transform import GradientTransformation, check_transformation, where_updated
 from adamfn.trees import PyTree, as_array, check_inexact
 
 

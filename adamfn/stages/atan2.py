@@ -2,13 +2,13 @@
 
 import chex
 
-from adamfn.ema import decay
+from adamfn.chains.transform import GradientTransformation
+from adamfn.core.averages import decay
+from adamfn.core.formulas import atan2_ratio
+from adamfn.core.hyperparameters import scalar
 from adamfn.formats import Moments
-from adamfn.formulas import atan2_ratio
-from adamfn.hyperparams import scalar
 from adamfn.stages.bias import correction
 from adamfn.stages.two_moments import from_moments
-from adamfn.transform import GradientTransformation
 
 
 def scale_by_atan2_moments(

@@ -4,11 +4,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from adamfn.chaining import from_stage
-from adamfn.ema import Decay, bias, decay
-from adamfn.formulas import multiply
-from adamfn.stage import Stage
-from adamfn.transform import GradientTransformation
+from adamfn.chains.chain import from_stage
+from adamfn.chains.transform import GradientTransformation
+from adamfn.core.averages import Decay, bias, decay
+from adamfn.core.formulas import multiply
+from adamfn.core.stage import Stage
 
 
 def bias_correct(b1: chex.Numeric = 0.9, b2: chex.Numeric = 0.999) -> GradientTransformation:

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import chex
 import jax.numpy as jnp
 
-from adamfn.chaining import from_stage
-from adamfn.formulas import agreeing, where_agreeing
-from adamfn.hyperparams import scalar
-from adamfn.stage import Stage
-from adamfn.transform import GradientTransformation
+from adamfn.chains.chain import from_stage
+from adamfn.chains.transform import GradientTransformation
+from adamfn.core.formulas import agreeing, where_agreeing
+from adamfn.core.hyperparameters import scalar
+from adamfn.core.stage import Stage
 from adamfn.trees import PyTree
 
 

@@ -6,11 +6,11 @@ from typing import Any
 import chex
 import jax
 
-from adamfn.chaining import from_stage
-from adamfn.formulas import add_multiple
-from adamfn.hyperparams import ScalarOrSchedule, scalar, scheduled, value_at
-from adamfn.stage import Scalars, Stage
-from adamfn.transform import GradientTransformation
+from adamfn.chains.chain import from_stage
+from adamfn.chains.transform import GradientTransformation
+from adamfn.core.formulas import add_multiple
+from adamfn.core.hyperparameters import ScalarOrSchedule, scalar, scheduled, value_at
+from adamfn.core.stage import Scalars, Stage
 from adamfn.trees import PyTree
 
 

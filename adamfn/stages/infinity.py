@@ -4,12 +4,12 @@ from typing import NamedTuple
 
 import chex
 
-from adamfn.ema import decay
+from adamfn.chains.transform import GradientTransformation
+from adamfn.core.averages import decay
+from adamfn.core.formulas import infinity_ratio
+from adamfn.core.hyperparameters import scalar
 from adamfn.formats import Moments
-from adamfn.formulas import infinity_ratio
-from adamfn.hyperparams import scalar
 from adamfn.stages.two_moments import from_moments
-from adamfn.transform import GradientTransformation
 from adamfn.trees import PyTree
 
 

@@ -2,12 +2,12 @@
 
 import chex
 
-from adamfn.ema import bias, decay
+from adamfn.chains.transform import GradientTransformation
+from adamfn.core.averages import bias, decay
+from adamfn.core.formulas import ratio
+from adamfn.core.hyperparameters import scalar
 from adamfn.formats import Moments
-from adamfn.formulas import ratio
-from adamfn.hyperparams import scalar
 from adamfn.stages.two_moments import from_moments
-from adamfn.transform import GradientTransformation
 
 
 def scale_by_lazy_moments(

@@ -8,13 +8,13 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from adamfn.chaining import from_stage
-from adamfn.ema import bias, decay, increment
+from adamfn.chains.chain import from_stage
+from adamfn.chains.transform import GradientTransformation
+from adamfn.core.averages import bias, decay, increment
+from adamfn.core.formulas import nesterov_ratio
+from adamfn.core.hyperparameters import scalar
+from adamfn.core.stage import Scalars, Stage, real_zeros, zeros
 from adamfn.formats import Moments
-from adamfn.formulas import nesterov_ratio
-from adamfn.hyperparams import scalar
-from adamfn.stage import Scalars, Stage, real_zeros, zeros
-from adamfn.transform import GradientTransformation
 from adamfn.trees import PyTree
 
 

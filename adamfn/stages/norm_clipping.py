@@ -7,12 +7,12 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from adamfn.chaining import from_stage
-from adamfn.formulas import multiply
-from adamfn.hyperparams import ScalarOrSchedule, scheduled, value_at
-from adamfn.measures import global_norm
-from adamfn.stage import Scalars, Stage
-from adamfn.transform import GradientTransformation
+from adamfn.chains.chain import from_stage
+from adamfn.chains.transform import GradientTransformation
+from adamfn.core.formulas import multiply
+from adamfn.core.hyperparameters import ScalarOrSchedule, scheduled, value_at
+from adamfn.core.measures import global_norm
+from adamfn.core.stage import Scalars, Stage
 
 
 class ClipByGlobalNormState(NamedTuple):

@@ -4,12 +4,12 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from adamfn.ema import Decay, bias, decay
+from adamfn.chains.transform import GradientTransformation
+from adamfn.core.averages import Decay, bias, decay
+from adamfn.core.formulas import rectified_ratio
+from adamfn.core.hyperparameters import scalar
 from adamfn.formats import Moments
-from adamfn.formulas import rectified_ratio
-from adamfn.hyperparams import scalar
 from adamfn.stages.two_moments import from_moments
-from adamfn.transform import GradientTransformation
 from adamfn.trees import PyTree
 
 

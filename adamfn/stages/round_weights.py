@@ -7,10 +7,10 @@ from typing import Any, Literal, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from adamfn import formulas, weights
-from adamfn.chaining import from_stage
-from adamfn.stage import EmptyState, Stage
-from adamfn.transform import GradientTransformation
+from adamfn.chains.chain import from_stage
+from adamfn.chains.transform import GradientTransformation
+from adamfn.core import formulas, weights
+from adamfn.core.stage import EmptyState, Stage
 from adamfn.trees import PyTree, describe, path_name
 
 

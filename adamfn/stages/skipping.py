@@ -7,13 +7,13 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from adamfn.chaining import from_stage
-from adamfn.ema import increment
-from adamfn.formulas import if_taken
-from adamfn.hyperparams import scalar
-from adamfn.measures import global_norm
-from adamfn.stage import Scalars, Stage
-from adamfn.transform import GradientTransformation
+from adamfn.chains.chain import from_stage
+from adamfn.chains.transform import GradientTransformation
+from adamfn.core.averages import increment
+from adamfn.core.formulas import if_taken
+from adamfn.core.hyperparameters import scalar
+from adamfn.core.measures import global_norm
+from adamfn.core.stage import Scalars, Stage
 from adamfn.trees import describe
 
 Watched = Literal["loss", "grad_norm"]

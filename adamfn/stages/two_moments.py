@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import chex
 import jax
 
-from adamfn.chaining import from_stage
+from adamfn.chains.chain import from_stage
+from adamfn.chains.transform import GradientTransformation
+from adamfn.core.stage import Stage, real_zeros, zeros
 from adamfn.formats import Moments
-from adamfn.stage import Stage, real_zeros, zeros
-from adamfn.transform import GradientTransformation
 from adamfn.trees import PyTree
 
 

@@ -7,12 +7,12 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from adamfn.chaining import from_stage
-from adamfn.ema import bias, decay
-from adamfn.formulas import clip_outgrown, square_outgrown
-from adamfn.hyperparams import scalar
-from adamfn.stage import Scalars, Stage
-from adamfn.transform import GradientTransformation
+from adamfn.chains.chain import from_stage
+from adamfn.chains.transform import GradientTransformation
+from adamfn.core.averages import bias, decay
+from adamfn.core.formulas import clip_outgrown, square_outgrown
+from adamfn.core.hyperparameters import scalar
+from adamfn.core.stage import Scalars, Stage
 from adamfn.trees import PyTree
 
 

@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamfn.chaining import from_stage
-from adamfn.formulas import add_agreeing_multiple, add_multiple
-from adamfn.hyperparams import ScalarOrSchedule, scheduled, value_at
-from adamfn.order import INDEPENDENT
-from adamfn.stage import Scalars, Stage
-from adamfn.transform import GradientTransformation
+from adamfn.chains.chain import from_stage
+from adamfn.chains.contradictions import INDEPENDENT
+from adamfn.chains.transform import GradientTransformation
+from adamfn.core.formulas import add_agreeing_multiple, add_multiple
+from adamfn.core.hyperparameters import ScalarOrSchedule, scheduled, value_at
+from adamfn.core.stage import Scalars, Stage
 from adamfn.trees import PyTree
 
 

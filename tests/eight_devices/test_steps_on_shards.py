@@ -10,7 +10,9 @@ from jax.sharding import AxisType
 
 import adamfn
 from adamfn import formats
-from adamfn.backends import mosaic, pallas, triton
+from adamfn.backends import gpu as triton
+from adamfn.backends import kernels as pallas
+from adamfn.backends.tpu import kernel as mosaic
 from adamfn.sharding import sharded, state_shardings, whole_blocks
 
 P = jax.P

@@ -11,7 +11,7 @@ from test_pallas import check_close, check_same_but_means, special
 
 import adamfn
 from adamfn import formats
-from adamfn.backends import pallas
+from adamfn.backends import kernels as pallas
 from adamfn.backends.tile import factor_places
 from adamfn.backends.xla import run_call
 

@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 
 import adamfn
-from adamfn.chaining import from_stage
-from adamfn.ema import decay
-from adamfn.formulas import ratio
-from adamfn.hyperparams import ScalarOrSchedule, scheduled, value_at
+from adamfn.chains.chain import from_stage
+from adamfn.chains.transform import GradientTransformation, Transformation
+from adamfn.core.averages import decay
+from adamfn.core.formulas import ratio
+from adamfn.core.hyperparameters import ScalarOrSchedule, scheduled, value_at
+from adamfn.core.stage import Scalars, Stage
 from adamfn.interop.torch.members import Member, possible_classes
 from adamfn.interop.torch.parameters import TorchParameter, number_of
 from adamfn.interop.torch.settings import decoupled_in
-from adamfn.stage import Scalars, Stage
 from adamfn.stages.two_moments import from_moments
-from adamfn.transform import GradientTransformation, Transformation
 
 
 def continue_with(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import adamfn
+from adamfn.chains.transform import GradientTransformation
 from adamfn.interop.torch.parameters import TorchParameter
 from adamfn.interop.torch.quantized import is_quantized
 from adamfn.interop.torch.settings import decoupled_in
@@ -11,7 +12,6 @@ from adamfn.stages.infinity import ScaleByInfinityMomentsState
 from adamfn.stages.maximum import ScaleByMaxMomentsState
 from adamfn.stages.nesterov import ScaleByNesterovMomentsState
 from adamfn.stages.two_moments import ScaleByMomentsState
-from adamfn.transform import GradientTransformation
 
 
 class Member(NamedTuple):

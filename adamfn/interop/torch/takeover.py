@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamfn.hyperparams import ScalarOrSchedule
+from adamfn.chains.transform import GradientTransformation
+from adamfn.core.hyperparameters import ScalarOrSchedule
 from adamfn.interop.groups import by_group
 from adamfn.interop.states import fill_moments, leaves_by_path
 from adamfn.interop.torch.chains import continue_with
@@ -23,7 +24,6 @@ from adamfn.interop.torch.parameters import (
 )
 from adamfn.interop.torch.quantized import with_plain_moments
 from adamfn.interop.torch.settings import check_settings
-from adamfn.transform import GradientTransformation
 from adamfn.trees import PyTree, check_inexact, describe, wide_dtype
 
 _CALLER = "from_state_dict"

@@ -11,7 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from adamfn.hyperparams import scalar
+from adamfn.core.hyperparameters import scalar
 
 _LAST_COUNT = jnp.iinfo(jnp.int32).max
 
@@ -56,7 +56,7 @@ def decay(name: str, value: Any) -> Decay:
       The `Decay`.
 
     Raises:
-      TypeError, ValueError: as `adamfn.hyperparams.scalar`.
+      TypeError, ValueError: as `adamfn.core.hyperparameters.scalar`.
     """
     rate = scalar(name, value, below=1)
     if isinstance(rate, float):

@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 
-from adamfn.backends import means, mosaic
+from adamfn.backends import means
 from adamfn.backends.tile import common_block
-from adamfn.program import Call
+from adamfn.backends.tpu import kernel as mosaic
+from adamfn.core.program import Call
 
 _by_triton: tuple[Any, ...] = ()
 if find_spec("jax.experimental.pallas.triton"):  # which JAX will drop: XLA then runs what it ran
-    from adamfn.backends import triton
+    from adamfn.backends import gpu as triton
 
     _by_triton = (triton,)
 

@@ -10,15 +10,15 @@ import numpy as np
 from jax.core import Tracer
 
 from adamfn.backends.primitive import Backend, bind
+from adamfn.backends.shards import Shards, run_on_shards
 from adamfn.backends.xla import run_call
-from adamfn.bundle import Bundle
+from adamfn.core.bundle import Bundle
+from adamfn.core.leaf import Kept
+from adamfn.core.program import Call, Part, Program
+from adamfn.core.stage import Stage
+from adamfn.core.varying import axes_of
 from adamfn.formats import Format
-from adamfn.program import Call, Part, Program
-from adamfn.shards import Shards, run_on_shards
-from adamfn.stage import Stage
-from adamfn.storage import Kept
 from adamfn.trees import PyTree, real_dtype, wide_dtype
-from adamfn.varying import axes_of
 
 LARGE = 2**18
 """Leaves from here on are called alone: they outweigh the microseconds of a call."""

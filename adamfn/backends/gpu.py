@@ -26,11 +26,11 @@ from adamfn.backends.tile import (
     with_factors,
     words_of,
 )
+from adamfn.core.program import Call
+from adamfn.core.varying import shape_like
 from adamfn.formats.blocks import along, size_for
 from adamfn.formats.elements import numbers_at, runs_of, strides_of
-from adamfn.program import Call
-from adamfn.quotients import Operations, lending
-from adamfn.varying import shape_like
+from adamfn.formats.quotients import Operations, lending
 
 _ELEMENTS = 256
 """Of a warp, eight for each thread. Where no block is longer, a tile is of one warp, which need not

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 
-from adamfn.backends.cut import LANES
+from adamfn.backends.tpu.cut import LANES
 
 _PERIOD = 8
 """Blocks that take a whole number of rows, whatever multiple of 16 their size is."""

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamfn.core.placement import zeros_beside
+from adamfn.core.stage import Stage
 from adamfn.formats import Format, Stored, choose_formats
-from adamfn.placement import zeros_beside
-from adamfn.stage import Stage
 from adamfn.trees import (
     PyTree,
     describe,

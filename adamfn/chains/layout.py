@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adamfn import joined
-from adamfn.bundle import Bundle
-from adamfn.stage import Stage
+from adamfn.chains import segment as joined
+from adamfn.core.bundle import Bundle
+from adamfn.core.stage import Stage
 from adamfn.trees import PyTree, check_inexact
 
 _LEAVES = 64

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamfn.stage import CountedState, Stage
+from adamfn.core.stage import CountedState, Stage
 from adamfn.trees import PyTree
 
 

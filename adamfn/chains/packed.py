@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from adamfn import joined
-from adamfn.bundle import Bundle
-from adamfn.chaining import elements, flat_states, nested, structure_of
-from adamfn.joined import Wanted
-from adamfn.layout import Layout, Packed
-from adamfn.stage import CountedState, Stage
-from adamfn.stepping import assemble
-from adamfn.transform import GradientTransformation, check_transformation
+from adamfn.chains import segment as joined
+from adamfn.chains.chain import elements, flat_states, nested, structure_of
+from adamfn.chains.layout import Layout, Packed
+from adamfn.chains.segment import Wanted
+from adamfn.chains.step import assemble
+from adamfn.chains.transform import GradientTransformation, check_transformation
+from adamfn.core.bundle import Bundle
+from adamfn.core.stage import CountedState, Stage
 from adamfn.trees import PyTree, check_inexact, describe, matching_leaves, path_name
 
 _WAY_OUT = "Pass gradients of these parameters, and the state that `init` made for them."

@@ -4,19 +4,19 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any, TypeAlias, cast
 
-from adamfn import joined
 from adamfn.backends.primitive import BACKENDS, Backend
-from adamfn.joined import Wanted
-from adamfn.order import check_order
-from adamfn.stage import Stage
-from adamfn.stepping import assemble, own_of
-from adamfn.transform import (
+from adamfn.chains import segment as joined
+from adamfn.chains.contradictions import check_order
+from adamfn.chains.segment import Wanted
+from adamfn.chains.step import assemble, own_of
+from adamfn.chains.transform import (
     GradientTransformation,
     Transformation,
     apply_updates,
     check_transformation,
     extra_arguments,
 )
+from adamfn.core.stage import Stage
 from adamfn.trees import PyTree
 
 Structure: TypeAlias = Any

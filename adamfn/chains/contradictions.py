@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from adamfn.formulas import add_agreeing_multiple, where_agreeing
-from adamfn.stage import Stage
+from adamfn.core.formulas import add_agreeing_multiple, where_agreeing
+from adamfn.core.stage import Stage
 
 INDEPENDENT = "add_decayed_weights(independent=True)"
 """The name of the stage whose decay no rate multiplies."""

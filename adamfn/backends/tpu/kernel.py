@@ -16,10 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 
-from adamfn.backends.cut import LANES, Cut, cut_of, inside_of, numbers_in
-from adamfn.backends.lanes import squares
 from adamfn.backends.measuring import by_layer, sums_in
-from adamfn.backends.operands import factor, operand, read, stage, unstage, unview, write
 from adamfn.backends.rows import row_places, with_moving_rows
 from adamfn.backends.tile import (
     common_block,
@@ -31,11 +28,14 @@ from adamfn.backends.tile import (
     with_factors,
     words_of,
 )
+from adamfn.backends.tpu.cut import LANES, Cut, cut_of, inside_of, numbers_in
+from adamfn.backends.tpu.lanes import squares
+from adamfn.backends.tpu.operands import factor, operand, read, stage, unstage, unview, write
 from adamfn.backends.xla import run_call
+from adamfn.core.program import Call
+from adamfn.core.varying import shape_like
 from adamfn.formats.blocks import along
 from adamfn.formats.elements import runs_of
-from adamfn.program import Call
-from adamfn.varying import shape_like
 
 
 def _cut_for(call: Call, avals: Sequence[Any]) -> Cut | None:

@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamfn import formulas
+from adamfn.core import formulas
+from adamfn.core.leaf import Kept, decode, encode
 from adamfn.formats import Format, elements
 from adamfn.formats.base import Seed, noise_at
-from adamfn.seeds import Seeds
-from adamfn.storage import Kept, decode, encode
+from adamfn.formats.seeds import Seeds
 from adamfn.trees import describe
 
 

@@ -2,11 +2,11 @@
 
 from jax import export
 
+from adamfn.chains.layout import Packed
+from adamfn.core.stage import CountedState, EmptyState
 from adamfn.formats.eight_bit import EightBitScales
 from adamfn.formats.factored import Factors
 from adamfn.formats.four_bit import FourBitScales
-from adamfn.layout import Packed
-from adamfn.stage import CountedState, EmptyState
 from adamfn.stages.infinity import ScaleByInfinityMomentsState
 from adamfn.stages.learning_rate import ScaleByLrState
 from adamfn.stages.maximum import ScaleByMaxMomentsState

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from adamfn.backends.measuring import by_layer, measured, sums_in
 from adamfn.backends.tile import factor_places, kernel_block, results_of
 from adamfn.backends.xla import scalars_of
+from adamfn.core.program import Call
+from adamfn.core.varying import vary_together
 from adamfn.formats.elements import numbers_of
-from adamfn.program import Call
-from adamfn.seeds import Seeds
-from adamfn.varying import vary_together
+from adamfn.formats.seeds import Seeds
 
 ELEMENTS = 2**20
 """In a piece, as long as a row is no longer: with 60 temporary bytes for each, 60 MiB."""

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 
-from adamfn.joined import Wanted
-from adamfn.transform import (
+from adamfn.chains.segment import Wanted
+from adamfn.chains.transform import (
     GradientTransformation,
     Transformation,
     apply_updates,

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from adamfn.backends.cut import LANES, Cut, lies_by_rows, unviewed, viewed
-from adamfn.backends.lanes import gather_blocks, scatter_blocks
+from adamfn.backends.tpu.cut import LANES, Cut, lies_by_rows, unviewed, viewed
+from adamfn.backends.tpu.lanes import gather_blocks, scatter_blocks
 
 
 class Operand(NamedTuple):

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamfn.bundle import Bundle
-from adamfn.stage import Stage
+from adamfn.core.bundle import Bundle
+from adamfn.core.stage import Stage
 from adamfn.trees import wide_dtype
 
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from adamfn.core.varying import vary_together
 from adamfn.trees import PyTree, describe
-from adamfn.varying import vary_together
 
 Path: TypeAlias = tuple[Any, ...]
 Axes: TypeAlias = tuple[tuple[str, ...], ...]

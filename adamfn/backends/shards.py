@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adamfn.backends.primitive import Backend, bind
-from adamfn.bundle import Bundle
+from adamfn.core.bundle import Bundle
+from adamfn.core.placement import Axes, Path, axes_beside, axes_of_spec, size, spec_of
+from adamfn.core.program import Call, Program
 from adamfn.formats.elements import strides_of
 from adamfn.formats.shards import block_of, cut_block, on_shards
-from adamfn.placement import Axes, Path, axes_beside, axes_of_spec, size, spec_of
-from adamfn.program import Call, Program
 from adamfn.trees import PyTree, describe, path_name
 
 

@@ -7,10 +7,10 @@ scalars. `backends/native` repeats some in C++, and a test holds it to them.
 import jax
 import jax.numpy as jnp
 
-from adamfn import weights
-from adamfn.angle import angle
-from adamfn.ema import Shares, average, average_moments, bounded
-from adamfn.quotients import quotient, root
+from adamfn.core import weights
+from adamfn.core.angle import angle
+from adamfn.core.averages import Shares, average, average_moments, bounded
+from adamfn.formats.quotients import quotient, root
 
 
 def ratio(

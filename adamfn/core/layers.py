@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from adamfn.masks import broadcast_mask
-from adamfn.stage import Stage
+from adamfn.core.masks import broadcast_mask
+from adamfn.core.stage import Stage
 from adamfn.trees import PyTree, describe, path_name
 
 

@@ -6,20 +6,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adamfn import calls
 from adamfn.backends.primitive import Backend
-from adamfn.ema import increment
+from adamfn.backends.shards import Shards, split_leaves
+from adamfn.chains import calls
+from adamfn.chains.holding import held_back
+from adamfn.core.averages import increment
+from adamfn.core.layers import layers_of
+from adamfn.core.leaf import as_fields, check_whole, first_kept, kept_by_leaf
+from adamfn.core.masks import broadcast_mask
+from adamfn.core.measures import measured
+from adamfn.core.placement import Path
+from adamfn.core.stage import CountedState, EmptyState, Scalars, Stage
+from adamfn.core.varying import with_type_of
 from adamfn.formats import choose_formats
-from adamfn.holding import held_back
-from adamfn.layers import layers_of
-from adamfn.masks import broadcast_mask
-from adamfn.measures import measured
-from adamfn.placement import Path
-from adamfn.shards import Shards, split_leaves
-from adamfn.stage import CountedState, EmptyState, Scalars, Stage
-from adamfn.storage import as_fields, check_whole, first_kept, kept_by_leaf
 from adamfn.trees import PyTree, as_array, check_inexact, describe, matching_leaves
-from adamfn.varying import with_type_of
 
 
 class Wanted(NamedTuple):

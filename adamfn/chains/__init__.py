@@ -1,0 +1,1 @@
+"""Chains of stages: transformations, and steps over trees."""

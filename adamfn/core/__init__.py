@@ -1,0 +1,1 @@
+"""What an optimizer is made of: stages as data, their formulas, and the program of a leaf."""
