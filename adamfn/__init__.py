@@ -2,13 +2,12 @@
 
 from adamfn import formats, monitor, sharding
 from adamfn.backends.report import backend
-from adamfn.chains import exports
 from adamfn.chains.chain import chain, from_stage, with_backend
 from adamfn.chains.packed import packed, repack
 from adamfn.chains.step import step
 from adamfn.chains.transform import GradientTransformation, apply_updates
 from adamfn.core import masks
-from adamfn.core.stage import CountedState, EmptyState, Stage
+from adamfn.core.stage import EmptyState, Stage
 from adamfn.recipes.adam import adam, adamw
 from adamfn.recipes.adamax import adamax
 from adamfn.recipes.amsgrad import amsgrad
@@ -34,10 +33,7 @@ from adamfn.stages.weight_decay import add_decayed_weights
 
 __version__ = "0.2.0"
 
-exports.register()
-
 __all__ = [
-    "CountedState",
     "EmptyState",
     "GradientTransformation",
     "Stage",

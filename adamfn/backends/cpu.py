@@ -15,12 +15,9 @@ from adamfn.core.formulas import (
     add_agreeing_multiple,
     add_multiple,
     atan2_ratio,
-    if_taken,
     multiply,
     ratio,
-    round_to_16,
-    round_to_24,
-    round_to_32,
+    unchanged,
 )
 from adamfn.core.program import Call, Program
 from adamfn.formats import EightBit, Format, Pair, Rounded
@@ -40,7 +37,6 @@ _FORMATS: dict[Format | None, int] = {
 }
 _EIGHT_BIT = 3
 _MOMENTS = (ratio, atan2_ratio)
-_BITS: dict[Callable[..., Any], int] = {round_to_16: 16, round_to_24: 24, round_to_32: 32}
 
 
 def scalar_places(program: Program) -> list[int] | None:
@@ -54,17 +50,20 @@ def scalar_places(program: Program) -> list[int] | None:
     Returns:
       The places, or None if the program is not of these formulas in this order.
     """
-    numbers = jax.tree.unflatten(program.scalars, range(program.scalars.num_leaves))
-    left = [(p, own) for p, own in zip(program.parts, numbers, strict=True) if p.active]
-    if program.measures is not None or any(p.needs_mean or p.layered or p.rests for p, _ in left):
-        return None
+    places = jax.tree.unflatten(program.scalars, range(program.scalars.num_leaves))
+    left = [
+        (part, own)
+        for part, own in zip(program.parts, places, strict=True)
+        if part.formula is not unchanged
+    ]
 
     def place_of(*formulas: Callable[..., Any]) -> int:
         """Where the scalar of a formula lies, if it is the next."""
         found = bool(left) and left[0][0].formula in formulas
         return left.pop(0)[1][0] if found else -1
 
-    taken, clipping = place_of(if_taken), place_of(multiply)
+    taken = program.scalars.num_leaves if program.gated else -1
+    clipping = place_of(multiply)
     if not left or left[0][0].formula not in _MOMENTS:
         return None
     part, (b1, b2, *own) = left.pop(0)
@@ -78,14 +77,14 @@ def scalar_places(program: Program) -> list[int] | None:
     cautious = bool(left) and left[0][0].formula is add_agreeing_multiple
     decay = place_of(add_multiple, add_agreeing_multiple)
     rest = [correction, decay, place_of(multiply), clipping, -1 if cautious else decay, taken, a, b]
-    if left and left[0][0].formula in _BITS:
-        left.pop(0)
+    if left and program.weights is not None:
+        left.pop()
     return None if left else [-1 if k is None else k for k in (*of_moments, *rest)]
 
 
 def bits_of(program: Program) -> int:
     """How many bits of a weight a program keeps; 0 of a weight as it is."""
-    return next((_BITS[p.formula] for p in program.parts if p.active and p.formula in _BITS), 0)
+    return 0 if program.weights is None else program.weights.bits
 
 
 def format_of(program: Program) -> Format | None:
@@ -153,7 +152,7 @@ def lower(ctx: Any, *operands: Any, call: Call) -> Any:
         *operands[1:],
         format=np.int32(_FORMATS.get(format, _EIGHT_BIT)),
         bits=np.int32(bits_of(program)),
-        packed=call.packed,
+        packed=False,
         moves=program.moves,
         returns=program.update_dtype is not None,
         scalars=np.array(scalar_places(program), np.int64),

@@ -1,6 +1,5 @@
 """A call of programs as a primitive of JAX, which each platform lowers in its own way."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
@@ -9,10 +8,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from adamfn.backends import cpu
-from adamfn.backends.measuring import in_passes, sums_in
 from adamfn.backends.native import loader
 from adamfn.backends.xla import by_leaf, run_call
-from adamfn.core.placement import Axes
 from adamfn.core.program import Call
 from adamfn.core.varying import vary_together
 
@@ -22,30 +19,18 @@ Backend = Literal["auto", "xla", "pallas"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
-def bind(call: Call, backend: Backend, operands: list[Any], axes: Axes = ()) -> list[jax.Array]:
+def bind(call: Call, backend: Backend, operands: list[Any]) -> list[jax.Array]:
     """The results of a call.
 
-    With `"auto"` it is lowered for CPU in native code if that can be had, and for GPU and TPU into
-    a kernel where the moments' format needs one; with `"pallas"` into one wherever it can be, on
-    CPU interpreted. Else it is `run_call`: under `vmap` and `jvp`; in what is exported; and where
-    XLA is to partition it over the devices of a mesh, since its operations are partitioned without
-    a copy and a custom call could not be. Inside `jax.shard_map` every shard is whole.
+    With `"auto"` it is lowered for CPU to native code if there is any, and for GPU and TPU to a
+    kernel if the moments' format needs one; with `"pallas"` to a kernel wherever there is one,
+    interpreted on CPU. Otherwise it is `run_call`: under `vmap` and `jvp`; in an exported program;
+    and where XLA is to partition it over the devices of a mesh, since XLA partitions its own
+    operations without a copy and cannot partition a custom call. Inside `jax.shard_map` every shard
+    is whole.
 
     Results vary over every mesh axis that an operand varies over.
-
-    Args:
-      call: what is static of the call.
-      backend: what is to run it.
-      operands: those of the call.
-      axes: the axes of a mesh along which each dimension of the leaves is split, of whose shards
-        these are one each: means are over all of them.
     """
-    if any(axes) and any(part.needs_mean for part in call.program.parts):
-
-        def run(call: Call, *operands: jax.Array) -> list[jax.Array]:
-            return in_passes(lambda own, given: bind(own, backend, [*given]), call, operands, axes)
-
-        return by_leaf(run, call, *operands)
     operands = vary_together(operands)
     if backend == "xla":
         return run_call(call, *operands)
@@ -63,8 +48,6 @@ def _impl(*operands: Any, call: Call, pallas: bool) -> list[jax.Array]:
 
 def _abstract_eval(*avals: Any, call: Call, pallas: bool) -> list[Any]:
     kept, leaves = avals[3:][: call.arrays_kept], avals[3 + call.arrays_kept :]
-    if call.program.measures is not None:
-        return [avals[0].update(shape=(sums_in(call, leaves[0].shape),), weak_type=False)]
     grads, params = leaves[: call.leaves], leaves[call.leaves :]
     dtype = call.program.update_dtype
     updates = [] if dtype is None else [g.update(dtype=dtype, weak_type=False) for g in grads]
@@ -98,19 +81,14 @@ def _lower_for(platform: str, ctx: Any, *operands: Any, call: Call, pallas: bool
 def _run_by_kernels(
     platform: str, asked: bool, call: Call, *operands: jax.Array
 ) -> list[jax.Array]:
-    """`run_call`, with a kernel for each leaf that has one, and large leaves without in pieces."""
-    from adamfn.backends import chunks as pieces
-    from adamfn.backends import kernels as pallas
-
-    def run_pass(call: Call, operands: Sequence[jax.Array]) -> list[jax.Array]:
-        kernel = pallas.kernel_for(call, operands, platform, asked=asked)
-        if kernel is not None:
-            return kernel(*operands)
-        run = pieces.run_leaf if pieces.can_run(call, operands) else run_call
-        return run(call, *operands)
+    """`run_call`, with a kernel for each leaf that has one, and other large leaves in chunks."""
+    from adamfn.backends import chunks, kernels  # slow to import
 
     def run_one(call: Call, *operands: jax.Array) -> list[jax.Array]:
-        return in_passes(run_pass, call, operands)
+        kernel = kernels.kernel_for(call, operands, platform, asked=asked)
+        if kernel is not None:
+            return kernel(*operands)
+        return (chunks.run_leaf if chunks.can_run(call, operands) else run_call)(call, *operands)
 
     return by_leaf(run_one, call, *operands)
 

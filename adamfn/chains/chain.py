@@ -1,14 +1,12 @@
-"""How transformations are made of stages, and chained: joined stages are one program of a leaf."""
+"""`Chain`: stages and transformations, one after another. Neighbouring stages are fused."""
 
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any, TypeAlias, cast
 
 from adamfn.backends.primitive import BACKENDS, Backend
-from adamfn.chains import segment as joined
 from adamfn.chains.contradictions import check_order
-from adamfn.chains.segment import Wanted
-from adamfn.chains.step import assemble, own_of
+from adamfn.chains.segment import Wanted, first_states, run, way_out
 from adamfn.chains.transform import (
     GradientTransformation,
     Transformation,
@@ -20,19 +18,145 @@ from adamfn.core.stage import Stage
 from adamfn.trees import PyTree
 
 Structure: TypeAlias = Any
-"""A stage, a transformation that is not ours, or a tuple of structures: a chain."""
+"""A stage, a transformation that is not fused, or a tuple of structures: a chain."""
+
+Moved: TypeAlias = tuple[PyTree, PyTree, PyTree]
+"""The updates and the moved parameters, as far as they are wanted, and the next state."""
+
+
+class Chain:
+    """Stages and transformations, one after another.
+
+    Its bound methods `init` and `update` are a `GradientTransformation`; `chain_of` finds the chain
+    of one.
+    """
+
+    fuses = True
+    """Whether a chain around it may fuse its stages with their neighbours."""
+
+    def __init__(self, structure: Structure) -> None:
+        self.structure = structure
+        self._runs = list(_runs(elements(structure)))
+
+    @property
+    def transformation(self) -> GradientTransformation:
+        """The chain as a `GradientTransformation`."""
+        return GradientTransformation(self.init, self.update)
+
+    @property
+    def parts(self) -> list[Any]:
+        """Its stages, and the transformations that are not fused with them, in their order."""
+        return list(elements(self.structure))
+
+    @property
+    def stages(self) -> list[Stage]:
+        """All its stages in their order, those of wrapped chains included."""
+        return [part for part in unwrapped(self.structure) if isinstance(part, Stage)]
+
+    @property
+    def takes(self) -> frozenset[str] | None:
+        """The extra arguments of `update` that some part takes; None for any."""
+        taken = frozenset[str]()
+        for run in self._runs:
+            for part in run:
+                names = _taken_by(part)
+                if names is None:
+                    return None
+                taken |= names
+        return taken
+
+    def init(self, params: PyTree) -> PyTree:
+        """The state before the first step."""
+        states: list[PyTree] = []
+        for parts in self._runs:
+            own = isinstance(parts[0], Stage)
+            states += first_states(parts, params) if own else [parts[0].init(params)]
+        return nested(self.structure, iter(states))
+
+    def update(
+        self, updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
+        """The transformed updates, and the next state."""
+        updates, _, state = self.advance(updates, state, params, extra, Wanted())
+        return updates, state
+
+    def advance(
+        self,
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree,
+        extra: Mapping[str, Any],
+        wanted: Wanted,
+    ) -> Moved:
+        """One step: of `update` or of `step`, as `wanted` says."""
+        states, next_states = flat_states(self.structure, state), list[PyTree]()
+        moved: PyTree = None
+        for parts in self._runs:
+            last = parts is self._runs[-1]
+            now = wanted if last else wanted._replace(updates=True, params=False)
+            old = states[len(next_states) :][: len(parts)]
+            if isinstance(parts[0], Stage):
+                updates, moved, new = run(parts, updates, old, params, extra, now)
+            else:
+                updates, moved, *new = _advance(parts[0], updates, old[0], params, extra, now)
+            next_states += new
+        if wanted.params and moved is None:
+            moved = apply_updates(params, updates)
+        return updates, moved, nested(self.structure, iter(next_states))
+
+
+class Wrapped(Chain):
+    """A chain inside a wrapper of ours: it has the same stages, and is not fused with others."""
+
+    fuses = False
+
+    def __init__(self, inner: Chain) -> None:
+        super().__init__(inner.structure)
+        self.inner = inner
+
+    @property
+    def takes(self) -> frozenset[str] | None:
+        """The extra arguments of the chain inside."""
+        return self.inner.takes
+
+    def init(self, params: PyTree) -> PyTree:
+        """The state of the chain inside."""
+        return self.inner.init(params)
+
+
+class _WithBackend(Wrapped):
+    def __init__(self, inner: Chain, backend: Backend) -> None:
+        super().__init__(inner)
+        self._backend: Backend = backend
+
+    def advance(
+        self,
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree,
+        extra: Mapping[str, Any],
+        wanted: Wanted,
+    ) -> Moved:
+        wanted = wanted._replace(backend=self._backend)
+        return self.inner.advance(updates, state, params, extra, wanted)
+
+
+def chain_of(tx: Any) -> Chain | None:
+    """The chain that a transformation of ours is made of; None for any other."""
+    chain = getattr(getattr(tx, "update", None), "__self__", None)
+    return chain if isinstance(chain, Chain) else None
 
 
 def from_stage(stage: Stage) -> GradientTransformation:
     """The transformation of one stage.
 
     Args:
-      stage: the stage. A formula that closes over values of its own is traced again for each
-        transformation made with it; let it be a function of a module, and pass them as scalars.
+      stage: the stage. A formula that closes over values is traced again for each transformation
+        made with it; use a function of a module, and pass the values as scalars.
 
     Returns:
-      A `GradientTransformation`. In a `chain` it is joined with its neighbours. Its state has the
-      stage's type; if that does not count the steps, it is inside a `CountedState`.
+      A `GradientTransformation`. In a `chain` it is fused with its neighbours. Its state has the
+      stage's type, with a field `count` if the stage stands alone.
 
     Raises:
       TypeError: it is not a `Stage`.
@@ -51,21 +175,21 @@ def from_stage(stage: Stage) -> GradientTransformation:
     """
     if not isinstance(stage, Stage):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"from_stage: the argument is {stage!r}; expected an adamfn.Stage.")
-    return _compose(stage)
+    return Chain(stage).transformation
 
 
 def chain(*transformations: Transformation) -> GradientTransformation:
     """Applies transformations one after another: `chain(f, g)` maps updates `u` to `g(f(u))`.
 
-    Neighbouring stages of ours, in nested chains too, are joined: one program of a leaf applies
-    them all, and nothing is rounded or written to memory between them. `step` moves the parameters
-    at the program's end.
+    Neighbouring adamfn stages, in nested chains too, are fused: one program of a leaf applies all of
+    them, and nothing is rounded or written to memory in between. `step` moves the parameters at the
+    end of that program.
 
-    The state is the tuple of their states. Joined stages count their steps once. Every extra
-    argument of `update`, such as `learning_rate=`, goes to each transformation that takes it.
+    The state is the tuple of their states. Fused stages share one count. Each extra argument of
+    `update`, such as `learning_rate=`, goes to every transformation that takes it.
 
     Args:
-      *transformations: ours and optax's, in any mixture; none at all gives the identity.
+      *transformations: ours and optax's, in any order; none at all gives the identity.
 
     Returns:
       A `GradientTransformation`.
@@ -85,22 +209,22 @@ def chain(*transformations: Transformation) -> GradientTransformation:
     """
     for position, tx in enumerate(transformations):
         check_transformation(f"chain: argument {position}", tx)
-    structure = tuple(map(structure_of, transformations))
-    check_order(list(elements(structure)))
-    return _compose(structure)
+    structure = tuple(_structure_of(tx) for tx in transformations)
+    check_order(list(elements(structure)), list(unwrapped(structure)))
+    return Chain(structure).transformation
 
 
 def with_backend(tx: GradientTransformation, backend: Backend) -> GradientTransformation:
-    """The same transformation, run by a backend of choice.
+    """The same transformation, run by a given backend.
 
     Args:
       tx: a recipe, a chain of stages, or what `packed` made of one.
-      backend: `"auto"`, the fastest known where it is lowered; `"xla"`, no native code and no
-        kernel; or `"pallas"`, Pallas kernels also where XLA makes one kernel by itself, and on CPU
-        interpreted, which is slow.
+      backend: `"auto"`, the fastest one on each platform; `"xla"`, no native code and no kernel; or
+        `"pallas"`, Pallas kernels even where XLA makes one kernel by itself, and interpreted (which
+        is slow) on CPU.
 
     Returns:
-      A `GradientTransformation` with the same state. In a `chain` it is not joined with others.
+      A `GradientTransformation` with the same state. In a `chain` it is not fused with others.
 
     Raises:
       ValueError: an unknown backend, or a transformation of another library.
@@ -111,66 +235,10 @@ def with_backend(tx: GradientTransformation, backend: Backend) -> GradientTransf
     if backend not in BACKENDS:
         raise ValueError(f"with_backend: backend is {backend!r}; expected one of {BACKENDS}.")
     check_transformation("with_backend: the first argument", tx)
-    own = own_of(tx)
-    if own is None:
+    inner = chain_of(tx)
+    if inner is None:
         raise ValueError(f"with_backend: found {tx!r}; expected a transformation of adamfn's.")
-
-    def advance(
-        updates: PyTree, state: PyTree, params: PyTree, extra: Mapping[str, Any], wanted: Wanted
-    ) -> tuple[PyTree, PyTree, PyTree]:
-        return own.advance(updates, state, params, extra, wanted._replace(backend=backend))
-
-    return assemble(tx.init, advance, own.takes, made_of=structure_of(tx))
-
-
-def _compose(structure: Structure) -> GradientTransformation:
-    """The transformation that a structure stands for."""
-    segments = list(_segments(elements(structure)))
-    accepted = [extra_arguments(own[0].update) if foreign else None for foreign, own in segments]
-
-    def init(params: PyTree) -> PyTree:
-        states: list[PyTree] = []
-        for foreign, own in segments:
-            states += [own[0].init(params)] if foreign else joined.first_states(own, params)
-        return nested(structure, iter(states))
-
-    def advance(
-        updates: PyTree, state: PyTree, params: PyTree, extra: Mapping[str, Any], wanted: Wanted
-    ) -> tuple[PyTree, PyTree, PyTree]:
-        states, next_states = flat_states(structure, state), list[PyTree]()
-        moved: PyTree = None
-        for place, ((foreign, own), takes) in enumerate(zip(segments, accepted, strict=True)):
-            last = place == len(segments) - 1
-            parts = states[len(next_states) :][: len(own)]
-            if not foreign:
-                now = wanted if last else wanted._replace(updates=True, params=False)
-                updates, moved, parts = joined.run(own, updates, parts, params, extra, now)
-            else:
-                known = extra if takes is None else {k: v for k, v in extra.items() if k in takes}
-                inner = own_of(own[0]) if last and wanted.params else None
-                if inner is None:
-                    updates, part = own[0].update(updates, *parts, params, **known)
-                else:
-                    updates, moved, part = inner.advance(updates, *parts, params, known, wanted)
-                parts = [part]
-            next_states += parts
-        if wanted.params and moved is None:
-            moved = apply_updates(params, updates)
-        return updates, moved, nested(structure, iter(next_states))
-
-    takes: frozenset[str] | None = frozenset()
-    for (foreign, own), keywords in zip(segments, accepted, strict=True):
-        inner = own_of(own[0]) if foreign else None
-        names = inner.takes if inner else keywords
-        names = names if foreign else {name for stage in own for name in stage.takes}
-        takes = None if takes is None or names is None else takes.union(names)
-    return assemble(init, advance, takes, structure)
-
-
-def structure_of(tx: Transformation) -> Structure:
-    """The stages that a transformation is made of, or the transformation itself."""
-    own = own_of(tx)
-    return tx if own is None or own.structure is None else own.structure
+    return _WithBackend(inner, backend).transformation
 
 
 def elements(structure: Structure) -> Iterator[Any]:
@@ -182,13 +250,14 @@ def elements(structure: Structure) -> Iterator[Any]:
         yield structure
 
 
-def _segments(elements: Iterator[Any]) -> Iterator[tuple[bool, list[Any]]]:
-    """Runs of stages, and single transformations that are not ours; these with True."""
-    for foreign, run in groupby(elements, lambda element: not isinstance(element, Stage)):
-        if foreign:
-            yield from ((True, [tx]) for tx in run)
+def unwrapped(structure: Structure) -> Iterator[Any]:
+    """The same, with the stages of wrapped chains in place of their wrappers."""
+    for part in elements(structure):
+        inner = None if isinstance(part, Stage) else chain_of(part)
+        if inner is None:
+            yield part
         else:
-            yield False, list(run)
+            yield from unwrapped(inner.structure)
 
 
 def nested(structure: Structure, states: Iterator[PyTree]) -> PyTree:
@@ -208,15 +277,44 @@ def flat_states(structure: Structure, state: PyTree) -> list[PyTree]:
         return [state]
     parts = cast("tuple[Any, ...]", structure)
     if isinstance(state, tuple) and len(state) == len(parts):  # pyright: ignore[reportUnknownArgumentType]
-        own = cast("tuple[PyTree, ...]", state)
-        return [
-            flat
-            for part, inner in zip(parts, own, strict=True)
-            for flat in flat_states(part, inner)
-        ]
+        pairs = zip(parts, cast("tuple[PyTree, ...]", state), strict=True)
+        return [flat for part, inner in pairs for flat in flat_states(part, inner)]
     is_tuple = isinstance(state, tuple)
     found = f"a tuple of {len(state)}" if is_tuple else f"a {type(state).__name__}"  # pyright: ignore[reportUnknownArgumentType]
     raise ValueError(
         f"chain: found {found} as the state, expected a tuple of {len(parts)}, one part for each"
-        f" transformation. {joined.way_out(None if is_tuple else state, 'chain')}"
+        f" transformation. {way_out(None if is_tuple else state, 'chain')}"
     )
+
+
+def _structure_of(tx: Transformation) -> Structure:
+    chain = chain_of(tx)
+    return chain.structure if chain is not None and chain.fuses else tx
+
+
+def _runs(parts: Iterator[Any]) -> Iterator[list[Any]]:
+    """Runs of stages, and single transformations that are not fused."""
+    for is_stage, run in groupby(parts, lambda part: isinstance(part, Stage)):
+        if is_stage:
+            yield list(run)
+        else:
+            yield from ([tx] for tx in run)
+
+
+def _taken_by(part: Any) -> frozenset[str] | None:
+    if isinstance(part, Stage):
+        return frozenset(part.takes) - {"grads"}
+    inner = chain_of(part)
+    return extra_arguments(part.update) if inner is None else inner.takes
+
+
+def _advance(
+    tx: Any, updates: PyTree, state: PyTree, params: PyTree, extra: Mapping[str, Any], now: Wanted
+) -> Moved:
+    """One step of a transformation that is not fused."""
+    inner, takes = chain_of(tx), extra_arguments(tx.update)
+    known = extra if takes is None else {k: v for k, v in extra.items() if k in takes}
+    if inner is not None and now.params:
+        return inner.advance(updates, state, params, known, now)
+    updates, state = tx.update(updates, state, params, **known)
+    return updates, None, state

@@ -5,6 +5,7 @@ from typing import Any
 
 from adamfn.core.formulas import add_agreeing_multiple, where_agreeing
 from adamfn.core.stage import Stage
+from adamfn.core.weights import Weights
 
 INDEPENDENT = "add_decayed_weights(independent=True)"
 """The name of the stage whose decay no rate multiplies."""
@@ -12,40 +13,42 @@ INDEPENDENT = "add_decayed_weights(independent=True)"
 _DECAYS = ("add_decayed_weights", "add_corrected_decay", INDEPENDENT)
 
 
-def check_order(elements: Sequence[Any]) -> None:
-    """Checks the stages of a chain, in their order.
+def check_order(parts: Sequence[Any], unwrapped: Sequence[Any]) -> None:
+    """Checks the parts of a chain, in their order.
 
     Args:
-      elements: stages of ours, and transformations of others.
+      parts: stages, and transformations that are not fused with them.
+      unwrapped: the same, with the stages inside our wrappers in place of these.
 
     Raises:
       ValueError: two contradict one another; says why, and what to do.
     """
-    stages = [element for element in elements if isinstance(element, Stage)]
-    for place, element in enumerate(elements):
-        if not isinstance(element, Stage):
+    for place, part in enumerate(parts):
+        after = [other for other in parts[place:] if not isinstance(other, Stage)]
+        if isinstance(part, Stage) and "taken" in part.start and after:
+            raise ValueError(
+                f"chain: {part.name} stands before {after[0]!r}, which is not fused with it and"
+                " would still update on skipped steps. Put other transformations first, or skip the"
+                " whole chain with optax.apply_if_finite or a condition of your own."
+            )
+    for place, part in enumerate(unwrapped):
+        if not isinstance(part, Stage):
             continue
-        before = elements[place - 1] if place else None
-        if element.measures and isinstance(before, Stage) and not before.measures:
+        before = unwrapped[place - 1] if place else None
+        if "grads" in part.takes and isinstance(before, Stage) and "grads" not in before.takes:
             rate = " The rate of a step after it would no longer be the one that was set."
             raise ValueError(
-                f"chain: {element.name} stands after {before.name}. It looks at the gradients that"
+                f"chain: {part.name} stands after {before.name}. It looks at the gradients that"
                 " the chain is given, and acts on them before any average is taken."
                 f"{rate if before.name == 'scale_by_lr' else ''} Put it first; to clip updates,"
                 " optax.clip_by_global_norm may stand anywhere."
             )
-        after = [other for other in elements[place:] if not isinstance(other, Stage)]
-        if element.holds and after:
+        if isinstance(part.formula, Weights) and place != len(unwrapped) - 1:
             raise ValueError(
-                f"chain: {element.name} stands before {after[0]!r}, which is not ours and goes on"
-                " in a step that is not taken. Put what is not ours first, or hold the whole back"
-                " with optax.apply_if_finite or a condition of your own."
-            )
-        if element.whole is not None and place != len(elements) - 1:
-            raise ValueError(
-                f"chain: {element.name} stands before {_name_of(elements[place + 1])}. It says"
+                f"chain: {part.name} stands before {_name_of(unwrapped[place + 1])}. It decides"
                 " where the weights land, so nothing may change the updates after it. Put it last."
             )
+    stages = [part for part in unwrapped if isinstance(part, Stage)]
     names = [stage.name for stage in stages]
     if "scale_by_lr" in names[_place(names, INDEPENDENT) :]:
         raise ValueError(
@@ -70,7 +73,7 @@ def check_order(elements: Sequence[Any]) -> None:
     if "bias_correct" in names[_place(names, "scale_by_atan2_moments") :]:
         raise ValueError(
             "chain: bias_correct stands after scale_by_atan2_moments, whose averages are corrected"
-            " inside of the angle. Leave bias_correct out."
+            " inside the angle. Leave bias_correct out."
         )
     decays = [stage for stage in stages if stage.name in _DECAYS]
     if len(decays) > 1 and any(stage.mask is None for stage in decays):

@@ -1,49 +1,61 @@
-"""Packing: the float32 moments of many small leaves, end to end in a few buffers.
+"""`packed`: many small leaves as a few long ones.
 
 To pass an array into a compiled call and out again costs some microseconds, more than a step of
-Adam on a thousand elements. So small leaves share buffers, up to 64 leaves each. To the stages a
-buffer is one leaf.
+Adam on a thousand elements. So small leaves are raveled into long ones, up to 64 in each. The chain
+inside sees long leaves, and knows nothing of it.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from adamfn.chains import segment as joined
-from adamfn.chains.chain import elements, flat_states, nested, structure_of
-from adamfn.chains.layout import Layout, Packed
-from adamfn.chains.segment import Wanted
-from adamfn.chains.step import assemble
-from adamfn.chains.transform import GradientTransformation, check_transformation
-from adamfn.core.bundle import Bundle
-from adamfn.core.stage import CountedState, Stage
-from adamfn.trees import PyTree, check_inexact, describe, matching_leaves, path_name
+from adamfn.chains.chain import Chain, Moved, Wrapped, chain_of, flat_states, nested
+from adamfn.chains.segment import Wanted, masks_of, update_dtype_of
+from adamfn.chains.transform import GradientTransformation, check_transformation, summary
+from adamfn.core.stage import Stage, exported
+from adamfn.core.weights import Weights
+from adamfn.trees import PyTree, as_array, check_inexact, describe, matching_leaves, path_name
+
+_LEAVES = 64
+"""Leaves in a long one. The time that XLA takes to compile a call grows with the square."""
 
 _WAY_OUT = "Pass gradients of these parameters, and the state that `init` made for them."
 
 
-def packed(tx: GradientTransformation, below: int = 32768) -> GradientTransformation:
-    """The same optimizer, with what it keeps of small leaves in shared buffers.
+@exported
+class Packed(NamedTuple):
+    """A tree of parameters' shapes, with small leaves raveled into long ones."""
 
-    A step of many small leaves is cheaper to trace and to run. Which leaves share a buffer follows
-    from their shapes and dtypes, from the stages' masks and from `below`.
+    leaves: PyTree
+    """The other leaves: the parameters' tree, None where a leaf is raveled."""
+    buffers: Any
+    """A tuple of the long leaves: float32 of shape (elements,)."""
+
+
+def packed(tx: GradientTransformation, below: int = 32768) -> GradientTransformation:
+    """The same optimizer, with small leaves raveled into a few long ones.
+
+    A step of many small leaves is cheaper to trace and to run. The leaves of one long leaf follow
+    from shapes and dtypes, from the stages' masks and from `below`.
 
     Args:
-      tx: a chain of ours with moments in float32, such as `adamw()`. What is not ours goes around
+      tx: a chain of ours with moments in float32, such as `adamw()`. Other transformations go around
         it: `chain(optax.clip_by_global_norm(1.0), packed(adamw()))`.
-      below: leaves of fewer elements are packed.
+      below: leaves of fewer elements are raveled.
 
     Returns:
-      A `GradientTransformation` that gives the same updates. Its state is that of `tx`, with a
-      `Packed` in each field that is kept of leaves; `repack` moves one to the other. Libraries'
-      states and checkpoints of other chains go by way of the plain one.
+      A `GradientTransformation` with the same updates. Its state is that of `tx`, with a `Packed` in
+      each field that holds arrays of leaves; `repack` converts one into the other.
 
     Raises:
-      ValueError: `tx` has parts that are not ours, moments in a format, or a stage that looks at a
-        whole leaf; at `init`, parameters that are split over several devices.
+      ValueError: `tx` has parts of other libraries, moments in a format, or a stage that needs a
+        statistic of its leaf; at `init`, parameters that are split over several devices.
 
     >>> import adamfn
     >>> import jax.numpy as jnp
@@ -59,68 +71,22 @@ def packed(tx: GradientTransformation, below: int = 32768) -> GradientTransforma
     check_transformation("packed: the first argument", tx)
     if not isinstance(below, int):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"packed: below is {below!r}; expected a number of elements, an integer.")
-    structure = structure_of(tx)
-    stages = list(elements(structure))
-    for stage in stages:
+    chain = chain_of(tx)
+    for stage in [tx] if chain is None or not chain.fuses else chain.parts:
         _check_packable(stage)
-
-    def init(params: PyTree) -> PyTree:
-        _check_whole(params)
-        layout = Layout(stages, params, below)
-        states = joined.first_states(layout.stages, layout.pack(params, _flat))
-        return nested(structure, iter(states))
-
-    def advance(
-        updates: PyTree, state: PyTree, params: PyTree, extra: Mapping[str, Any], wanted: Wanted
-    ) -> tuple[PyTree, PyTree, PyTree]:
-        check_inexact(updates, "packed: updates")
-        if params is not None:
-            matching_leaves("packed: updates", updates, "params", params, _WAY_OUT)
-        layout = Layout(stages, updates if params is None else params, below)
-        states = flat_states(structure, state)
-        _map_kept(stages, states, layout, lambda field: field)
-        us, ps, states = joined.run(
-            layout.stages,
-            layout.pack(updates, Bundle),
-            states,
-            None if params is None else layout.pack(params, Bundle),
-            extra,
-            wanted,
-        )
-        us, ps = (None if tree is None else layout.unpack(tree) for tree in (us, ps))
-        return us, ps, nested(structure, iter(states))
-
-    def repacked(state: PyTree, params: PyTree) -> PyTree:
-        states, layout = flat_states(structure, state), Layout(stages, params, below)
-        packs = not any(
-            isinstance(node, Packed) for node in jax.tree.leaves(state, is_leaf=_is_packed)
-        )
-
-        def moved(field: PyTree) -> PyTree:
-            if not packs:
-                return layout.unpack(field)
-            matching_leaves("repack: params", params, "the state", field, _WAY_OUT)
-            return layout.pack(field, _flat)
-
-        moved_states = _map_kept(stages, states, None if packs else layout, moved)
-        return nested(structure, iter(moved_states))
-
-    takes = {name for stage in stages for name in stage.takes}
-    made = assemble(init, advance, takes, made_of=structure)
-    cast("Any", made.update).repacked = repacked
-    return made
+    return _PackedChain(cast("Chain", chain), below).transformation
 
 
 def repack(tx: GradientTransformation, state: PyTree, params: PyTree) -> PyTree:
-    """Moves a plain state into the arrangement of a packed transformation, or the reverse.
+    """Converts the state of a plain chain into that of a packed one, or the reverse.
 
     Args:
-      tx: what `packed` returned.
+      tx: the result of `packed`, in wrappers of ours or not.
       state: its state, or that of the chain that it was made of.
       params: the parameters, or arrays of their shapes.
 
     Returns:
-      The state of the other, in which the run goes on.
+      The state of the other.
 
     Raises:
       TypeError, ValueError: `tx` is not packed; a state of another chain or of other parameters.
@@ -134,63 +100,185 @@ def repack(tx: GradientTransformation, state: PyTree, params: PyTree) -> PyTree:
     >>> print(state[0].count, state[0].mu.buffers[0])
     1 [0.1 0.1 0.1]
     """
-    repacked = getattr(getattr(tx, "update", None), "repacked", None)
-    if repacked is None:
-        raise TypeError(f"repack: the first argument is {tx!r}; expected what `packed` returned.")
-    return repacked(state, params)
+    chain = packed_chain_of(tx)
+    if chain is None:
+        raise TypeError(
+            f"repack: the first argument is {summary(tx)}; expected the result of `packed`."
+        )
+    return chain.repacked(state, params)
 
 
-def _flat(leaves: Sequence[Any]) -> jax.Array:
+def packed_chain_of(tx: Any) -> "_PackedChain | None":
+    """The packed chain in a transformation, which may be in wrappers of ours."""
+    chain = chain_of(tx)
+    while isinstance(chain, Wrapped) and not isinstance(chain, _PackedChain):
+        chain = chain.inner
+    return chain if isinstance(chain, _PackedChain) else None
+
+
+class _PackedChain(Wrapped):
+    def __init__(self, inner: Chain, below: int) -> None:
+        super().__init__(inner)
+        self._below = below
+
+    def init(self, params: PyTree) -> PyTree:
+        _check_on_one_device(params)
+        layout = _Layout(self.inner, params, self._below)
+        return layout.chain.init(layout.pack(params))
+
+    def advance(
+        self,
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree,
+        extra: Mapping[str, Any],
+        wanted: Wanted,
+    ) -> Moved:
+        check_inexact(updates, "packed: updates")
+        if params is not None:
+            matching_leaves("packed: updates", updates, "params", params, _WAY_OUT)
+        layout = _Layout(self.inner, updates if params is None else params, self._below)
+        for name, field in _fields(self, state):
+            layout.check(f"packed: {name}", field)
+        packed_params = None if params is None else layout.pack(params)
+        us, moved, state = layout.chain.advance(
+            layout.pack(updates), state, packed_params, extra, wanted
+        )
+        gs = [as_array(leaf) for leaf in jax.tree.leaves(updates)]
+        ps = [as_array(leaf) for leaf in jax.tree.leaves(params)] or gs
+        if wanted.updates:
+            us = layout.unpack(us, list(map(update_dtype_of, gs, ps)))
+        if wanted.params:
+            moved = layout.unpack(moved, [p.dtype for p in ps])
+        return us, moved, state
+
+    def repacked(self, state: PyTree, params: PyTree) -> PyTree:
+        layout = _Layout(self.inner, params, self._below)
+        is_packed = any(isinstance(field, Packed) for _, field in _fields(self, state))
+
+        def moved(name: str, field: PyTree) -> PyTree:
+            if is_packed:
+                layout.check(f"repack: {name}", field)
+                return layout.unpack(field)
+            matching_leaves("repack: params", params, "the state", field, _WAY_OUT)
+            return layout.pack(field)
+
+        return _with_fields(self, state, moved)
+
+
+class _Layout:
+    """Which leaves of a tree share each long leaf."""
+
+    def __init__(self, chain: Chain, params: PyTree, below: int) -> None:
+        check_inexact(params, "packed: params")
+        leaves, self._treedef = jax.tree.flatten(params)
+        self._leaves = [as_array(leaf) for leaf in leaves]
+        masks = masks_of(chain.stages, params, params)
+        alike: dict[Any, list[int]] = {}
+        for index, (leaf, *changed) in enumerate(zip(self._leaves, *masks, strict=True)):
+            dtype = jnp.result_type(leaf)
+            real = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 32
+            if real and jnp.size(leaf) < below:
+                alike.setdefault(tuple(changed), []).append(index)
+        self._runs = [
+            own[i : i + _LEAVES] for own in alike.values() for i in range(0, len(own), _LEAVES)
+        ]
+        stages = [
+            replace(stage, mask=None if stage.mask is None else self._packed_mask(mask))
+            for stage, mask in zip(chain.stages, masks, strict=True)
+        ]
+        self.chain = Chain(nested(chain.structure, iter(stages)))
+
+    def pack(self, tree: PyTree) -> Packed:
+        """A tree of the parameters' structure, with its small leaves raveled."""
+        parts: list[Any] = self._treedef.flatten_up_to(tree)
+        return self._arranged(parts, [_raveled([parts[k] for k in run]) for run in self._runs])
+
+    def unpack(self, packed: Packed, dtypes: Sequence[Any] = ()) -> PyTree:
+        """The inverse of `pack`, with the dtype of each leaf; float32 if none are given."""
+        parts: list[Any] = self._treedef.flatten_up_to(packed.leaves)
+        for run, buffer in zip(self._runs, packed.buffers, strict=True):
+            shapes = [self._leaves[k].shape for k in run]
+            ends = accumulate(map(math.prod, shapes))
+            for k, shape, end in zip(run, shapes, ends, strict=True):
+                part = buffer[end - math.prod(shape) : end].reshape(shape)
+                parts[k] = part.astype(dtypes[k]) if dtypes else part
+        return self._treedef.unflatten(parts)
+
+    def check(self, name: str, field: Any) -> None:
+        """Checks that a field of the state is packed as this layout says."""
+        if not isinstance(field, Packed):
+            raise TypeError(
+                f"{name} is not packed. `adamfn.repack` converts the state of a plain chain."
+            )
+        expected = [sum(self._leaves[k].size for k in run) for run in self._runs]
+        found = [buffer.size for buffer in field.buffers] if self._leaves else expected
+        if found != expected:
+            raise ValueError(
+                f"{name} has buffers of {found} elements; expected {expected}. The state is of other"
+                " parameters: make it with this transformation's init(params)."
+            )
+
+    def _packed_mask(self, mask: Sequence[bool]) -> Packed:
+        return self._arranged(mask, [mask[run[0]] for run in self._runs])
+
+    def _arranged(self, parts: Sequence[Any], buffers: Sequence[Any]) -> Packed:
+        shared = {k for run in self._runs for k in run}
+        alone = [None if k in shared else part for k, part in enumerate(parts)]
+        # One leaf for a tree without leaves, as in `core.leaf.as_fields`.
+        return Packed(self._treedef.unflatten(alone), tuple(buffers) if parts else jnp.zeros((0,)))
+
+
+def _raveled(leaves: Sequence[Any]) -> jax.Array:
     return jnp.concatenate([jnp.asarray(leaf, jnp.float32).reshape(-1) for leaf in leaves])
 
 
-def _map_kept(
-    stages: Sequence[Stage],
-    states: Sequence[Any],
-    layout: Layout | None,
-    function: Callable[[Any], Any],
-) -> list[Any]:
-    """The states, with a function applied to what they keep of leaves; packed as a layout says."""
+def _fields(chain: Chain, state: PyTree) -> list[tuple[str, PyTree]]:
+    """The fields of a state that hold arrays of leaves, with their names."""
+    found: list[tuple[str, PyTree]] = []
+
+    def note(name: str, field: PyTree) -> PyTree:
+        found.append((name, field))
+        return field
+
+    _with_fields(chain, state, note)
+    return found
+
+
+def _with_fields(chain: Chain, state: PyTree, function: Callable[[str, PyTree], PyTree]) -> PyTree:
+    """The state, with a function applied to the fields that hold arrays of leaves."""
     moved: list[Any] = []
-    for stage, state in zip(stages, states, strict=True):
-        own = state.stage if isinstance(state, CountedState) else state
-        joined.check_state(stage, own, *stage.states)
-        fields = {name: getattr(own, name) for name in stage.keeps}
-        for name, field in fields.items() if layout else ():
-            _check_packed(f"packed: {name} of {stage.name}", field, cast("Layout", layout))
-        own = own._replace(**{name: function(field) for name, field in fields.items()})
-        moved.append(state._replace(stage=own) if isinstance(state, CountedState) else own)
-    return moved
-
-
-def _is_packed(node: Any) -> bool:
-    return isinstance(node, Packed)
+    for stage, own in zip(chain.stages, flat_states(chain.structure, state), strict=True):
+        fields = {name: getattr(own, name, None) for name in stage.keeps}
+        new = {name: function(f"{name} of {stage.name}", field) for name, field in fields.items()}
+        moved.append(own._replace(**new) if new else own)
+    return nested(chain.structure, iter(moved))
 
 
 def _check_packable(stage: Any) -> None:
     if not isinstance(stage, Stage):
         raise ValueError(
-            f"packed: found {stage!r}, which is not a stage of ours. Put it around:"
+            f"packed: found {stage!r}, which is not an adamfn stage. Put it around:"
             " chain(optax.clip_by_global_norm(1.0), packed(adamw()))."
         )
     if stage.moments != "float32":
         raise ValueError(
             f"packed: {stage.name} has moments={stage.moments!r}; expected 'float32'. Small leaves"
-            " stay in float32 in every format, and what packs them is for float32 alone."
+            " stay in float32 in every format, so there is nothing to pack."
         )
-    if stage.whole is not None:
+    if isinstance(stage.formula, Weights):
         raise ValueError(
-            f"packed: {stage.name} keeps bits of each weight, which buffers of float32 moments have"
-            " no place for; expected a chain without it. Leave `packed` out."
+            f"packed: {stage.name} keeps bits of each weight, and long leaves are float32;"
+            " expected a chain without it. Leave `packed` out."
         )
-    if not stage.elementwise or stage.rests or stage.mean is not None:
+    if not stage.elementwise:
         raise ValueError(
-            f"packed: {stage.name} looks at whole leaves, which a buffer does not keep apart;"
-            " expected stages that take each element by itself. Leave `packed` out."
+            f"packed: {stage.name} needs a statistic of each leaf, and long leaves hold many;"
+            " expected elementwise stages. Leave `packed` out."
         )
 
 
-def _check_whole(params: PyTree) -> None:
+def _check_on_one_device(params: PyTree) -> None:
     found: set[Any] = set()
     for path, leaf in jax.tree.leaves_with_path(params):
         if isinstance(leaf, Tracer) or not getattr(leaf, "committed", False):
@@ -199,20 +287,6 @@ def _check_whole(params: PyTree) -> None:
         if len(found) > 1:
             raise ValueError(
                 f"packed: with the parameter at {path_name(path) or 'the root'}, {describe(leaf)},"
-                f" they lie on {len(found)} devices; expected all on one, as the leaves of a buffer"
-                " lie together. Leave `packed` out."
+                f" they are on {len(found)} devices; expected one device, as the leaves of a long"
+                " leaf are together. Leave `packed` out."
             )
-
-
-def _check_packed(name: str, field: Any, layout: Layout) -> None:
-    if not isinstance(field, Packed):
-        raise TypeError(
-            f"{name} is not packed. `adamfn.repack` moves a plain state into this arrangement."
-        )
-    expected = [sum(jnp.size(layout.leaves[k]) for k in run) for run in layout.runs]
-    found = [buffer.size for buffer in field.buffers] if layout.leaves else expected
-    if found != expected:
-        raise ValueError(
-            f"{name} has buffers of {found} elements; expected {expected}. The state is of other"
-            " parameters: make it with this transformation's init(params)."
-        )

@@ -1,4 +1,9 @@
-"""Joined stages over a tree: their states, and one program for each leaf."""
+"""Runs of stages over a tree: their states, their scalars, and one fused program for each leaf.
+
+A run is all neighbouring adamfn stages of a chain. It is cut into segments: a stage that is not
+elementwise is a segment by itself, and the stages between two such are one. The states, the count,
+the scalars and the gate are those of the run.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -6,53 +11,60 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from adamfn.backends.calls import Step, run_segment
 from adamfn.backends.primitive import Backend
-from adamfn.backends.shards import Shards, split_leaves
-from adamfn.chains import calls
-from adamfn.chains.holding import held_back
+from adamfn.backends.shards import split_of
 from adamfn.core.averages import increment
-from adamfn.core.layers import layers_of
-from adamfn.core.leaf import as_fields, check_whole, first_kept, kept_by_leaf
+from adamfn.core.leaf import Leaf, as_fields, check_corrections, first_fields, kept_by_leaf
 from adamfn.core.masks import broadcast_mask
-from adamfn.core.measures import measured
-from adamfn.core.placement import Path
-from adamfn.core.stage import CountedState, EmptyState, Scalars, Stage
+from adamfn.core.placement import Path, Shards
+from adamfn.core.program import Part, Program
+from adamfn.core.stage import Stage, counted
 from adamfn.core.varying import with_type_of
-from adamfn.formats import choose_formats
-from adamfn.trees import PyTree, as_array, check_inexact, describe, matching_leaves
+from adamfn.core.weights import Weights
+from adamfn.formats import Format, choose_formats
+from adamfn.trees import (
+    PyTree,
+    as_array,
+    check_inexact,
+    describe,
+    matching_leaves,
+    real_dtype,
+    wide_dtype,
+)
 
 
 class Wanted(NamedTuple):
-    """What joined stages are to return, by which backend, and on which devices."""
+    """What a run returns, by which backend, and on which devices."""
 
     updates: bool = True
     params: bool = False
     backend: Backend = "auto"
     shards: Mapping[Path, Shards] | None = None
-    """How leaves are split, by their paths; None to take it from their types."""
+    """How leaves are split, by path; None to take it from their types."""
 
 
 def first_states(stages: Sequence[Stage], params: PyTree) -> list[PyTree]:
-    """The states of joined stages before the first step.
+    """The states of a run before the first step.
 
     Raises:
       TypeError: a leaf is not an array of floating-point or complex numbers.
     """
     check_inexact(params, f"{stages[0].name}: params")
     states: list[PyTree] = []
-    for stage in stages:
-        if None in stage.start.values():
-            states.append(EmptyState())
-            continue
-        remembered = {name: make() for name, make in stage.start.items() if make}
-        if callable(stage.mask) and jax.tree.leaves(params):
-            broadcast_mask(stage.name, stage.mask, params)  # mistakes show before the first step
-        fields = first_kept(stage, params) | remembered
-        if "count" in stage.state._fields:
+    for place, stage in enumerate(stages):
+        kind = stage.states[0] if None not in stage.start.values() else stage.states[1]
+        fields: dict[str, Any] = {}
+        if kind is stage.state:
+            if callable(stage.mask) and jax.tree.leaves(params):
+                broadcast_mask(stage.name, stage.mask, params)  # mistakes show before a step
+            fields = first_fields(stage, params)
+            fields |= {name: make() for name, make in stage.start.items() if make}
+        if place == 0 and not any(other.counts for other in stages):
+            kind = counted(kind)
+        if "count" in kind._fields:
             fields["count"] = jnp.zeros((), jnp.int32)
-        states.append(stage.state(**fields))
-    if _first_that_counts(stages) is None:
-        states[0] = CountedState(jnp.zeros((), jnp.int32), states[0])
+        states.append(kind(**fields))
     return states
 
 
@@ -64,176 +76,245 @@ def run(
     extra: Mapping[str, Any],
     wanted: Wanted,
 ) -> tuple[PyTree, PyTree, list[PyTree]]:
-    """One step of joined stages.
+    """One step of a run.
 
     Args:
       stages: the stages, at least one.
-      updates: the gradients, or what transformations before these made of them.
+      updates: the gradients, or the updates of transformations before these.
       states: the stages' states.
-      params: the parameters; None where no stage reads them and they are not to be moved.
+      params: the parameters; None if no stage reads them and they are not moved.
       extra: the extra arguments of `update`.
       wanted: what to return, and by which backend.
 
     Returns:
-      The updates and the parameters moved by them, None for what is not wanted, and the next
-      states.
+      The updates and the moved parameters, None if not wanted, and the next states.
 
     Raises:
       TypeError, ValueError: trees or states that do not fit; names the stage and the leaf.
     """
-    before = states
-    count, states = count_of(stages, states)
-    check_inexact(updates, f"{stages[0].name}: updates")
-    leaves, treedef = jax.tree.flatten(updates)
-    gs = [as_array(leaf) for leaf in leaves]
-    ps = _params_of(stages, updates, params, len(gs), wanted)
-    formats = [choose_formats(stage.moments, updates) for stage in stages]
-    columns = [
-        kept_by_leaf(stage, state, updates, own)
-        for stage, state, own in zip(stages, states, formats, strict=True)
-    ]
-    kept: list[Any] = [list(row) for row in zip(*columns, strict=True)]
-    masks = masks_of(stages, updates, params)
-    check_whole(stages, masks, updates, kept)
-    extra = measured(stages, leaves, extra)
+    count = next_count(stages, states)
+    leaves, treedef = leaves_of(stages, updates, states, params, wanted)
+    extra = {**extra, "grads": [leaf.grad for leaf in leaves]}
     scalars, remembered = scalars_at(stages, states, count, extra)
-    programs = calls.leaf_programs(
-        stages,
-        formats,
-        masks,
-        layers_of(stages, updates, params),
-        scalars,
-        gs,
-        ps,
-        kept,
-        returns=wanted.updates,
-        moves=wanted.params,
-    )
-    ps = [p if program.reads_params else None for p, program in zip(ps, programs, strict=True)]
-    shards = split_leaves(wanted.shards, updates, programs, gs, ps, kept)
-    kept, moved, next_ps = calls.run_all(
-        programs, wanted.backend, scalars, count, kept, gs, ps, shards
-    )
+    gates = [new["taken"] for new in remembered if "taken" in new]
+    gate = jnp.all(jnp.stack(gates)) if gates else None
+    step = Step(stages, scalars, gate, count, wanted.backend)
+    segments = segments_of(stages)
+    for segment in segments:
+        if "mu" in stages[segment.start].keeps:
+            for leaf in leaves:
+                leaf.seen = leaf.update
+        ends = Wanted() if segment is not segments[-1] else wanted
+        programs = [program_of(step, segment, leaf, ends) for leaf in leaves]
+        run_segment(step, programs, leaves, segment)
+    paths = [leaf.path for leaf in leaves]
     next_states: list[PyTree] = []
-    for place, (stage, state, own, new) in enumerate(
-        zip(stages, states, formats, remembered, strict=True)
-    ):
-        fields = as_fields(stage, [row[place] for row in kept], treedef, own)
-        next_states.append(state._replace(**fields, **remembered_as(state, new)))
-    next_states = counted(stages, next_states, count)
+    for place, (stage, state) in enumerate(zip(stages, states, strict=True)):
+        fields = as_fields(stage, [leaf.kept[place] for leaf in leaves], treedef, paths)
+        new = {**remembered[place]}
+        if "count" in state._fields:
+            new["count"] = increment(state.count)
+        if gate is not None and "taken" not in new:
+            new = {name: jnp.where(gate, x, getattr(state, name)) for name, x in new.items()}
+        known = {name: with_type_of(x, getattr(state, name)) for name, x in new.items()}
+        next_states.append(state._replace(**(fields if stage.keeps else {}), **known))
     return (
-        treedef.unflatten(moved) if wanted.updates else None,
-        treedef.unflatten(next_ps) if wanted.params else None,
-        held_back(stages, before, next_states, scalars),
+        treedef.unflatten([leaf.update for leaf in leaves]) if wanted.updates else None,
+        treedef.unflatten([leaf.param for leaf in leaves]) if wanted.params else None,
+        next_states,
     )
 
 
-def count_of(stages: Sequence[Stage], states: Sequence[PyTree]) -> tuple[jax.Array, list[Any]]:
-    """The count of the step to come, 1 at the first, and the stages' own states.
+def next_count(stages: Sequence[Stage], states: Sequence[PyTree]) -> jax.Array:
+    """The count of the step to come, 1 at the first.
 
     Raises:
-      TypeError: one of them is the state of something else, or the count is no int32 scalar.
+      TypeError: a state is of something else, or the count is no int32 scalar.
     """
-    own: list[Any] = list(states)
-    first = _first_that_counts(stages)
-    if first is None:
-        check_state(stages[0], states[0], CountedState)
-        own[0] = states[0].stage
-    for stage, state in zip(stages, own, strict=True):
-        check_state(stage, state, *stage.states)
-    counting: Any = states[0] if first is None else own[first]
-    count = counting.count
+    for stage, state in zip(stages, states, strict=True):
+        if not isinstance(state, stage.states):
+            raise TypeError(
+                f"{stage.name}: found a state of type {type(state).__name__}, expected"
+                f" {stage.state.__name__}. {way_out(state, 'transformation')}"
+            )
+    counting = [state for state in states if "count" in state._fields]
+    if not counting:
+        raise TypeError(
+            f"{stages[0].name}: found a state of type {type(states[0]).__name__}, which has no"
+            f" count; expected {counted(type(states[0])).__name__}. {way_out(None, 'transformation')}"
+        )
+    count: Any = counting[0].count
     count = jnp.asarray(count) if isinstance(count, int) else as_array(count)
     if describe(count) != "int32[]":
         raise TypeError(
-            f"{stages[first or 0].name}: the state's count is {describe(count)}; expected int32[]."
-            " Pass the state that `update` returned, or restore into tx.init(params)."
+            f"{stages[states.index(counting[0])].name}: the state's count is {describe(count)};"
+            " expected int32[]. Pass the state that `update` returned, or restore into"
+            " tx.init(params)."
         )
-    return increment(count), own
+    return increment(count)
 
 
-def scalars_at(
-    stages: Sequence[Stage], states: Sequence[Any], count: jax.Array, extra: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], list[Mapping[str, Any]]]:
-    """What the formulas need at a step, and what the states remember of it."""
-    found: list[Scalars] = []
-    for stage, state in zip(stages, states, strict=True):
-        match stage.scalars(count, state, extra):
-            case (tuple() | list() as own, Mapping() as remembered):
-                found.append((own, remembered))
-            case result:
-                raise TypeError(
-                    f"{stage.name}: its scalars returned {result!r}; expected the formula's scalars"
-                    " in a tuple, then what to remember in a dictionary: (x, y), {}."
-                )
-        for scalar in jax.tree.leaves(found[-1][0]):
-            if jnp.shape(scalar) != ():
-                raise ValueError(
-                    f"{stage.name}: found {describe(scalar)} among its scalars; expected numbers"
-                    " and arrays without axes."
-                )
-    return tuple(tuple(own) for own, _ in found), [remembered for _, remembered in found]
+def leaves_of(
+    stages: Sequence[Stage],
+    updates: PyTree,
+    states: Sequence[PyTree],
+    params: PyTree,
+    wanted: Wanted,
+) -> tuple[list[Leaf], Any]:
+    """Every leaf with its state, and the structure of their tree."""
+    check_inexact(updates, f"{stages[0].name}: updates")
+    flat, treedef = jax.tree.flatten_with_path(updates)
+    ps = _params_of(stages, updates, params, wanted)
+    formats = [choose_formats(stage.moments, updates) for stage in stages]
+    kept = [
+        kept_by_leaf(*own, updates, chosen) for own, chosen in zip(zip(stages, states), formats)
+    ]
+    masks = masks_of(stages, updates, params)
+    leaves: list[Leaf] = []
+    for index, ((path, g), p) in enumerate(zip(flat, ps, strict=True)):
+        g = as_array(g)
+        rows, chosen, active = ([column[index] for column in c] for c in (kept, formats, masks))
+        leaf = Leaf(path, index, g, g, g, p, rows, chosen, active)
+        leaf.shards = split_of(leaf, wanted.shards)
+        leaves.append(leaf)
+    if stages[-1].keeps:
+        check_corrections(stages[-1], len(stages) - 1, leaves)
+    return leaves, treedef
 
 
 def masks_of(stages: Sequence[Stage], updates: PyTree, params: PyTree) -> list[list[bool]]:
     """Of each stage, whether it changes each leaf."""
-    whole = updates if params is None else params
-    number = len(jax.tree.leaves(updates))
+    whole, number = updates if params is None else params, len(jax.tree.leaves(updates))
     return [
         [True] * number if stage.mask is None else broadcast_mask(stage.name, stage.mask, whole)
         for stage in stages
     ]
 
 
-def remembered_as(state: Any, new: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """What a state remembers, with the types that it had."""
-    known = {name: value for name, value in new.items() if name in state._fields}
-    return {name: with_type_of(value, getattr(state, name)) for name, value in known.items()}
+def scalars_at(
+    stages: Sequence[Stage], states: Sequence[Any], count: jax.Array, extra: Mapping[str, Any]
+) -> tuple[list[tuple[Any, ...]], list[Mapping[str, Any]]]:
+    """The scalars of each stage at a step, and the values that its state remembers of it."""
+    scalars: list[tuple[Any, ...]] = []
+    remembered: list[Mapping[str, Any]] = []
+    for stage, state in zip(stages, states, strict=True):
+        match stage.scalars(count, state, extra):
+            case (tuple() | list() as own, Mapping() as new):
+                scalars.append(tuple(own))
+                remembered.append({k: v for k, v in new.items() if k in state._fields})
+            case result:
+                raise TypeError(
+                    f"{stage.name}: its scalars returned {result!r}; expected the formula's scalars"
+                    " in a tuple, then the values to remember in a dictionary: (x, y), {}."
+                )
+        for scalar in jax.tree.leaves(scalars[-1]):
+            if jnp.shape(scalar) != ():
+                raise ValueError(
+                    f"{stage.name}: found {describe(scalar)} among its scalars; expected numbers"
+                    " and arrays without axes."
+                )
+    return scalars, remembered
 
 
-def counted(stages: Sequence[Stage], states: list[Any], count: jax.Array) -> list[PyTree]:
-    """Next states with their counts."""
-    states = [
-        state._replace(count=increment(state.count)) if "count" in state._fields else state
-        for state in states
-    ]
-    if _first_that_counts(stages) is None:
-        states[0] = CountedState(count, states[0])
-    return states
+def segments_of(stages: Sequence[Stage]) -> list[range]:
+    """The places of the stages of each segment of a run.
+
+    A segment begins at the moments if a stage of a later segment reads the gradient that they were
+    given: that gradient is then in memory.
+    """
+    whole = [place for place, stage in enumerate(stages) if not stage.elementwise]
+    cuts = {0, len(stages), *whole, *(place + 1 for place in whole)}
+    for place, stage in enumerate(stages):
+        moments = [k for k in range(place) if "mu" in stages[k].keeps]
+        if "grads" in stage.reads and moments and any(moments[-1] < k <= place for k in whole):
+            cuts.add(moments[-1])
+    ends = sorted(cuts)
+    return [range(a, b) for a, b in zip(ends, ends[1:], strict=False)]
 
 
-def _first_that_counts(stages: Sequence[Stage]) -> int | None:
-    return next((k for k, stage in enumerate(stages) if "count" in stage.state._fields), None)
-
-
-def check_state(stage: Stage, state: Any, *expected: type[Any]) -> None:
-    """Checks that a state is the one that its stage made.
+def program_of(step: Step, segment: range, leaf: Leaf, wanted: Wanted) -> Program:
+    """The program of a leaf in a segment.
 
     Raises:
-      TypeError: it is something else.
+      ValueError: a stage reads moments that no stage before it keeps.
     """
-    if not isinstance(state, expected):
-        raise TypeError(
-            f"{stage.name}: found a state of type {type(state).__name__}, expected"
-            f" {expected[0].__name__}. {way_out(state, 'transformation')}"
-        )
+    parts = {
+        k: _part(step.stages[k], leaf.formats[k]) for k in range(segment.stop) if leaf.active[k]
+    }
+    own = {k: part for k, part in parts.items() if k in segment}
+    known, given, given_grads = {"params", "grads", "noise"}, dict[int, Part](), False
+    for part in own.values():
+        for name in {*part.reads} - known:
+            keepers = [k for k in parts if k < segment.start and name in parts[k].keeps]
+            if not keepers:
+                raise ValueError(
+                    f"{part.name}: it reads {name}, which no stage of ours just before it keeps;"
+                    " expected one that does, such as scale_by_moments, earlier in the same chain."
+                )
+            given[keepers[-1]] = parts[keepers[-1]]
+        given_grads |= "grads" in part.reads and "mu" not in known and segment.start > 0
+        known |= {*part.keeps}
+    last = segment.stop == len(step.stages)
+    rounds = last and own and isinstance([*own.values()][-1].formula, Weights)
+    dtype, update_dtype = computed_in(leaf), None
+    if wanted.updates and not last:
+        # Nothing is rounded between two segments.
+        update_dtype = jnp.result_type(wide_dtype(leaf.grad.dtype), dtype)
+    elif wanted.updates:
+        update_dtype = dtype if rounds else update_dtype_of(leaf.grad, leaf.param)
+    return Program(
+        tuple(own.values()),
+        jax.tree.structure(tuple(step.scalars[k] for k in own)),
+        dtype,
+        wanted.params,
+        update_dtype,
+        step.gate is not None,
+        all(step.stages[k].elementwise for k in own),
+        tuple(given.items()),
+        given_grads,
+    )
+
+
+def _part(stage: Stage, format: Format | None) -> Part:
+    return Part(stage.name, stage.formula, tuple(stage.reads), tuple(stage.keeps), format)
+
+
+def update_dtype_of(grad: Any, param: Any) -> Any:
+    """The gradient's dtype, but float32 where float16 would lose small updates of wider params."""
+    if grad.dtype == jnp.float16 and getattr(param, "dtype", None) != jnp.float16:
+        return jnp.dtype(jnp.float32)
+    return jnp.dtype(grad.dtype)
+
+
+def computed_in(leaf: Leaf) -> Any:
+    """The real dtype that a leaf's programs compute in: the widest, and float32 at least."""
+    arrays = jax.tree.leaves((leaf.grad, leaf.param, leaf.kept))
+    dtypes = {x.dtype for x in arrays if hasattr(x, "dtype")}
+    inexact = [real_dtype(wide_dtype(x)) for x in dtypes if jnp.issubdtype(x, jnp.inexact)]
+    return max(inexact, key=lambda dtype: dtype.itemsize)
 
 
 def way_out(state: Any, owner: str) -> str:
     """The end of an error's message: what to do about a state that is not its owner's."""
     if isinstance(state, Mapping | list) or type(state) is tuple:
         return (
-            "Restored in plain containers, it keeps its moments by adamfn.interop.restore(state,"
-            f" into=tx.init(params)); of another {owner}, make it with this one's init(params)."
+            "If it was restored into plain containers, call adamfn.interop.restore(state,"
+            f" into=tx.init(params)); if it is of another {owner}, make it with this one's"
+            " init(params)."
         )
     return f"The state belongs to another {owner}: make it with this one's init(params)."
 
 
 def _params_of(
-    stages: Sequence[Stage], updates: PyTree, params: PyTree, number: int, wanted: Wanted
+    stages: Sequence[Stage], updates: PyTree, params: PyTree, wanted: Wanted
 ) -> list[Any]:
-    """The parameter of every leaf; None where nothing reads them."""
-    readers = [stage.name for stage in stages if "params" in stage.reads]
+    """The parameter of every leaf; None if nothing reads them."""
+    readers = [
+        stage.name
+        for stage in stages
+        if "params" in stage.reads or isinstance(stage.formula, Weights)
+    ]
+    number = len(jax.tree.leaves(updates))
     if params is None and updates is not None and (readers or wanted.params):
         raise ValueError(
             f"{readers[0] if readers else stages[0].name}: update got no params, and it needs"
@@ -241,9 +322,9 @@ def _params_of(
         )
     if params is None:
         return [None] * number
-    name = f"{(readers or [stages[0].name])[0]}: updates"
-    way_out = "Pass the parameters that the gradients are of."
     if not (readers or wanted.params):  # read for their dtype alone
         leaves = jax.tree.leaves(params)
         return leaves if len(leaves) == number else [None] * number
+    name = f"{(readers or [stages[0].name])[0]}: updates"
+    way_out = "Pass the parameters that the gradients are of."
     return [as_array(leaf) for leaf in matching_leaves(name, updates, "params", params, way_out)]

@@ -1,13 +1,13 @@
 """`step`: one training update, from gradients to the next parameters."""
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple, Protocol, cast
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
+from adamfn.chains.chain import chain_of
 from adamfn.chains.segment import Wanted
 from adamfn.chains.transform import (
-    GradientTransformation,
     Transformation,
     apply_updates,
     check_transformation,
@@ -15,71 +15,6 @@ from adamfn.chains.transform import (
     where_updated,
 )
 from adamfn.trees import PyTree
-
-
-class Advance(Protocol):
-    """The type of a function that takes a step: what `update` and `step` have in common."""
-
-    def __call__(
-        self,
-        updates: PyTree,
-        state: PyTree,
-        params: PyTree,
-        extra: Mapping[str, Any],
-        wanted: Wanted,
-    ) -> tuple[PyTree, PyTree, PyTree]:
-        """Returns the updates and the moved parameters, as far as wanted, and the next state."""
-        ...
-
-
-class _Own(NamedTuple):
-    """What an `update` of ours knows besides."""
-
-    update: Any
-    """Itself: `functools.wraps` gives its attributes to functions that do something else."""
-    advance: Advance
-    takes: Collection[str] | None
-    """The extra arguments that it takes; None for any."""
-    structure: Any
-    """What a chain may join with its neighbours; None if it is to be left whole."""
-    made_of: Any
-    """The structure whose states its own state has, for those who only read them."""
-
-
-def assemble(
-    init: Callable[[PyTree], PyTree],
-    advance: Advance,
-    takes: Collection[str] | None,
-    structure: Any = None,
-    made_of: Any = None,
-) -> GradientTransformation:
-    """The transformation of an `advance`, which has a step of its own.
-
-    Args:
-      init: makes the state.
-      advance: takes a step.
-      takes: the extra arguments that it takes; None for any.
-      structure: what a chain may join with its neighbours; None if it is to be left whole.
-      made_of: the structure of what is left whole.
-    """
-
-    def update(
-        updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
-    ) -> tuple[PyTree, PyTree]:
-        updates, _, state = advance(updates, state, params, extra, Wanted())
-        return updates, state
-
-    # An attribute of a function survives where a transformation is copied, pickled or mapped.
-    cast("Any", update).own = _Own(
-        update, advance, takes, structure, made_of if structure is None else structure
-    )
-    return GradientTransformation(init, update)
-
-
-def own_of(tx: Any) -> _Own | None:
-    """What the `update` of a transformation of ours knows besides."""
-    own = getattr(tx.update, "own", None)
-    return own if isinstance(own, _Own) and own.update is tx.update else None
 
 
 def step(
@@ -133,14 +68,14 @@ def step(
     if params is None and jax.tree.leaves(grads):
         raise TypeError("step: found no params; expected step(tx, grads, state, params).")
     check_extra(tx, extra, "step")
-    own = own_of(tx)
-    if own is None:
+    chain = chain_of(tx)
+    if chain is None:
         updates, state = tx.update(grads, state, params, **extra)
         params = apply_updates(params, updates)
     else:
         wanted = Wanted(updates=return_updates, params=True)
         trained = where_updated(params, grads)
-        updates, moved, state = own.advance(grads, state, trained, extra, wanted)
+        updates, moved, state = chain.advance(grads, state, trained, extra, wanted)
         params = merged(params, moved)
     return (params, state, updates) if return_updates else (params, state)
 
@@ -156,8 +91,8 @@ def check_extra(tx: Transformation, extra: Mapping[str, Any], name: str) -> None
     Raises:
       TypeError: no part takes one of them.
     """
-    own = own_of(tx) if hasattr(tx, "update") else None
-    takes = own and own.takes
+    chain = chain_of(tx)
+    takes = chain and chain.takes
     if takes is None:
         return
     for argument, value in extra.items():

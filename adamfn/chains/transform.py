@@ -36,8 +36,9 @@ class GradientTransformation(_InitAndUpdate):
     """A pair of pure functions that turn gradients into updates.
 
     `init(params)` makes the state; `update(updates, state, params=None, **extra)` returns the
-    transformed updates, with the structure, shapes and dtypes of what came in, and the next state.
-    Extra arguments that a transformation does not know are ignored.
+    transformed updates and the next state. Updates have the structure and shapes of the gradients,
+    and their dtypes, except where these would lose them: float16 updates of float32 parameters, and
+    updates of `round_weights`, are float32. Extra arguments that no part knows are ignored.
 
     Optax accepts it wherever it accepts its own, and the reverse.
 
@@ -52,6 +53,10 @@ class GradientTransformation(_InitAndUpdate):
     """
 
     __slots__ = ()
+
+    def __reduce__(self) -> Any:
+        """How it is pickled: by its type, whatever `isinstance` says."""
+        return GradientTransformation, tuple(self)
 
     @property
     def __class__(self) -> type[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -4,11 +4,11 @@ They are those of `Stage`: functions of the updates, of what the stage reads and
 scalars. `backends/native` repeats some in C++, and a test holds it to them.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
-from adamfn.core import weights
-from adamfn.core.angle import angle
 from adamfn.core.averages import Shares, average, average_moments, bounded
 from adamfn.formats.quotients import quotient, root
 
@@ -126,14 +126,18 @@ def add_agreeing_multiple(u: jax.Array, p: jax.Array, rate: jax.Array) -> jax.Ar
     return u + jnp.where(_inner(u, p) >= 0, rate, 0) * p
 
 
-def where_agreeing(u: jax.Array, g: jax.Array, floor: jax.Array, share: jax.Array) -> jax.Array:
-    """The formula of `cautious_updates`."""
-    return jnp.where(_inner(u, g) > 0, u / jnp.maximum(share, floor), 0)
+def where_agreeing(
+    u: jax.Array, g: jax.Array, floor: jax.Array, *, layers: bool = False
+) -> jax.Array:
+    """The formula of `cautious_updates`: not elementwise."""
+    agrees = _inner(u, g) > 0
+    share = _mean(agrees.astype(jnp.real(u).dtype), layers=layers)
+    return jnp.where(agrees, u / jnp.maximum(share, floor), 0)
 
 
-def agreeing(u: jax.Array, g: jax.Array, floor: jax.Array) -> jax.Array:
-    """What `cautious_updates` takes the mean of."""
-    return (_inner(u, g) > 0).astype(jnp.real(u).dtype)
+def where_agreeing_by_layer(u: jax.Array, g: jax.Array, floor: jax.Array) -> jax.Array:
+    """The same, for each layer along the first axis by itself."""
+    return where_agreeing(u, g, floor, layers=True)
 
 
 def clip_outgrown(
@@ -142,53 +146,68 @@ def clip_outgrown(
     nu: jax.Array,
     root: jax.Array,
     least: jax.Array,
-    outgrown: jax.Array,
+    *,
+    layers: bool = False,
 ) -> jax.Array:
-    """The formula of `clip_updates`."""
-    return u / jnp.maximum(jnp.sqrt(outgrown) * root, 1)
+    """The formula of `clip_updates`: not elementwise."""
+    # The square of a ratio, and no ratio of squares: those may overflow.
+    ratio = jnp.abs(g) / jnp.sqrt(jnp.maximum(nu, least))
+    return u / jnp.maximum(jnp.sqrt(_mean(ratio * ratio, layers=layers)) * root, 1)
 
 
-def square_outgrown(
+def clip_outgrown_by_layer(
     u: jax.Array, g: jax.Array, nu: jax.Array, root: jax.Array, least: jax.Array
 ) -> jax.Array:
-    """What `clip_updates` takes the mean of."""
-    # The square of a ratio, and no ratio of squares: those may overflow. The root is not that of
-    # the update's own denominator, which XLA would write to memory for both.
-    ratio = jnp.abs(g) / jnp.sqrt(jnp.maximum(nu, least))
-    return ratio * ratio
+    """The same, for each layer along the first axis by itself."""
+    return clip_outgrown(u, g, nu, root, least, layers=True)
 
 
-def if_taken(u: jax.Array, taken: jax.Array) -> jax.Array:
-    """The formula of `skip_outliers`: the program holds back what `taken` says."""
+def _mean(x: jax.Array, *, layers: bool) -> jax.Array:
+    """The mean of a leaf, or of each of its layers along the first axis; 0 of an empty one."""
+    axes = tuple(range(1 if layers else 0, x.ndim))
+    number = max(math.prod(x.shape[axis] for axis in axes), 1)
+    return jnp.sum(x, axes, keepdims=True) / number
+
+
+def unchanged(u: jax.Array) -> jax.Array:
+    """The formula of a stage that changes no update, such as `skip_outliers`."""
     return u
 
 
-def round_to_16(u: jax.Array, p: jax.Array, stored: jax.Array, noise: jax.Array) -> jax.Array:
-    """The formula of `round_weights(16)`."""
-    return weights.split_sum(p, u, 16, noise)[0] - stored
+def lazy_ratio(
+    g: jax.Array,
+    mu: jax.Array,
+    nu: jax.Array,
+    b1: Shares,
+    b2: Shares,
+    eps: jax.Array,
+    eps_root: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """The formula of `scale_by_lazy_moments`: `(u, mu, nu)`. Not elementwise."""
+    moves = jnp.any(g != 0, axis=-1, keepdims=True) if g.ndim else g != 0
+    u, *new = ratio(g, mu, nu, b1, b2, eps, eps_root, None)
+    kept = (jnp.where(moves, a, b) for a, b in zip(new, (mu, nu), strict=True))
+    return jnp.where(moves, u, 0), *kept
 
 
-def round_to_24(
-    u: jax.Array, p: jax.Array, stored: jax.Array, noise: jax.Array, correction: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The formula of `round_weights(24)`: `(u, correction)`."""
-    return _landing(stored, *weights.split_sum(p, u, 24, noise))
+def angle(opposite: jax.Array, adjacent: jax.Array) -> jax.Array:
+    """`arctan2(opposite, adjacent)` of numbers at least 0; 0 where both are.
 
-
-def round_to_32(
-    u: jax.Array, p: jax.Array, stored: jax.Array, noise: jax.Array, correction: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The formula of `round_weights(32)`: `(u, correction)`."""
-    return _landing(stored, *weights.split(p + u, 32))
-
-
-def _landing(
-    stored: jax.Array, weight: jax.Array, correction: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    # From 1 to 1e-9 in one step, the sum of weight and update lands beside: no correction fits.
-    u = weight - stored
-    lands = (stored + u).astype(jnp.bfloat16).astype(jnp.float32) == weight
-    return u, jnp.where(lands, correction, 0)
+    In float32 by a polynomial for angles up to an eighth of a circle's quarter and the sums of
+    angles for the others, right to 3e-7: on CPU some ten times as fast as `jnp.arctan2`.
+    """
+    if opposite.dtype != jnp.float32:
+        return jnp.arctan2(opposite, adjacent)
+    shorter, longer = jnp.minimum(opposite, adjacent), jnp.maximum(opposite, adjacent)
+    # Both infinite, or both zero: as XLA has it, an eighth of the circle, and 0.
+    t = jnp.where(shorter == longer, jnp.where(longer > 0, 1.0, 0.0), shorter / longer)
+    steep = t > math.tan(math.pi / 8)
+    x = jnp.where(steep, (t - 1) / (t + 1), t)
+    z = x * x
+    series = 8.05374449538e-2 * z - 1.38776856032e-1
+    series = (series * z + 1.99777106478e-1) * z - 3.33329491539e-1  # Cephes, atanf
+    found = series * z * x + x + jnp.where(steep, math.pi / 4, 0.0)
+    return jnp.where(opposite > adjacent, math.pi / 2 - found, found)
 
 
 def _inner(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
@@ -23,6 +24,17 @@ class Placed(NamedTuple):
     shape: tuple[int, ...]
     axes: Axes
     memory_kind: str | None
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How a leaf is split over a mesh for its step."""
+
+    mesh: Mesh | AbstractMesh
+    axes: Axes
+    """The mesh axes that split each dimension of its moments."""
+    home: Axes | None = None
+    """Likewise of the parameter, where results belong; None for the place of their operands."""
 
 
 def size(names: Sequence[str], mesh: Mesh | AbstractMesh) -> int:

@@ -1,35 +1,55 @@
 """A stage of an optimizer, as data.
 
-A stage knows nothing of trees, formats, dtypes and devices: what an optimizer does with them is
-derived from its stages, in `program` and `transform`.
+A stage knows nothing of trees, formats, dtypes and devices. `chains` derives `init`, `update` and
+`step` from it.
 """
 
+from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias
+from functools import cache
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax import export
 
 from adamfn.formats import Moments, check_moments
 from adamfn.trees import PyTree, real_dtype, wide_dtype
 
 Scalars: TypeAlias = tuple[Sequence[PyTree], Mapping[str, chex.Numeric]]
-"""What a formula needs at a step besides arrays, and what the state remembers of the step."""
+"""The scalars of a formula at one step, and the values that the state remembers of that step."""
+
+_READS = ("params", "grads", "mu", "nu", "noise")
+_SPECIAL = {"count", "scales"}
+
+T = TypeVar("T", bound=type[Any])
 
 
+@cache
+def counted(state: type[Any]) -> type[Any]:
+    """The same named tuple with a field `count`, the steps taken, before its other fields."""
+    made: Any = namedtuple(f"Counted{state.__name__}", ("count", *cast("Any", state)._fields))  # pyright: ignore[reportUntypedNamedTuple]
+    made.__doc__ = f"{state.__name__} of a stage that counts the steps itself."
+    made.__reduce__ = lambda self: (_recounted, (state, *self))
+    return made
+
+
+def _recounted(state: type[Any], *values: Any) -> Any:
+    return counted(state)(*values)
+
+
+def exported(state: T) -> T:
+    """Tells `jax.export` of a state's type, with and without a count. A decorator."""
+    for kind in [state] if "count" in state._fields else [state, counted(state)]:
+        export.register_namedtuple_serialization(kind, serialized_name=f"adamfn.{kind.__name__}")
+    return state
+
+
+@exported
 class EmptyState(NamedTuple):
     """State of a stage that keeps nothing."""
-
-
-class CountedState(NamedTuple):
-    """State of the first of some stages none of which counts the steps by itself."""
-
-    count: chex.Array
-    """Steps taken: int32 scalar."""
-    stage: PyTree
-    """The stage's own state."""
 
 
 def no_scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
@@ -37,51 +57,40 @@ def no_scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalar
     return (), {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stage:
     r"""One formula of an optimizer, and what it needs. `from_stage` makes a transformation of it.
 
     Attributes:
-      name: what error messages call it.
+      name: used in error messages.
       formula: the formula for one leaf, a function of a module:
-        `(u, *reads, *keeps, *scalars) -> (u, *keeps)`, or `-> u` where it keeps nothing. Arrays
-        come in float32 at least, and complex for complex leaves.
-      reads: what it reads besides the updates u: `"params"`; `"grads"`, which the first of the
-        stages joined with this one was given; `"mu"` and `"nu"`, as a stage before it, joined
-        with it, keeps them after this step; `"noise"`, a random uint32 for each element; and
-        `"stored"`, the parameter as it is stored, where `whole` makes another of it.
-      keeps: what it keeps of each leaf, by the fields of its state, and the function of the
-        parameter that makes the first of it, such as `jnp.zeros_like`.
-      whole: a function of the stored parameter and what the stage keeps of it, that makes the
-        parameter which all stages joined with this one read.
-      scalars: a function `(count, state, extra) -> (scalars, remembered)` of the step's number (1
-        at the first), the stage's state and the extra arguments of `update`. It returns the
-        formula's scalars, numbers or scalar arrays or trees of them, and by field what the state
-        remembers of this step besides.
-      start: what the state remembers before the first step: by field, a function that makes it.
-        None instead of one: nothing is remembered, and the state is an `EmptyState`.
-      state: the type of its state, a `NamedTuple` whose fields are those of `keeps` and `start`,
-        and any of `count` (the steps taken) and `scales` (what moments in a format need besides).
-      moments: how `mu` and `nu`, the first two that it keeps, are stored.
-      takes: the extra arguments of `update` that `scalars` looks at.
-      measures: what `scalars` needs to know of all gradients: by name, a function of the list of
-        them, such as their norm. `scalars` finds it among the extra arguments, where what `update`
-        was given under that name wins.
+        `(u, *reads, *keeps, *scalars) -> (u, *keeps)`, or `-> u` if it keeps nothing. Arrays
+        are float32 at least, and complex for complex leaves.
+      reads: arrays that it needs besides the updates u: `"params"`; `"grads"`, the gradient as the
+        stage of moments was given it (or as it entered the fused run, if there is none); `"mu"` and
+        `"nu"`, the moments after this step; `"noise"`, a random uint32 for each element.
+      keeps: arrays that it keeps of each leaf: by field of its state, a function of the parameter
+        that makes the first one, such as `jnp.zeros_like`.
+      scalars: a function `(count, state, extra) -> (scalars, remembered)` of the step (1 at the
+        first), the stage's state and the extra arguments of `update`. It returns the formula's
+        scalars (numbers, scalar arrays, or trees of them), and the new values of the fields in
+        `start`.
+      start: values that the state remembers between steps: by field, a function that makes the
+        first one. With None in place of a function the state is an `EmptyState`.
+      state: the type of its state, a `NamedTuple` with the fields of `keeps` and `start`. Three
+        fields are special. `count` counts the steps. `scales` holds the scales of moments in a
+        format. `taken`, if it is in `start`, is a gate: a bool; where it is False the step is
+        skipped. Updates are then 0, and the other stages of the run keep their states.
+      moments: how `mu` and `nu`, the first two of `keeps`, are stored.
+      takes: the extra arguments of `update` that `scalars` reads. `"grads"` is no argument of
+        `update`: it is the list of all gradients, from which a norm can be computed.
       mask: which leaves it changes, as in `add_decayed_weights`; None for all.
-      elementwise: whether an element of the results depends on no other element of the leaf.
-      mean: of a formula that needs a mean over the whole leaf, what of: a function of a module that
-        is given what the formula is, `(u, *reads, *keeps, *scalars) -> x`, each element by itself.
-        The mean of x is the formula's last scalar. So a large leaf is measured in one pass, and
-        takes its step in another. None for none.
-      stacked: which leaves hold layers along their first axis, given like `mask`: the formula is
-        given each layer by itself. None for none.
-      holds: whether its one scalar says if the step is taken: where it is 0, the updates are 0, and
-        the stages joined with this one keep and remember what they had, their counts too.
-      rests: whether rows, along the last axis, rest where the stage is given nothing but zeros:
-        their updates are 0, and what is kept of them stays as it is stored.
+      elementwise: True if each output element depends only on the matching input elements. A
+        formula that needs a statistic of its leaf, such as a mean, sets it to False. It ends the
+        fused run: XLA applies it to the update in memory, and the next run begins after it.
 
     Raises:
-      TypeError, ValueError: these do not fit each other; names the stage.
+      TypeError, ValueError: the parts do not fit each other; names the stage.
 
     >>> import adamfn
     >>> import jax.numpy as jnp
@@ -96,91 +105,80 @@ class Stage:
 
     name: str
     formula: Callable[..., Any]
-    reads: Sequence[Literal["params", "grads", "mu", "nu", "noise", "stored"]] = ()
+    reads: Sequence[Literal["params", "grads", "mu", "nu", "noise"]] = ()
     keeps: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict[str, Any])
-    whole: Callable[..., jax.Array] | None = None
     scalars: Callable[[jax.Array, Any, Mapping[str, Any]], Scalars] = no_scalars
     start: Mapping[str, Callable[[], jax.Array] | None] = field(default_factory=dict[str, Any])
     state: type[Any] = EmptyState
     moments: Moments = "float32"
     takes: Sequence[str] = ()
-    measures: Mapping[str, Callable[[Sequence[Any]], jax.Array]] = field(
-        default_factory=dict[str, Any]
-    )
     mask: PyTree | Callable[[PyTree], PyTree] | None = None
     elementwise: bool = True
-    mean: Callable[..., jax.Array] | None = None
-    stacked: PyTree | Callable[[PyTree], PyTree] | None = None
-    holds: bool = False
-    rests: bool = False
 
     def __post_init__(self) -> None:
         """Checks that its parts fit each other."""
-        for what in ("formula", "scalars"):
-            if not callable(getattr(self, what)):
+        for part in ("formula", "scalars"):
+            if not callable(getattr(self, part)):
                 raise TypeError(
-                    f"Stage {self.name}: {what} is {getattr(self, what)!r}; expected a function."
+                    f"Stage {self.name}: {part} is {getattr(self, part)!r}; expected a function."
                 )
-        if self.mean is not None and not callable(self.mean):
-            raise TypeError(f"Stage {self.name}: mean is {self.mean!r}; expected a function.")
-        for what in ("formula", "mean"):
-            try:
-                hash(getattr(self, what))
-            except TypeError as error:
-                raise TypeError(
-                    f"Stage {self.name}: {what} is {getattr(self, what)!r}, which cannot be hashed;"
-                    " expected a function of a module, as compiled programs are kept by it."
-                ) from error
+        try:
+            hash(self.formula)
+        except TypeError as error:
+            raise TypeError(
+                f"Stage {self.name}: formula is {self.formula!r}, which cannot be hashed; expected"
+                " a function of a module, as compiled programs are kept by it."
+            ) from error
         for read in self.reads:
-            if read not in ("params", "grads", "mu", "nu", "noise", "stored"):
+            if read not in _READS:
                 raise ValueError(
                     f"Stage {self.name}: reads has {read!r}; expected any of 'params', 'grads',"
-                    " 'mu', 'nu', 'noise' and 'stored'."
+                    " 'mu', 'nu' and 'noise'."
                 )
-        if self.stacked is not None and self.elementwise and self.mean is None:
-            raise ValueError(
-                f"Stage {self.name}: stacked is given, and each element is taken by itself, layer"
-                " or no; expected mean= or elementwise=False, or stacked left out."
-            )
         fields = getattr(self.state, "_fields", None)
         if fields is None:
             raise TypeError(
                 f"Stage {self.name}: state is {self.state!r}; expected a NamedTuple with a field"
-                f" for each of {', '.join(self.keeps) or 'what it remembers'}."
+                f" for each of {', '.join(self.keeps) or 'the values that it remembers'}."
             )
-        expected = {*self.keeps, *self.start}
-        found = {*fields} - {"count", "scales"}
+        expected, found = {*self.keeps, *self.start}, {*fields} - _SPECIAL
         if expected != found:
             raise ValueError(
                 f"Stage {self.name}: its state {self.state.__name__} has the fields"
-                f" {', '.join(sorted(found)) or 'of nothing'}; expected"
+                f" {', '.join(sorted(found)) or '(none)'}; expected"
                 f" {', '.join(sorted(expected)) or 'none'}, one for each of `keeps` and `start`,"
-                " and `count` and `scales` where they are wanted."
+                " and optionally `count` and `scales`."
             )
         object.__setattr__(self, "moments", check_moments(self.moments))
         if self.moments != "float32" and not self.has_moments:
             raise ValueError(
                 f"Stage {self.name}: moments is {self.moments!r}, and it keeps"
-                f" {', '.join(self.keeps) or 'nothing'}; expected mu and nu, the first two that it"
-                " keeps, and a field `scales` in its state."
+                f" {', '.join(self.keeps) or 'nothing'}; expected mu and nu as the first two of"
+                " `keeps`, and a field `scales` in its state."
             )
+
+    @property
+    def counts(self) -> bool:
+        """Whether its state counts the steps wherever the stage stands."""
+        return "count" in self.state._fields
 
     @property
     def states(self) -> tuple[type[Any], ...]:
         """The types that its state may have."""
-        return (self.state, EmptyState) if None in self.start.values() else (self.state,)
+        kinds = [self.state, EmptyState] if None in self.start.values() else [self.state]
+        return (*kinds, *(counted(kind) for kind in kinds if "count" not in kind._fields))
 
     @property
     def has_moments(self) -> bool:
-        """Whether what it keeps can be stored in a format."""
+        """Whether the arrays that it keeps can be stored in a format."""
         return tuple(self.keeps)[:2] == ("mu", "nu") and "scales" in self.state._fields
 
 
 def zeros(leaf: Any) -> jax.Array:
-    """Zeros where a leaf lies, of its shape, in float32 at least."""
+    """Zeros of a leaf's shape and placement, in float32 at least."""
     return jnp.zeros_like(leaf, wide_dtype(jnp.result_type(leaf)))
 
 
 def real_zeros(leaf: Any) -> jax.Array:
-    """Real zeros where a leaf lies, of its shape, in float32 at least."""
+    """Real zeros of a leaf's shape and placement, in float32 at least."""
     return jnp.zeros_like(leaf, real_dtype(wide_dtype(jnp.result_type(leaf))))

@@ -1,73 +1,105 @@
 """Weights in bfloat16, and the lower bits of the float32 weights that they stand for.
 
-A float32 weight is a word of 32 bits. Its bfloat16 is the nearest to it, and its correction what is
-left, an integer in units of the last bit that is kept: int8 where 24 bits are kept, int16 where all
-32 are. So bfloat16 and correction make the word again, to the bit.
+A float32 weight is a word of 32 bits. Its bfloat16 is the nearest one, and its correction is the
+difference, an integer in units of the last bit that is kept: int8 if 24 bits are kept, int16 if all
+32 are. So bfloat16 and correction give back the word, to the bit.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from adamfn.formats.floats import INFINITY, float_of
 
-CORRECTIONS: dict[int, Any] = {16: None, 24: jnp.int8, 32: jnp.int16}
-"""The dtype of corrections, by how many bits of a weight are kept; None for no correction."""
-
 _MANTISSA = 0x7FFFFF
 
 
-def joined(weight: jax.Array, correction: jax.Array, bits: int) -> jax.Array:
-    """The float32 weight of a bfloat16 one, given in float32, and its correction."""
-    lower = correction.astype(jnp.int32) << (32 - bits)
-    return float_of(_word(weight) + lower)
+@dataclass(frozen=True)
+class Weights:
+    """How a bfloat16 parameter is decoded before a step, and encoded after it.
 
-
-def split(
-    x: jax.Array, bits: int, random: jax.Array | int | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """A float32 weight as a bfloat16 one and a correction, both in float32.
-
-    Args:
-      x: the weight.
-      bits: how many of its bits are kept: 16, 24 or 32.
-      random: int32, what is added to the word before bits are dropped; None rounds to nearest.
+    It is the formula of `round_weights`, the last stage of a program.
     """
-    word = _word(x)
-    dropped = (1 << (32 - bits)) - 1
-    rounded = (word + ((dropped + 1) >> 1 if random is None else random)) & ~dropped
-    nearest = (rounded + 0x8000) & ~0xFFFF
-    finite = (word & INFINITY) != INFINITY  # what is not has no bits to be kept
-    correction = jnp.where(finite, (rounded - nearest) >> (32 - bits), 0)
-    return jnp.where(finite, float_of(nearest), x), correction.astype(jnp.float32)
 
+    bits: Literal[16, 24, 32]
+    """How many bits of a weight are kept."""
 
-def split_sum(
-    p: jax.Array, u: jax.Array, bits: int, noise: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """`split` of `p + u` as it is in exact arithmetic, rounded to so many bits without bias.
+    @property
+    def correction(self) -> Any:
+        """The dtype of corrections; None if there are none."""
+        return {16: None, 24: jnp.int8, 32: jnp.int16}[self.bits]
 
-    The sum in float32 has lost the most of an update of 1e-8 to a weight of 1 already, the same way
-    at each step. What it lost (Knuth's two-sum) is rounded with the rest, by the same random bits.
+    def decode(self, stored: jax.Array, correction: jax.Array | None = None) -> jax.Array:
+        """The float32 weight of a bfloat16 one, given in float32, and its correction."""
+        if correction is None:
+            return stored
+        return float_of(_word(stored) + (correction.astype(jnp.int32) << (32 - self.bits)))
 
-    Args:
-      p: the weight.
-      u: the update.
-      bits: 16 or 24.
-      noise: uint32 of their shape.
-    """
-    total = p + u
-    added = total - p
-    lost = (p - (total - added)) + (u - added)
-    word = _word(total)
-    exponent = word & INFINITY
-    units = lost * jnp.copysign(2.0**23, total) * float_of((254 << 23) - exponent)
-    # Below a power of two, the numbers lie twice as close.
-    units = jnp.where((word & _MANTISSA == 0) & (units < 0), 2 * units, units)
-    share = (noise >> (bits - 16) & 0xFFFF).astype(jnp.int32).astype(jnp.float32) * 2.0**-16
-    carried = jnp.floor(share + units).astype(jnp.int32)
-    return split(total, bits, (noise >> bits).astype(jnp.int32) + carried)
+    def split(
+        self, x: jax.Array, random: jax.Array | int | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """A float32 weight as a bfloat16 one and a correction, both in float32.
+
+        Args:
+          x: the weight.
+          random: int32, added to the word before bits are dropped; None rounds to nearest.
+        """
+        word = _word(x)
+        dropped = (1 << (32 - self.bits)) - 1
+        rounded = (word + ((dropped + 1) >> 1 if random is None else random)) & ~dropped
+        nearest = (rounded + 0x8000) & ~0xFFFF
+        finite = (word & INFINITY) != INFINITY  # infinity and NaN have no bits to keep
+        correction = jnp.where(finite, (rounded - nearest) >> (32 - self.bits), 0)
+        return jnp.where(finite, float_of(nearest), x), correction.astype(jnp.float32)
+
+    def __call__(
+        self,
+        u: jax.Array,
+        weight: jax.Array,
+        stored: jax.Array,
+        noise: jax.Array,
+        *corrections: jax.Array,
+    ) -> tuple[jax.Array, ...]:
+        """The update that lands on the new bfloat16 weight, and the new correction, if any.
+
+        Args:
+          u: the update.
+          weight: the weight, from `decode`.
+          stored: the bfloat16 parameter, in float32.
+          noise: uint32 of their shape.
+          *corrections: the old correction.
+        """
+        new, correction = (
+            self.split(weight + u) if self.bits == 32 else self._split_sum(weight, u, noise)
+        )
+        u = new - stored
+        if not corrections:
+            return (u,)
+        # From 1 to 1e-9 in one step, the sum of weight and update misses: no correction fits.
+        lands = (stored + u).astype(jnp.bfloat16).astype(jnp.float32) == new
+        return u, jnp.where(lands, correction, 0)
+
+    def _split_sum(
+        self, p: jax.Array, u: jax.Array, noise: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """`split` of `p + u` in exact arithmetic, rounded without bias.
+
+        The sum in float32 has already lost most of an update of 1e-8 to a weight of 1, the same way
+        at each step. The loss (Knuth's two-sum) is rounded with the rest, by the same random bits.
+        """
+        bits, total = self.bits, p + u
+        added = total - p
+        lost = (p - (total - added)) + (u - added)
+        word = _word(total)
+        exponent = word & INFINITY
+        units = lost * jnp.copysign(2.0**23, total) * float_of((254 << 23) - exponent)
+        # Below a power of two, neighbouring numbers are twice as close.
+        units = jnp.where((word & _MANTISSA == 0) & (units < 0), 2 * units, units)
+        share = (noise >> (bits - 16) & 0xFFFF).astype(jnp.int32).astype(jnp.float32) * 2.0**-16
+        carried = jnp.floor(share + units).astype(jnp.int32)
+        return self.split(total, (noise >> bits).astype(jnp.int32) + carried)
 
 
 def _word(x: jax.Array) -> jax.Array:

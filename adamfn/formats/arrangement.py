@@ -5,11 +5,11 @@ and in any before `scales`; `scales` has an entry for each leaf in their order, 
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 
-from adamfn.trees import PyTree
+from adamfn.trees import PyTree, path_name
 
 
 class KeptLeaf(NamedTuple):
@@ -49,11 +49,21 @@ def kept_leaves(node: Any) -> Iterator[KeptLeaf]:
         for path in columns[0]
         if any(column.get(path) is not None for column in columns)  # masked leaves are kept nowhere
     ]
-    scales = getattr(node, "scales", ())
-    entries = scales if isinstance(scales, tuple) and scales else ((),) * len(paths)  # pyright: ignore[reportUnknownVariableType]
-    for path, entry in zip(paths, cast("tuple[Any, ...]", entries), strict=False):
+    scales = getattr(node, "scales", {})
+    entries: Any = scales if isinstance(scales, dict) else {}
+    for path in paths:
         parts = {name: column.get(path) for name, column in zip(names, columns, strict=True)}
-        yield KeptLeaf(path, parts, entry)
+        whole = max(parts.values(), key=lambda x: 0 if x is None else x.size)
+        parts = {
+            name: None if x is None or (x.ndim and not x.size and whole.size) else x
+            for name, x in parts.items()
+        }
+        yield KeptLeaf(path, parts, entries.get(scales_key(path), ()))
+
+
+def scales_key(path: Any) -> str:
+    """The key of a leaf in `scales`: its path, such as `layers/0/kernel`."""
+    return path_name(path) or "leaf"
 
 
 def _leaves(tree: PyTree) -> list[tuple[Any, Any]]:

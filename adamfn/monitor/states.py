@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adamfn.chains.layout import Packed
-from adamfn.chains.packed import repack
-from adamfn.chains.step import own_of
+from adamfn.chains.chain import Chain, chain_of
+from adamfn.chains.packed import Packed, packed_chain_of
 from adamfn.chains.transform import summary
 from adamfn.core import formulas
 from adamfn.core.averages import Decay, Shares, bias
 from adamfn.core.leaf import decode, kept_by_leaf
-from adamfn.core.stage import CountedState, EmptyState, Stage
+from adamfn.core.stage import EmptyState, Stage, counted
 from adamfn.formats import choose_formats
 from adamfn.formats.arrangement import kept_leaves
 from adamfn.monitor.figures import Moments, at_the_ends
@@ -77,10 +76,9 @@ def read(tx: Any, node: Any, params: dict[str, Any]) -> ChainState:
     """What a state of a chain says, of parameters by their paths."""
     rate, moments = None, dict[str, Moments]()
     for stage, state in _stages(tx, node, params):
-        own = state.stage if isinstance(state, CountedState) else state
-        rate = own.learning_rate if _has(own, "learning_rate") else rate
+        rate = state.learning_rate if _has(state, "learning_rate") else rate
         if stage.has_moments and not moments:
-            moments = _moments(stage, own, jnp.maximum(count_of(tx, node), 1), params)
+            moments = _moments(stage, state, jnp.maximum(count_of(tx, node), 1), params)
     return ChainState(rate, moments)
 
 
@@ -92,8 +90,8 @@ def _parts(part: Any) -> Any:
     """What a transformation is made of: a tuple, a stage, another transformation, or None."""
     if type(part) is tuple or isinstance(part, Stage):
         return part
-    own = own_of(part) if hasattr(part, "update") else None
-    return own and own.made_of
+    chain = chain_of(part)
+    return chain and chain.structure
 
 
 def _names(part: Any) -> list[str]:
@@ -113,9 +111,9 @@ def _is_state_of(part: Any, node: Any) -> bool:
             and all(map(_is_state_of, made_of, node))
         )
     if isinstance(made_of, Stage):
-        own = node.stage if isinstance(node, CountedState) else node
-        # Of a rate that is given as an array nothing is kept, which a stand-in's tx does not know.
-        return isinstance(own, (*made_of.states, EmptyState) if made_of.start else made_of.states)
+        # No rate is kept that is given as an array, which a stand-in's tx does not know.
+        empty = (EmptyState, counted(EmptyState))
+        return isinstance(node, (*made_of.states, *empty) if made_of.start else made_of.states)
     return made_of is None or _is_state_of(made_of, node)
 
 
@@ -127,8 +125,9 @@ def _stages(
     if isinstance(made_of, Stage):
         yield made_of, node
     elif type(made_of) is tuple:
-        if params is not None and hasattr(getattr(part, "update", None), "repacked"):
-            node = repack(part, node, _params_of(node, params))
+        packed = packed_chain_of(part)
+        if params is not None and packed is not None:
+            node = packed.repacked(node, _params_of(node, params))
         for inner, own in zip(made_of, node, strict=True):
             yield from _stages(inner, own, params)
     elif made_of is not None:
@@ -151,13 +150,12 @@ def _moments(
     names = sorted(kept)  # the order of a dictionary's leaves
     tree = {name: params[name] for name in names}
     fields = {field: {name: kept[name][0][field] for name in names} for field in stage.keeps}
-    scales = tuple(kept[name][1] for name in names)
-    flat = state._replace(**fields, scales=scales if jax.tree.leaves(scales) else ())
+    flat = state._replace(**fields)
     formats = choose_formats(stage.moments, tree)
     rows = kept_by_leaf(stage, flat, tree, formats)
     found: dict[str, Moments] = {}
     for name, format, row in zip(names, formats, rows, strict=True):
-        mu, nu, *more = row if format is None else decode(format, row)
+        mu, nu, *more = row[:-1] if format is None else decode(format, row)
         ratio = by_eps = None
         if stage.formula in _KNOWN:
             b1, b2, eps = stage.scalars(count, state, {})[0][:3]

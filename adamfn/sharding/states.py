@@ -11,7 +11,7 @@ from jax.tree_util import GetAttrKey
 
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core.placement import Axes, Path, Placed, axes_beside, place, size, spec_of
-from adamfn.formats.arrangement import holds_moments, kept_leaves
+from adamfn.formats.arrangement import holds_moments, kept_leaves, scales_key
 from adamfn.trees import PyTree
 
 
@@ -131,9 +131,11 @@ def _leaf_of_scales(state: PyTree) -> dict[Path, Path]:
         if not holds_moments(node) or not hasattr(node, "scales"):
             continue
         entries: list[tuple[Path, Any]] = jax.tree.leaves_with_path(node.scales)
-        leaves = list(kept_leaves(node))
+        leaves = {scales_key(leaf.path): leaf for leaf in kept_leaves(node)}
         for inner, _ in entries:
-            leaf = leaves[inner[0].idx]
+            if not inner:
+                continue
+            leaf = leaves[inner[0].key]
             field = next(name for name, part in leaf.parts.items() if part is not None)
             scales = (*where, GetAttrKey("scales"), *inner)
             found[scales] = (*where, GetAttrKey(field), *leaf.path)

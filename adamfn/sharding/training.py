@@ -1,18 +1,21 @@
 """`sharded`: an optimizer whose steps run on the shards of leaves."""
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import jax
 from jax.sharding import AxisType
 
-from adamfn.backends.shards import Shards
-from adamfn.chains.chain import structure_of
+from adamfn.chains.chain import Chain, Moved, Wrapped, chain_of
+from adamfn.chains.packed import packed_chain_of
 from adamfn.chains.segment import Wanted
-from adamfn.chains.step import assemble, own_of
-from adamfn.chains.transform import GradientTransformation, check_transformation, where_updated
-from adamfn.core.placement import Path, place
+from adamfn.chains.transform import (
+    GradientTransformation,
+    check_transformation,
+    summary,
+    where_updated,
+)
+from adamfn.core.placement import Path, Shards, place
 from adamfn.sharding.states import shardings_of, with_zero
 from adamfn.trees import PyTree, as_array, check_inexact
 
@@ -71,49 +74,59 @@ def sharded(
     >>> params, state = jax.jit(partial(adamfn.step, tx))(grads, state, params)
     """
     check_transformation("sharded: the first argument", tx)
-    own = own_of(tx)
-    if own is None:
+    inner = chain_of(tx)
+    if inner is None:
         raise ValueError(
-            f"sharded: found {tx!r}; expected a transformation of adamfn's. Put what is not ours"
-            " around it: optax.MultiSteps(sharded(adamw(), shardings), 4)."
+            f"sharded: found {summary(tx)}; expected a transformation of adamfn's. Put other"
+            " transformations around it: optax.MultiSteps(sharded(adamw(), shardings), 4)."
         )
-    if hasattr(tx.update, "repacked"):
+    if packed_chain_of(tx) is not None:
         raise ValueError(
-            "sharded: found what `packed` made, whose buffers lie whole on one device; expected the"
-            " chain that it was made of. Leave `packed` out."
+            "sharded: found a packed chain, whose long leaves are on one device; expected the chain"
+            " that it was made of. Leave `packed` out."
         )
+    return _Sharded(inner, shardings, zero_axis).transformation
 
-    @lru_cache(maxsize=8)
-    def known(treedef: Any, leaves: tuple[Any, ...]) -> tuple[dict[Path, Shards], PyTree]:
-        params = treedef.unflatten(leaves)
-        # Leaves that a wrapper has masked have shardings all the same.
-        placed, mesh = place("sharded", params, shardings, all_used=False)
-        state = jax.eval_shape(tx.init, params)
-        owners, split = with_zero("sharded", state, placed, zero_axis, mesh)
-        shards = {path: Shards(mesh, split[path].axes, placed[path].axes) for path in placed}
-        return shards, shardings_of(state, owners, split, mesh)
 
-    def laid_out(params: PyTree) -> tuple[dict[Path, Shards], PyTree]:
+class _Sharded(Wrapped):
+    def __init__(self, inner: Chain, shardings: PyTree, zero_axis: str | None) -> None:
+        super().__init__(inner)
+        self._shardings, self._zero_axis = shardings, zero_axis
+        self._known: dict[Any, tuple[dict[Path, Shards], PyTree]] = {}
+
+    def init(self, params: PyTree) -> PyTree:
+        if _inside_shard_map():
+            return self.inner.init(params)
+        return jax.jit(self.inner.init, out_shardings=self._laid_out(params)[1])(params)
+
+    def advance(
+        self,
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree,
+        extra: Mapping[str, Any],
+        wanted: Wanted,
+    ) -> Moved:
+        if not _inside_shard_map():
+            like = updates if params is None else where_updated(params, updates)
+            wanted = wanted._replace(shards=self._laid_out(like)[0])
+        return self.inner.advance(updates, state, params, extra, wanted)
+
+    def _laid_out(self, params: PyTree) -> tuple[dict[Path, Shards], PyTree]:
         """How the leaves are split, and the shardings of the state."""
         check_inexact(params, "sharded: params")
         leaves, treedef = jax.tree.flatten(params)
-        arrays = map(as_array, leaves)
-        return known(treedef, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays))
-
-    def init(params: PyTree) -> PyTree:
-        if _inside_shard_map():
-            return tx.init(params)
-        return jax.jit(tx.init, out_shardings=laid_out(params)[1])(params)
-
-    def advance(
-        updates: PyTree, state: PyTree, params: PyTree, extra: Mapping[str, Any], wanted: Wanted
-    ) -> tuple[PyTree, PyTree, PyTree]:
-        if not _inside_shard_map():
-            like = updates if params is None else where_updated(params, updates)
-            wanted = wanted._replace(shards=laid_out(like)[0])
-        return own.advance(updates, state, params, extra, wanted)
-
-    return assemble(init, advance, own.takes, made_of=structure_of(tx))
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in map(as_array, leaves)]
+        key = treedef, *((x.shape, x.dtype) for x in shapes)
+        if key not in self._known:
+            like = treedef.unflatten(shapes)
+            # Leaves that a wrapper has masked have shardings all the same.
+            placed, mesh = place("sharded", like, self._shardings, all_used=False)
+            state = jax.eval_shape(self.inner.init, like)
+            owners, split = with_zero("sharded", state, placed, self._zero_axis, mesh)
+            shards = {path: Shards(mesh, split[path].axes, placed[path].axes) for path in placed}
+            self._known[key] = shards, shardings_of(state, owners, split, mesh)
+        return self._known[key]
 
 
 def _inside_shard_map() -> bool:

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import chex
 import jax.numpy as jnp
 
-from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation
-from adamfn.core.formulas import agreeing, where_agreeing
+from adamfn.core.formulas import where_agreeing, where_agreeing_by_layer
 from adamfn.core.hyperparameters import scalar
 from adamfn.core.stage import Stage
+from adamfn.stages.layers import by_layer
 from adamfn.trees import PyTree
 
 
@@ -59,13 +59,11 @@ def cautious_updates(
     [0.38 0.  ]
     """
     floor = scalar("floor", floor)
-    return from_stage(
-        Stage(
-            "cautious_updates",
-            where_agreeing,
-            reads=("grads",),
-            scalars=lambda count, state, extra: ((jnp.asarray(floor, float),), {}),
-            mean=agreeing,
-            stacked=stacked,
-        )
+    stage = Stage(
+        "cautious_updates",
+        where_agreeing,
+        reads=("grads",),
+        scalars=lambda count, state, extra: ((jnp.asarray(floor, float),), {}),
+        elementwise=False,
     )
+    return by_layer(stage, where_agreeing_by_layer, stacked)

@@ -1,12 +1,15 @@
 """`scale_by_lazy_moments`: rows that got no gradient stay as they are, moments and all."""
 
+from typing import Any
+
 import chex
 
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core.averages import bias, decay
-from adamfn.core.formulas import ratio
+from adamfn.core.formulas import lazy_ratio
 from adamfn.core.hyperparameters import scalar
-from adamfn.formats import Moments
+from adamfn.formats import Moments, check_moments, get
+from adamfn.formats.format import answer
 from adamfn.stages.two_moments import from_moments
 
 
@@ -60,8 +63,27 @@ def scale_by_lazy_moments(
     eps, eps_root = scalar("eps", eps), scalar("eps_root", eps_root)
     return from_moments(
         "scale_by_lazy_moments",
-        ratio,
-        lambda count: (mean.shares, square.shares, eps, bias(square, count) * eps_root, None),
-        moments,
-        rests=True,
+        lazy_ratio,
+        lambda count: (mean.shares, square.shares, eps, bias(square, count) * eps_root),
+        _stored_by_rows(moments),
+        elementwise=False,
     )
+
+
+def _stored_by_rows(moments: Moments) -> Moments:
+    """The formats, if each row of a leaf can keep its moments in them; refused at `init` if not."""
+    moments = check_moments(moments)
+    if not callable(moments) and answer(get(moments), "stores_rows"):
+        return moments
+
+    def choose(path: str, leaf: Any) -> Any:
+        format = get(moments(path, leaf) if callable(moments) else moments)
+        if format.holds(leaf.shape, leaf.dtype) and not answer(format, "stores_rows"):
+            raise ValueError(
+                f"scale_by_lazy_moments: the format of the leaf at {path or 'the root'} stores"
+                " several rows in one number; expected one in which a row can keep its moments,"
+                " such as 'bfloat16' or '8bit'."
+            )
+        return format
+
+    return choose

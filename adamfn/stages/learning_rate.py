@@ -11,9 +11,10 @@ from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core.formulas import multiply
 from adamfn.core.hyperparameters import ScalarOrSchedule, scheduled, value_at
-from adamfn.core.stage import Scalars, Stage
+from adamfn.core.stage import Scalars, Stage, exported
 
 
+@exported
 class ScaleByLrState(NamedTuple):
     """State of `scale_by_lr`."""
 
@@ -51,7 +52,7 @@ def scale_by_lr(learning_rate: ScalarOrSchedule = 1e-3) -> GradientTransformatio
     >>> print(updates)
     [-0.5 -1. ]
     >>> updates, state = tx.update(params, state, learning_rate=0.125)
-    >>> print(updates, state.stage.learning_rate)
+    >>> print(updates, state.learning_rate)
     [-0.125 -0.25 ] 0.125
     """
     configured = scheduled("learning_rate", learning_rate)

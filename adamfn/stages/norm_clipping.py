@@ -11,10 +11,11 @@ from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core.formulas import multiply
 from adamfn.core.hyperparameters import ScalarOrSchedule, scheduled, value_at
-from adamfn.core.measures import global_norm
-from adamfn.core.stage import Scalars, Stage
+from adamfn.core.stage import Scalars, Stage, exported
+from adamfn.stages.norms import grad_norm_in
 
 
+@exported
 class ClipByGlobalNormState(NamedTuple):
     """State of `clip_by_global_norm`."""
 
@@ -52,13 +53,13 @@ def clip_by_global_norm(max_norm: ScalarOrSchedule) -> GradientTransformation:
     >>> params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
     >>> grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
     >>> updates, state = tx.update(grads, tx.init(params))
-    >>> print(updates["a"], updates["b"], state[0].stage.grad_norm)
+    >>> print(updates["a"], updates["b"], state[0].grad_norm)
     [-0.6] [-0.8] 5.0
     """
     configured = scheduled("max_norm", max_norm)
 
     def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
-        norm = jnp.asarray(extra["grad_norm"])
+        norm = grad_norm_in(extra)
         bound = value_at("max_norm", configured, count - 1)
         short = norm < bound
         factor = jnp.where(short, 1, bound / jnp.where(short, 1, norm))
@@ -71,7 +72,6 @@ def clip_by_global_norm(max_norm: ScalarOrSchedule) -> GradientTransformation:
             scalars=scalars,
             start={"grad_norm": lambda: jnp.zeros((), float)},
             state=ClipByGlobalNormState,
-            takes=("grad_norm",),
-            measures={"grad_norm": global_norm},
+            takes=("grads", "grad_norm"),
         )
     )

@@ -1,7 +1,5 @@
 """`round_weights`: weights in 16 bits that train, as the last stage of a chain."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -9,29 +7,19 @@ import jax.numpy as jnp
 
 from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation
-from adamfn.core import formulas, weights
-from adamfn.core.stage import EmptyState, Stage
+from adamfn.core.placement import zeros_beside
+from adamfn.core.stage import EmptyState, Stage, exported
+from adamfn.core.weights import Weights
 from adamfn.trees import PyTree, describe, path_name
 
 
+@exported
 class RoundWeightsState(NamedTuple):
     """State of `round_weights` that keeps more than 16 bits."""
 
     correction: PyTree
     """The lower bits of bfloat16 weights: the parameters' tree and shapes, int8 or int16; None for
     other leaves."""
-
-
-_WHOLE: dict[int, Callable[..., jax.Array]] = {
-    16: lambda weight: weight,
-    24: partial(weights.joined, bits=24),
-    32: partial(weights.joined, bits=32),
-}
-_FORMULAS: dict[int, Callable[..., Any]] = {
-    16: formulas.round_to_16,
-    24: formulas.round_to_24,
-    32: formulas.round_to_32,
-}
 
 
 def round_weights(bits: Literal[16, 24, 32] = 24) -> GradientTransformation:
@@ -77,21 +65,23 @@ def round_weights(bits: Literal[16, 24, 32] = 24) -> GradientTransformation:
     >>> print(abs(adamfn.whole_weights(params, state) - 0.99) < 1e-4, stalled)
     [ True  True] [1 1]
     """
-    if bits not in weights.CORRECTIONS:
+    if bits not in (16, 24, 32):
         raise ValueError(f"round_weights: bits is {bits!r}; expected 16, 24 or 32.")
-    correction: Any = weights.CORRECTIONS[bits]
+    weights = Weights(bits)
 
-    def first(leaf: Any) -> jax.Array | None:
-        return jnp.zeros_like(leaf, correction) if _is_bfloat16(leaf) else None
+    def first(leaf: Any) -> jax.Array:
+        if _is_bfloat16(leaf):
+            return jnp.zeros_like(leaf, weights.correction)
+        return zeros_beside(leaf, jax.ShapeDtypeStruct((0,) * jnp.ndim(leaf), jnp.int8))
 
+    keeps = {} if weights.correction is None else {"correction": first}
     return from_stage(
         Stage(
             "round_weights",
-            _FORMULAS[bits],
-            reads=("params", "stored", "noise"),
-            keeps={} if correction is None else {"correction": first},
-            whole=_WHOLE[bits],
-            state=EmptyState if correction is None else RoundWeightsState,
+            weights,
+            reads=("params",),
+            keeps=keeps,
+            state=RoundWeightsState if keeps else EmptyState,
             mask=_bfloat16_leaves,
         )
     )
@@ -129,8 +119,7 @@ def whole_weights(params: PyTree, state: PyTree) -> PyTree:
         if correction is None:
             return p.astype(jnp.float32)
         _check_shape("whole_weights", path, p, correction)
-        bits = 16 + 8 * correction.dtype.itemsize
-        return weights.joined(p.astype(jnp.float32), correction, bits)
+        return _weights_of(correction).decode(p.astype(jnp.float32), correction)
 
     return jax.tree.map_with_path(whole, params)
 
@@ -173,28 +162,31 @@ def narrow_weights(
     def filled(node: Any) -> Any:
         def correction(path: Any, old: Any) -> Any:
             key = jax.tree_util.keystr(path)
+            if key in found and old.ndim and not old.size and found[key][1].size:
+                return old  # of a leaf that is float32 or wider
             if key not in found:
                 raise ValueError(
                     f"narrow_weights: the state has a correction at {path_name(path)}, and the"
                     " weights have no such leaf; expected the state of these parameters."
                 )
             _check_shape("narrow_weights", path, found[key][1], old)
-            p, lower = weights.split(found[key][1], 16 + 8 * old.dtype.itemsize)
+            p, lower = _weights_of(old).split(found[key][1])
             landed[key] = p.astype(jnp.bfloat16)
             return lower.astype(old.dtype)
 
-        is_ours = isinstance(node, RoundWeightsState)
-        return (
-            RoundWeightsState(jax.tree.map_with_path(correction, node.correction))
-            if is_ours
-            else node
-        )
+        if not _is_state(node):
+            return node
+        return node._replace(correction=jax.tree.map_with_path(correction, node.correction))
 
     state = jax.tree.map(filled, state, is_leaf=_is_state)
     narrow = jax.tree.map_with_path(
         lambda path, p: landed.get(jax.tree_util.keystr(path), p), narrow
     )
     return narrow, state
+
+
+def _weights_of(correction: Any) -> Weights:
+    return Weights(24 if correction.dtype.itemsize == 1 else 32)
 
 
 def _is_bfloat16(leaf: Any) -> bool:
@@ -215,13 +207,13 @@ def _bfloat16_leaves(params: PyTree) -> PyTree:
 
 
 def _is_state(node: Any) -> bool:
-    return isinstance(node, RoundWeightsState)
+    return "correction" in getattr(node, "_fields", ())
 
 
 def rounding_states(state: PyTree) -> list[RoundWeightsState]:
     """The states of `round_weights` inside of a state."""
     nodes = jax.tree.leaves(state, is_leaf=_is_state)
-    return [cast("RoundWeightsState", node) for node in nodes if _is_state(node)]
+    return [node for node in nodes if _is_state(node)]
 
 
 def _by_path(tree: PyTree) -> dict[str, Any]:

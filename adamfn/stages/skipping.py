@@ -10,15 +10,16 @@ import jax.numpy as jnp
 from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core.averages import increment
-from adamfn.core.formulas import if_taken
+from adamfn.core.formulas import unchanged
 from adamfn.core.hyperparameters import scalar
-from adamfn.core.measures import global_norm
-from adamfn.core.stage import Scalars, Stage
+from adamfn.core.stage import Scalars, Stage, exported
+from adamfn.stages.norms import grad_norm_in
 from adamfn.trees import describe
 
 Watched = Literal["loss", "grad_norm"]
 
 
+@exported
 class SkipOutliersState(NamedTuple):
     """State of `skip_outliers`."""
 
@@ -94,13 +95,16 @@ def skip_outliers(
                 "skip_outliers: update got no loss, and watches it. Call update(..., loss=x), or"
                 " watch ['grad_norm'] alone."
             )
+        values = {"loss": extra.get("loss"), "grad_norm": None}
+        if "grad_norm" in names:
+            values["grad_norm"] = grad_norm_in(extra)
         for name in names:
-            if getattr(extra[name], "shape", ()) != () or not _is_real(extra[name]):
+            if getattr(values[name], "shape", ()) != () or not _is_real(values[name]):
                 raise TypeError(
-                    f"skip_outliers: {name} is {describe(extra[name])}; expected a real number or a"
+                    f"skip_outliers: {name} is {describe(values[name])}; expected a real number or a"
                     " scalar array, such as the mean over the batch."
                 )
-        found = jnp.stack([jnp.asarray(extra[name], state.recent.dtype) for name in names])
+        found = jnp.stack([jnp.asarray(values[name], state.recent.dtype) for name in names])
         finite = jnp.all(jnp.isfinite(found))
         usual = jnp.all(found <= _bound(state.recent, state.seen, sigmas))
         taken = finite & (usual | (state.seen + 1 < waits))
@@ -111,12 +115,12 @@ def skip_outliers(
             "taken": taken,
             "recent": jnp.where(finite, entered, state.recent),
         }
-        return (taken,), remembered
+        return (), remembered
 
     return from_stage(
         Stage(
             "skip_outliers",
-            if_taken,
+            unchanged,
             scalars=scalars,
             start={
                 "seen": lambda: jnp.zeros((), jnp.int32),
@@ -125,9 +129,7 @@ def skip_outliers(
                 "recent": lambda: jnp.zeros((len(names), window), jnp.float32),
             },
             state=SkipOutliersState,
-            takes=names,
-            measures={"grad_norm": global_norm} if "grad_norm" in names else {},
-            holds=True,
+            takes=("grads", *names),
         )
     )
 

@@ -8,11 +8,12 @@ import jax
 
 from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation
-from adamfn.core.stage import Stage, real_zeros, zeros
+from adamfn.core.stage import Stage, exported, real_zeros, zeros
 from adamfn.formats import Moments
 from adamfn.trees import PyTree
 
 
+@exported
 class ScaleByMomentsState(NamedTuple):
     """State of `scale_by_moments` and of its kin that keep two moments."""
 
@@ -35,7 +36,7 @@ def from_moments(
     *,
     more: Sequence[str] = (),
     state: type[Any] = ScaleByMomentsState,
-    rests: bool = False,
+    elementwise: bool = True,
 ) -> GradientTransformation:
     """The transformation of a stage that keeps two moments.
 
@@ -46,7 +47,7 @@ def from_moments(
       moments: how the moments are stored.
       more: fields of the state that are kept as nu is, which the formula is given after it.
       state: the state's type.
-      rests: as in `Stage`.
+      elementwise: as in `Stage`.
     """
     return from_stage(
         Stage(
@@ -56,6 +57,6 @@ def from_moments(
             scalars=lambda count, state, extra: (scalars(count), {}),
             state=state,
             moments=moments,
-            rests=rests,
+            elementwise=elementwise,
         )
     )

@@ -7,12 +7,12 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core.averages import bias, decay
-from adamfn.core.formulas import clip_outgrown, square_outgrown
+from adamfn.core.formulas import clip_outgrown, clip_outgrown_by_layer
 from adamfn.core.hyperparameters import scalar
 from adamfn.core.stage import Scalars, Stage
+from adamfn.stages.layers import by_layer
 from adamfn.trees import PyTree
 
 
@@ -71,13 +71,7 @@ def clip_updates(
         least = jnp.maximum(c2 * eps * eps, jnp.finfo(jnp.float32).tiny)
         return (jnp.sqrt(c2), least), {}
 
-    return from_stage(
-        Stage(
-            "clip_updates",
-            clip_outgrown,
-            reads=("grads", "nu"),
-            scalars=scalars,
-            mean=square_outgrown,
-            stacked=stacked,
-        )
+    stage = Stage(
+        "clip_updates", clip_outgrown, ("grads", "nu"), scalars=scalars, elementwise=False
     )
+    return by_layer(stage, clip_outgrown_by_layer, stacked)
