@@ -21,7 +21,7 @@ from adamfn.backends.tile import factor_places
 from adamfn.backends.tpu import kernel as mosaic
 from adamfn.backends.xla import run_call
 from adamfn.formats.elements import strides_of
-from adamfn.stages.two_moments import ScaleByMomentsState
+from adamfn.stages.moments import ScaleByMomentsState
 
 DEVICES = {
     "tpu": {"platform": "tpu", "device_kind": "TPU v5e", "num_cores": 1},

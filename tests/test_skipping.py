@@ -141,7 +141,7 @@ def test_a_stage_that_counts_nothing_behind_it():
     tx = adamfn.chain(adamfn.skip_outliers(["loss"]), adamfn.scale_by_lr(lambda count: count))
     params, state = train(tx, usual(66))
     _, held = train(tx, [9.0], params, state)
-    assert (held[0].count, held[0].stage.skipped, held[1].learning_rate) == (66, 1, 65)
+    assert (held[0].count, held[0].skipped, held[1].learning_rate) == (66, 1, 65)
 
 
 def test_its_state_is_exported():

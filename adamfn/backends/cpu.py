@@ -66,14 +66,15 @@ def scalar_places(program: Program) -> list[int] | None:
     clipping = place_of(multiply)
     if not left or left[0][0].formula not in _MOMENTS:
         return None
-    part, (b1, b2, *own) = left.pop(0)
-    eps = eps_root = ahead = a = b = None
+    part, (at, *own) = left.pop(0)
+    ahead = a = b = None
     if part.formula is ratio:
-        eps, eps_root, ahead = own
+        (ahead,) = own
         correction = place_of(multiply)
     else:
         correction, a, b = own
-    of_moments = [b1.complement, b2.complement, b1.rate, b2.rate, eps, eps_root, ahead]
+    shares = [at.b1.complement, at.b2.complement, at.b1.rate, at.b2.rate]
+    of_moments = [*shares, at.eps, at.eps_root, ahead]
     cautious = bool(left) and left[0][0].formula is add_agreeing_multiple
     decay = place_of(add_multiple, add_agreeing_multiple)
     rest = [correction, decay, place_of(multiply), clipping, -1 if cautious else decay, taken, a, b]

@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from adamfn.interop.states import LeafMoments, fill_moments, find_moments
-from adamfn.stages.two_moments import ScaleByMomentsState
+from adamfn.stages.moments import ScaleByMomentsState
 from adamfn.trees import PyTree, describe
 
 

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import adamfn
 from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation, Transformation
-from adamfn.core.averages import decay
+from adamfn.core.averages import MomentScalars, decay
 from adamfn.core.formulas import ratio
 from adamfn.core.hyperparameters import ScalarOrSchedule, scheduled, value_at
 from adamfn.core.stage import Scalars, Stage
 from adamfn.interop.torch.members import Member, possible_classes
 from adamfn.interop.torch.parameters import TorchParameter, number_of
 from adamfn.interop.torch.settings import decoupled_in
-from adamfn.stages.two_moments import from_moments
+from adamfn.stages.moments import from_moments
 
 
 def continue_with(
@@ -94,7 +94,10 @@ def _with_eps_as_it_is(b1: float, b2: float, eps: float) -> GradientTransformati
     return from_moments(
         "scale_by_moments",
         ratio,
-        lambda _: (mean.shares, square.shares, jnp.asarray(eps, float), zero, None),
+        lambda *_: (
+            (MomentScalars(mean.shares, square.shares, jnp.asarray(eps, float), zero), None),
+            {},
+        ),
         "float32",
     )
 

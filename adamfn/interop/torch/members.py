@@ -8,10 +8,12 @@ from adamfn.chains.transform import GradientTransformation
 from adamfn.interop.torch.parameters import TorchParameter
 from adamfn.interop.torch.quantized import is_quantized
 from adamfn.interop.torch.settings import decoupled_in
-from adamfn.stages.infinity import ScaleByInfinityMomentsState
-from adamfn.stages.maximum import ScaleByMaxMomentsState
-from adamfn.stages.nesterov import ScaleByNesterovMomentsState
-from adamfn.stages.two_moments import ScaleByMomentsState
+from adamfn.stages.moments import (
+    ScaleByInfinityMomentsState,
+    ScaleByMaxMomentsState,
+    ScaleByMomentsState,
+)
+from adamfn.stages.variants import ScaleByNesterovMomentsState
 
 
 class Member(NamedTuple):
