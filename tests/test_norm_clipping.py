@@ -64,6 +64,16 @@ def test_what_is_not_finite_stays_visible():
     assert jnp.all(jnp.isnan(updates["w"]))
 
 
+@pytest.mark.parametrize("bound", [0.0, jnp.float32(0), lambda count: 0.0 * count])
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_a_bound_of_zero(bound, scale):
+    grads = gradients(scale)
+    tx = adamfn.chain(adamfn.clip_by_global_norm(bound), adamfn.adam(0.1))
+    updates, state = jax.jit(tx.update)(grads, tx.init(grads))
+    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, grads))
+    chex.assert_tree_all_finite(state)
+
+
 def test_no_leaves():
     tx = adamfn.chain(adamfn.clip_by_global_norm(1.0), adamfn.adam())
     updates, state = tx.update({}, tx.init({}), {})
