@@ -72,7 +72,7 @@ def faithful() -> tuple[str, ...]:
         " gradient scales span four decades",
         ours,
         f"bitsandbytes {bitsandbytes}, torchao {torchao}",
-        "[lean moments](docs/lean_moments.md#why-they-hold)",
+        "[lean moments](docs/lean_moments.md#why-they-work)",
     )
 
 
