@@ -105,7 +105,7 @@ def on_accelerators() -> tuple[str, ...]:
         f"{ours} and {moved['step 8bit']['moved']:.1f} bytes",
         f"float32: optax {optax} and {moved['optax']['moved']:.1f} bytes, torch's fused kernel {fused};"
         f" 8 bits: flashoptim {flashoptim}",
-        "[accelerators](docs/accelerators.md#by-the-clock)",
+        "[accelerators](docs/accelerators.md#timings)",
     )
 
 
