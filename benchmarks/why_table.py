@@ -103,8 +103,8 @@ def on_accelerators() -> tuple[str, ...]:
         "**On GPU and TPU too**: an 8-bit step of 268M float32 parameters: time on H100, and bytes"
         " moved per parameter on TPU v5e",
         f"{ours} and {moved['step 8bit']['moved']:.1f} bytes",
-        f"float32: optax {optax} and {moved['optax']['moved']:.1f} bytes, torch's fused kernel {fused};"
-        f" 8 bits: flashoptim {flashoptim}",
+        f"float32: optax {optax} and {moved['optax']['moved']:.1f} bytes, torch's fused kernel"
+        f" {fused}; 8 bits: flashoptim {flashoptim}",
         "[accelerators](docs/accelerators.md#timings)",
     )
 
