@@ -45,13 +45,13 @@ def packed(tx: GradientTransformation, below: int = 32768) -> GradientTransforma
     from shapes and dtypes, from the stages' masks and from `below`.
 
     Args:
-      tx: a chain of ours with moments in float32, such as `adamw()`. Other transformations go around
-        it: `chain(optax.clip_by_global_norm(1.0), packed(adamw()))`.
+      tx: a chain of ours with moments in float32, such as `adamw()`. Other transformations go
+        around it: `chain(optax.clip_by_global_norm(1.0), packed(adamw()))`.
       below: leaves of fewer elements are raveled.
 
     Returns:
-      A `GradientTransformation` with the same updates. Its state is that of `tx`, with a `Packed` in
-      each field that holds arrays of leaves; `repack` converts one into the other.
+      A `GradientTransformation` with the same updates. Its state is that of `tx`, with a `Packed`
+      in each field that holds arrays of leaves; `repack` converts one into the other.
 
     Raises:
       ValueError: `tx` has parts of other libraries, moments in a format, or a stage that needs a
@@ -215,8 +215,8 @@ class _Layout:
         found = [buffer.size for buffer in field.buffers] if self._leaves else expected
         if found != expected:
             raise ValueError(
-                f"{name} has buffers of {found} elements; expected {expected}. The state is of other"
-                " parameters: make it with this transformation's init(params)."
+                f"{name} has buffers of {found} elements; expected {expected}. The state is of"
+                " other parameters: make it with this transformation's init(params)."
             )
 
     def _packed_mask(self, mask: Sequence[bool]) -> Packed:

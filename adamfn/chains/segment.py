@@ -6,6 +6,7 @@ the scalars and the gate are those of the run.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise, starmap
 from typing import Any, NamedTuple
 
 import jax
@@ -141,7 +142,8 @@ def next_count(stages: Sequence[Stage], states: Sequence[PyTree]) -> jax.Array:
     if not counting:
         raise TypeError(
             f"{stages[0].name}: found a state of type {type(states[0]).__name__}, which has no"
-            f" count; expected {counted(type(states[0])).__name__}. {way_out(None, 'transformation')}"
+            f" count; expected {counted(type(states[0])).__name__}."
+            f" {way_out(None, 'transformation')}"
         )
     count: Any = counting[0].count
     count = jnp.asarray(count) if isinstance(count, int) else as_array(count)
@@ -165,18 +167,20 @@ def leaves_of(
     check_inexact(updates, f"{stages[0].name}: updates")
     flat, treedef = jax.tree.flatten_with_path(updates)
     ps = _params_of(stages, updates, params, wanted)
-    formats = [choose_formats(stage.moments, updates) for stage in stages]
-    kept = [
-        kept_by_leaf(*own, updates, chosen) for own, chosen in zip(zip(stages, states), formats)
-    ]
     masks = masks_of(stages, updates, params)
-    leaves: list[Leaf] = []
-    for index, ((path, g), p) in enumerate(zip(flat, ps, strict=True)):
-        g = as_array(g)
-        rows, chosen, active = ([column[index] for column in c] for c in (kept, formats, masks))
-        leaf = Leaf(path, index, g, g, g, p, rows, chosen, active)
+    leaves = [
+        Leaf(path, index, as_array(g), p)
+        for index, ((path, g), p) in enumerate(zip(flat, ps, strict=True))
+    ]
+    for stage, state, mask in zip(stages, states, masks, strict=True):
+        formats = choose_formats(stage.moments, updates)
+        kept = kept_by_leaf(stage, state, updates, formats)
+        for leaf, format, row, active in zip(leaves, formats, kept, mask, strict=True):
+            leaf.formats.append(format)
+            leaf.kept.append(row)
+            leaf.active.append(active)
+    for leaf in leaves:
         leaf.shards = split_of(leaf, wanted.shards)
-        leaves.append(leaf)
     if stages[-1].keeps:
         check_corrections(stages[-1], len(stages) - 1, leaves)
     return leaves, treedef
@@ -229,7 +233,7 @@ def segments_of(stages: Sequence[Stage]) -> list[range]:
         if "grads" in stage.reads and moments and any(moments[-1] < k <= place for k in whole):
             cuts.add(moments[-1])
     ends = sorted(cuts)
-    return [range(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    return list(starmap(range, pairwise(ends)))
 
 
 def program_of(step: Step, segment: range, leaf: Leaf, wanted: Wanted) -> Program:

@@ -152,10 +152,10 @@ class Program:
 class Call:
     """The static part of one call, in which some leaves with one program take a step.
 
-    Its operands are the scalars, a vector; the count, int32; for each leaf its index in the tree and
-    the index of its first element, uint32[n, 2]; the state; n gradients; and n parameters if the
-    program reads them. Its results are the next state; n updates if the program returns them; and
-    n parameters if it moves them.
+    Its operands are the scalars, a vector; the count, int32; for each leaf its index in the tree
+    and the index of its first element, uint32[n, 2]; the state; n gradients; and n parameters if
+    the program reads them. Its results are the next state; n updates if the program returns them;
+    and n parameters if it moves them.
     """
 
     program: Program
