@@ -78,7 +78,7 @@ def _together(
 ) -> Iterator[tuple[Program, tuple[int, ...], list[Leaf]]]:
     """The leaves of each call, alike in all but shape, and large ones alone."""
     most = 1 if step.backend == "pallas" else _LEAVES
-    alike: dict[Any, list[Leaf]] = {}
+    alike: dict[Any, tuple[Program, tuple[int, ...], list[Leaf]]] = {}
     for program, leaf in zip(programs, leaves, strict=True):
         places = tuple(place for place in segment if leaf.active[place])
         if not places and not program.moves and program.update_dtype in (None, leaf.update.dtype):
@@ -91,9 +91,10 @@ def _together(
         alone = leaf.index if g.size >= LARGE or not program.fused else None
         arrays = [] if alone is not None else jax.tree.leaves((g, p, leaf.kept))
         varies = frozenset(map(axes_of, arrays))
-        key = program, places, dtypes, device, varies, leaf.shards, alone
-        alike.setdefault(key, []).append(leaf)
-    for (program, places, *_), own in alike.items():
+        # Equal programs are one object here, and a hash of them takes long.
+        key = id(program), places, dtypes, device, varies, leaf.shards, alone
+        alike.setdefault(key, (program, places, []))[-1].append(leaf)
+    for program, places, own in alike.values():
         # Leaves of one shape beside one another: calls of one signature are traced once.
         own.sort(key=lambda leaf: leaf.grad.shape)
         for start in range(0, len(own), most):

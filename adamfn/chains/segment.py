@@ -30,7 +30,6 @@ from adamfn.trees import (
     check_inexact,
     describe,
     matching_leaves,
-    real_dtype,
     wide_dtype,
 )
 
@@ -106,7 +105,14 @@ def run(
             for leaf in leaves:
                 leaf.seen = leaf.update
         ends = Wanted() if segment is not segments[-1] else wanted
-        programs = [program_of(step, segment, leaf, ends) for leaf in leaves]
+        known: dict[Any, Program] = {}
+        programs: list[Program] = []
+        for leaf in leaves:
+            dtypes = leaf.dtype, leaf.grad.dtype, getattr(leaf.param, "dtype", None)
+            key = dtypes, *leaf.active, *leaf.formats
+            if key not in known:
+                known[key] = program_of(step, segment, leaf, ends)
+            programs.append(known[key])
         run_segment(step, programs, leaves, segment)
     paths = [leaf.path for leaf in leaves]
     next_states: list[PyTree] = []
@@ -260,16 +266,16 @@ def program_of(step: Step, segment: range, leaf: Leaf, wanted: Wanted) -> Progra
         known |= {*part.keeps}
     last = segment.stop == len(step.stages)
     rounds = last and own and isinstance([*own.values()][-1].formula, Weights)
-    dtype, update_dtype = computed_in(leaf), None
+    update_dtype = None
     if wanted.updates and not last:
         # Nothing is rounded between two segments.
-        update_dtype = jnp.result_type(wide_dtype(leaf.grad.dtype), dtype)
+        update_dtype = jnp.result_type(wide_dtype(leaf.grad.dtype), leaf.dtype)
     elif wanted.updates:
-        update_dtype = dtype if rounds else update_dtype_of(leaf.grad, leaf.param)
+        update_dtype = leaf.dtype if rounds else update_dtype_of(leaf.grad, leaf.param)
     return Program(
         tuple(own.values()),
         jax.tree.structure(tuple(step.scalars[k] for k in own)),
-        dtype,
+        leaf.dtype,
         wanted.params,
         update_dtype,
         step.gate is not None,
@@ -288,14 +294,6 @@ def update_dtype_of(grad: Any, param: Any) -> Any:
     if grad.dtype == jnp.float16 and getattr(param, "dtype", None) != jnp.float16:
         return jnp.dtype(jnp.float32)
     return jnp.dtype(grad.dtype)
-
-
-def computed_in(leaf: Leaf) -> Any:
-    """The real dtype that a leaf's programs compute in: the widest, and float32 at least."""
-    arrays = jax.tree.leaves((leaf.grad, leaf.param, leaf.kept))
-    dtypes = {x.dtype for x in arrays if hasattr(x, "dtype")}
-    inexact = [real_dtype(wide_dtype(x)) for x in dtypes if jnp.issubdtype(x, jnp.inexact)]
-    return max(inexact, key=lambda dtype: dtype.itemsize)
 
 
 def way_out(state: Any, owner: str) -> str:

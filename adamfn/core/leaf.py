@@ -7,7 +7,7 @@ from the leaf's path to those of the two moments, then of each further one.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, cast
 
 import jax
@@ -26,6 +26,8 @@ from adamfn.trees import (
     matching_leaves,
     path_name,
     raise_mismatch,
+    real_dtype,
+    wide_dtype,
 )
 
 Kept = tuple[Any, ...]
@@ -64,6 +66,14 @@ class Leaf:
     def __post_init__(self) -> None:
         """The gradient is the first update."""
         self.seen = self.update = self.grad
+
+    @cached_property
+    def dtype(self) -> Any:
+        """The real dtype that its programs compute in: the widest, and float32 at least."""
+        arrays = jax.tree.leaves((self.grad, self.param, self.kept))
+        dtypes = {x.dtype for x in arrays if hasattr(x, "dtype")}
+        inexact = [real_dtype(wide_dtype(x)) for x in dtypes if jnp.issubdtype(x, jnp.inexact)]
+        return max(inexact, key=lambda dtype: dtype.itemsize)
 
     @property
     def name(self) -> str:
