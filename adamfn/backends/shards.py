@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from adamfn.backends.primitive import Backend, bind
+from adamfn.backends.primitive import Backend, bind_primitive
 from adamfn.core.leaf import Leaf
 from adamfn.core.placement import Axes, Path, Shards, axes_beside, axes_of_spec, size, spec_of
 from adamfn.core.program import Call
@@ -79,7 +79,7 @@ def _sharding_in_type(x: Any) -> Any:
 def run_on_shards(
     call: Call, backend: Backend, shards: Shards, operands: Sequence[jax.Array]
 ) -> list[jax.Array]:
-    """`bind` of a call whose leaves are split alike, on each of their shards."""
+    """The results of a call whose leaves are split alike, each shard by itself."""
     vector, count, numbers, *arrays = operands
     mesh, axes = shards.mesh, shards.axes
     kept, moved = arrays[: call.arrays_kept], arrays[call.arrays_kept :]
@@ -92,7 +92,7 @@ def run_on_shards(
         parts = arrays[call.arrays_kept :][: call.leaves]
         firsts = [_first_number(of, x, axes) for of, x in zip(strides, parts, strict=True)]
         numbers = jnp.stack([numbers[:, 0], jnp.stack(firsts)], axis=1)
-        return bind(of_a_shard, backend, [vector, count, numbers, *arrays])
+        return bind_primitive(of_a_shard, backend, [vector, count, numbers, *arrays])
 
     def spec(x: jax.Array, leaf: jax.Array) -> PartitionSpec:
         fits = x.ndim == leaf.ndim

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adamfn.backends.calls import Step, run_segment
+from adamfn.backends.calls import Step, run_leaves, together
 from adamfn.backends.primitive import Backend
 from adamfn.backends.shards import split_of
 from adamfn.core.averages import increment
@@ -113,7 +113,8 @@ def run(
             if key not in known:
                 known[key] = program_of(step, segment, leaf, ends)
             programs.append(known[key])
-        run_segment(step, programs, leaves, segment)
+        for program, places, own in together(step, programs, leaves, segment):
+            run_leaves(step, program, places, own)
     paths = [leaf.path for leaf in leaves]
     next_states: list[PyTree] = []
     for place, (stage, state) in enumerate(zip(stages, states, strict=True)):
@@ -122,7 +123,8 @@ def run(
         if "count" in state._fields:
             new["count"] = increment(state.count)
         if gate is not None and "taken" not in new:
-            new = {name: jnp.where(gate, x, getattr(state, name)) for name, x in new.items()}
+            old = {name: getattr(state, name) for name in new}
+            new = {name: jnp.where(gate, x, old[name]) for name, x in new.items()}
         known = {name: with_type_of(x, getattr(state, name)) for name, x in new.items()}
         next_states.append(state._replace(**(fields if stage.keeps else {}), **known))
     return (

@@ -129,8 +129,9 @@ class Program:
             if "noise" in part.reads:
                 known["noise"] = random_bits(seeds.weights)
             live = part_decoded(part, old, self.dtype)
-            arrays = [u, *(known[name] for name in part.reads), *live]
-            u, *new = _checked(part, u, live, _applied(part, arrays, own))
+            read = [known[name] for name in part.reads]
+            with _promoting(u, *read, *live):
+                u, *new = _checked(part, u, live, part.formula(u, *read, *live, *own))
             known |= zip(part.keeps, new, strict=True)
             if part.format is None:
                 next_kept.append(_like(new, old))
@@ -204,11 +205,10 @@ def _widened(x: jax.Array, real: Any) -> jax.Array:
     return x.astype(complex_of if jnp.iscomplexobj(x) else real)
 
 
-def _applied(part: Part, arrays: Sequence[Any], scalars: Sequence[Any]) -> Any:
+def _promoting(*arrays: jax.Array) -> Any:
     # With complex numbers formulas multiply real ones, which JAX's strict promotion refuses.
     mixed = any(map(jnp.iscomplexobj, arrays))
-    with jax.numpy_dtype_promotion("standard") if mixed else nullcontext():
-        return part.formula(*arrays, *scalars)
+    return jax.numpy_dtype_promotion("standard") if mixed else nullcontext()
 
 
 def _checked(part: Part, u: jax.Array, live: Sequence[jax.Array], returned: Any) -> Sequence[Any]:
