@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import AxisType
 
 from adamfn.backends.primitive import Backend, bind_primitive
 from adamfn.backends.shards import run_on_shards
@@ -22,7 +23,7 @@ from adamfn.core.varying import axes_of, vary_together
 LARGE = 2**18
 """Leaves from here on are called alone: they outweigh the microseconds of a call."""
 
-_LEAVES = 16
+_LEAVES = 32
 """Smaller leaves that share a call."""
 
 
@@ -63,6 +64,7 @@ def together(
     Large leaves are alone, and leaves that a segment does not change are left out.
     """
     most = 1 if step.backend == "pallas" else _LEAVES
+    is_manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
     alike: dict[Any, tuple[Program, tuple[int, ...], list[Leaf]]] = {}
     for program, leaf in zip(programs, leaves, strict=True):
         places = tuple(place for place in segment if leaf.active[place])
@@ -74,7 +76,7 @@ def together(
         device = None if isinstance(g, Tracer) else getattr(g, "sharding", None)
         # Inside shard_map, all results of a call vary over each axis that an operand varies over.
         alone = leaf.index if g.size >= LARGE or not program.fused else None
-        arrays = [] if alone is not None else jax.tree.leaves((g, p, leaf.kept))
+        arrays = jax.tree.leaves((g, p, leaf.kept)) if is_manual and alone is None else []
         varies = frozenset(map(axes_of, arrays))
         # Equal programs are one object here, and a hash of them takes long.
         key = id(program), places, dtypes, device, varies, leaf.shards, alone

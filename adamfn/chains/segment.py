@@ -105,14 +105,14 @@ def run(
             for leaf in leaves:
                 leaf.seen = leaf.update
         ends = Wanted() if segment is not segments[-1] else wanted
-        known: dict[Any, Program] = {}
+        made: dict[Any, Program] = {}
         programs: list[Program] = []
         for leaf in leaves:
             dtypes = leaf.dtype, leaf.grad.dtype, getattr(leaf.param, "dtype", None)
             key = dtypes, *leaf.active, *leaf.formats
-            if key not in known:
-                known[key] = program_of(step, segment, leaf, ends)
-            programs.append(known[key])
+            if key not in made:
+                made[key] = program_of(step, segment, leaf, ends)
+            programs.append(made[key])
         for program, places, own in together(step, programs, leaves, segment):
             run_leaves(step, program, places, own)
     paths = [leaf.path for leaf in leaves]
