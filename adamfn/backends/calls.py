@@ -18,7 +18,7 @@ from adamfn.core.leaf import Kept, Leaf, with_empty, without_empty
 from adamfn.core.placement import Shards
 from adamfn.core.program import Call, Program
 from adamfn.core.stage import Stage
-from adamfn.core.varying import axes_of, vary_together
+from adamfn.core.varying import axes_of
 
 LARGE = 2**18
 """Leaves from here on are called alone: they outweigh the microseconds of a call."""
