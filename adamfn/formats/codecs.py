@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -58,8 +59,7 @@ class Pair(BaseFormat):
       nu: any codec.
 
     Raises:
-      TypeError: one of them is not a codec.
-      ValueError: mu's codec keeps only means.
+      TypeError, ValueError: one of them is not a codec; mu's codec keeps only means.
 
     >>> import jax.numpy as jnp
     >>> from adamfn.formats import Exact, Factored, Pair
@@ -107,18 +107,8 @@ class Pair(BaseFormat):
         return answer(self.mu, name), answer(self.nu, name)
 
     stores_rows = property(lambda self: all(self._both("stores_rows")))
-
-    @property
-    def block(self) -> int | None:
-        """The codecs' block, if they agree."""
-        found = {*self._both("block")} - {0}
-        return next(iter(found), 0) if len(found) <= 1 else None
-
-    @property
-    def native_code(self) -> int | None:
-        """The codecs' code, if they agree."""
-        mu, nu = self._both("native_code")
-        return mu if mu == nu else None
+    block = property(lambda self: _common([x for x in self._both("block") if x != 0] or [0]))
+    native_code = property(lambda self: _common(self._both("native_code")))
 
     @property
     def factors(self) -> Any:
@@ -159,6 +149,10 @@ class Pair(BaseFormat):
     def ends(self, mu: Any, nu: Any) -> dict[str, Array]:
         """Where mu's codes are at an end of their range."""
         return answer(self.mu, "ends")(mu, nu)
+
+
+def _common(values: Sequence[Any]) -> Any:
+    return values[0] if len(set(values)) == 1 else None
 
 
 @dataclass(frozen=True)

@@ -52,11 +52,10 @@ class EightBit(Blockwise):
     """
 
     dtypes = jnp.int8, jnp.uint8
-
-    @property
-    def native_code(self) -> int | None:
-        """3 for blocks of at most 1024; None for subclasses, which may differ."""
-        return 3 if type(self) is EightBit and self.block <= 1024 else None
+    # A subclass may differ.
+    native_code = property(
+        lambda self: 3 if type(self) is EightBit and self.block <= 1024 else None
+    )
 
     def ends(self, mu: Any, nu: Any) -> dict[str, Array]:
         """Where codes are at an end of their range."""

@@ -1,7 +1,9 @@
 """Codecs that store only means of nu: over rows and columns, or over one axis."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +24,10 @@ class _Means(BaseFormat):
 
     def on_shards(self, split: MeshAxes) -> Any:
         return replace(self, split=split)  # pyright: ignore[reportArgumentType]
+
+    def decode(self, codes: None, scales: Any) -> Array:
+        """Returns float32 of a shape that broadcasts to the leaf's."""
+        return reduce(operator.mul, self.factors(scales))
 
 
 @exported
@@ -67,11 +73,6 @@ class Factored(_Means):
         first, second = _two_longest(_whole_shape(x.shape, self.split))
         rows, columns = (_mean(x, axis, self.split) for axis in (second, first))
         return Encoded(None, Factors(rows, columns))
-
-    def decode(self, codes: None, scales: Any) -> Array:
-        """Returns it in float32."""
-        rows, columns = self.factors(scales)
-        return rows * columns
 
     def factors(self, means: Any) -> tuple[Array, ...]:
         """R over its mean, and C."""
@@ -123,10 +124,6 @@ class BlockMean(_Means):
     def encode(self, x: Array, bits: Array | None) -> Encoded:
         """Returns no codes, and the means: float32 of x's shape, but 1 along the axis."""
         return Encoded(None, _mean(x, self.axis, self.split))
-
-    def decode(self, codes: None, scales: Any) -> Array:
-        """Returns the means, which broadcast to the leaf's shape."""
-        return scales
 
     def factors(self, means: Any) -> tuple[Array, ...]:
         """The means themselves."""
