@@ -15,8 +15,9 @@ from adamfn.backends.primitive import Backend, bind_primitive
 from adamfn.core.leaf import Leaf
 from adamfn.core.placement import Axes, Path, Shards, axes_beside, axes_of_spec, size, spec_of
 from adamfn.core.program import Call
-from adamfn.formats.elements import strides_of
-from adamfn.formats.shards import block_of, cut_block, on_shards
+from adamfn.formats.blocks import cut_block
+from adamfn.formats.format import answer
+from adamfn.formats.indices import strides_of
 from adamfn.trees import describe
 
 
@@ -45,7 +46,7 @@ def _can_split(leaf: Leaf, shards: Shards) -> bool:
     last = size(shards.axes[-1], shards.mesh) if shards.axes else 1
     shape = leaf.grad.shape
     for format, active in zip(leaf.formats, leaf.active, strict=True):
-        block = block_of(format) if active else 0
+        block = answer(format, "block") if active else 0
         if block is None:
             return False
         cut = cut_block(block, shape, last)
@@ -99,7 +100,10 @@ def run_on_shards(
         return spec_of(axes_beside(x.shape, leaf.shape, axes, mesh)) if fits else PartitionSpec()
 
     split = axes if any(axes) else ()
-    parts = [part._replace(format=on_shards(part.format, split)) for part in call.program.parts]
+    parts = [
+        part._replace(format=part.format and answer(part.format, "on_shards")(split))
+        for part in call.program.parts
+    ]
     program = replace(call.program, parts=tuple(parts))
     of_a_shard = replace(call, program=program, strides=strides if split else None)
     specs = [spec(x, g) for row, g in zip(rows, moved, strict=False) for x in jax.tree.leaves(row)]

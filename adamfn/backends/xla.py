@@ -9,8 +9,8 @@ import jax
 from adamfn.core.leaf import Kept
 from adamfn.core.program import Call, Program
 from adamfn.core.varying import vary_together
-from adamfn.formats.elements import numbers_of
-from adamfn.formats.seeds import Seeds
+from adamfn.formats.indices import indices_of
+from adamfn.formats.noise import Seeds
 
 
 def run_call(
@@ -59,7 +59,7 @@ def _run_leaf(
     kept: list[Kept],
 ) -> tuple[list[Kept], list[jax.Array]]:
     vector, count, (leaf, first) = scalars
-    indices = None if strides is None else numbers_of(g.shape, strides, first)
+    indices = None if strides is None else indices_of(g.shape, strides, first)
     return program(Seeds.of(count, leaf), [*vector], g, p, kept, indices)
 
 

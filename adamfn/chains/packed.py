@@ -18,9 +18,17 @@ from jax.core import Tracer
 from adamfn.chains.chain import Chain, Moved, Wrapped, chain_of, flat_states, nested
 from adamfn.chains.segment import Wanted, masks_of, update_dtype_of
 from adamfn.chains.transform import GradientTransformation, check_transformation, summary
-from adamfn.core.stage import Stage, exported
+from adamfn.core.stage import Stage
 from adamfn.core.weights import Weights
-from adamfn.trees import PyTree, as_array, check_inexact, describe, matching_leaves, path_name
+from adamfn.trees import (
+    PyTree,
+    as_array,
+    check_inexact,
+    describe,
+    exported,
+    matching_leaves,
+    path_name,
+)
 
 _LEAVES = 64
 """Leaves in a long one. The time that XLA takes to compile a call grows with the square."""

@@ -18,9 +18,8 @@ from adamfn.core import formulas
 from adamfn.core.leaf import Kept, decode, encode
 from adamfn.core.weights import Weights
 from adamfn.formats import Format
-from adamfn.formats.base import Seed, noise_at
-from adamfn.formats.elements import numbers_of, strides_of
-from adamfn.formats.seeds import Seeds
+from adamfn.formats.indices import indices_of, strides_of
+from adamfn.formats.noise import Seed, Seeds, noise_at
 from adamfn.trees import describe
 
 
@@ -113,7 +112,7 @@ class Program:
             known["grads"] = _widened(given[-1], self.dtype)
 
         def random_bits(seed: Callable[[], Seed]) -> jax.Array:
-            return noise_at(seed(), numbers_of(g.shape) if indices is None else indices)
+            return noise_at(seed(), indices_of(g.shape) if indices is None else indices)
 
         values = scalars[: self.scalars.num_leaves]
         next_kept: list[Kept] = []
