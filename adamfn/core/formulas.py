@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from adamfn.core.averages import MomentScalars, average, averaged
-from adamfn.formats.quotients import quotient, root
+from adamfn.formats.bits import quotient, root
 
 Array: TypeAlias = jax.Array
 Arrays: TypeAlias = tuple[Array, ...]

@@ -1,13 +1,13 @@
 """The state of each leaf: its first value, its place in the states of stages, and its checks.
 
-Arrays of the leaf's shape stand under the leaf's path in their field; a format that has no codes for
-a moment leaves an empty array of the leaf's rank there. Scales stand in `scales`, a dictionary from
-the leaf's path to those of the two moments, then of each further one.
+Arrays of the leaf's shape stand under the leaf's path in their field; a format that has no codes
+for a moment leaves an empty array of the leaf's rank there. Scales stand in `scales`, a dictionary
+from the leaf's path to those of the two moments, then of each further one.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import Any, cast
 
 import jax
@@ -26,6 +26,8 @@ from adamfn.trees import (
     matching_leaves,
     path_name,
     raise_mismatch,
+    real_dtype,
+    wide_dtype,
 )
 
 Kept = tuple[Any, ...]
@@ -46,20 +48,32 @@ class Leaf:
     """Its place in the tree. Its random bits are made from it."""
     grad: Any
     """The gradient that the run was given."""
-    seen: Any
-    """The gradient that its moments were given."""
-    update: Any
-    """The gradient at first, then the update of the fused runs so far."""
     param: Any
     """None if no stage reads the parameters."""
-    kept: list[Kept]
-    """Its state for each stage."""
-    formats: list[Format | None]
+    formats: list[Format | None] = field(default_factory=list[Any])
     """The format of its moments, for each stage."""
-    active: list[bool]
+    kept: list[Kept] = field(default_factory=list[Any])
+    """Its state for each stage."""
+    active: list[bool] = field(default_factory=list[bool])
     """Whether each stage's mask has it."""
     shards: Shards | None = None
     """How it is split over a mesh for its step."""
+    seen: Any = None
+    """The gradient that its moments were given."""
+    update: Any = None
+    """The gradient at first, then the update of the segments so far."""
+
+    def __post_init__(self) -> None:
+        """The gradient is the first update."""
+        self.seen = self.update = self.grad
+
+    @cached_property
+    def dtype(self) -> Any:
+        """The real dtype that its programs compute in: the widest, and float32 at least."""
+        arrays = jax.tree.leaves((self.grad, self.param, self.kept))
+        dtypes = {x.dtype for x in arrays if hasattr(x, "dtype")}
+        inexact = [real_dtype(wide_dtype(x)) for x in dtypes if jnp.issubdtype(x, jnp.inexact)]
+        return max(inexact, key=lambda dtype: dtype.itemsize)
 
     @property
     def name(self) -> str:
@@ -98,16 +112,16 @@ def kept_by_leaf(
     lean = any(formats) or bool(jax.tree.leaves(scales))
     if not lean and not (stage.has_moments and _any_is_narrow(columns)):
         fields = [
-            matching_leaves(name, updates, field, column, _WAY_OUT, _FITS.get(field, has_shape_of))
-            for field, column in zip(stage.keeps, columns, strict=True)
+            matching_leaves(name, updates, kept, column, _WAY_OUT, _FITS.get(kept, has_shape_of))
+            for kept, column in zip(stage.keeps, columns, strict=True)
         ]
         return _rows(fields, len(formats))
     treedef, flat = jax.tree.structure(updates), list[list[Any]]()
-    for field, column in zip(stage.keeps, columns, strict=True):
+    for kept, column in zip(stage.keeps, columns, strict=True):
         try:
             flat.append(treedef.flatten_up_to(column))
         except (TypeError, ValueError):
-            raise_mismatch(name, updates, field, column, has_shape_of, _WAY_OUT)
+            raise_mismatch(name, updates, kept, column, has_shape_of, _WAY_OUT)
     entries: Mapping[str, Any] = cast("Any", scales) if isinstance(scales, dict) else {}
     rows: list[Kept] = []
     for (path, leaf), format, *parts in zip(leaves, formats, *flat, strict=True):
@@ -117,9 +131,9 @@ def kept_by_leaf(
             raise ValueError(
                 f"{stage.name}: at {path_name(path) or 'the root'} the state has"
                 f" {_differing(stage, row, expected)}; expected"
-                f" {_differing(stage, expected, row)}, for {describe(leaf)} and the moments= of this"
-                " transformation. Pass gradients of the parameters that `init` was given, and a"
-                " state that was made with the same moments=."
+                f" {_differing(stage, expected, row)}, for {describe(leaf)} and the moments= of"
+                " this transformation. Pass gradients of the parameters that `init` was given, and"
+                " a state that was made with the same moments=."
             )
         rows.append(row)
     return rows

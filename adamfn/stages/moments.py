@@ -11,12 +11,12 @@ from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core import formulas
 from adamfn.core.averages import Averages, Decay, MomentScalars, bias, decay, increment
-from adamfn.core.stage import Scalars, Stage, exported, real_zeros, zeros
+from adamfn.core.stage import Scalars, Stage, exported_state, real_zeros, zeros
 from adamfn.formats import Moments
 from adamfn.trees import PyTree
 
 
-@exported
+@exported_state
 class ScaleByMomentsState(NamedTuple):
     """State of a stage that keeps two moments."""
 
@@ -31,7 +31,7 @@ class ScaleByMomentsState(NamedTuple):
     """The scales of formats, by the paths of the leaves that have any."""
 
 
-@exported
+@exported_state
 class ScaleByMaxMomentsState(NamedTuple):
     """State of `scale_by_max_moments`: a `ScaleByMomentsState`, and the largest v so far."""
 
@@ -42,7 +42,7 @@ class ScaleByMaxMomentsState(NamedTuple):
     scales: PyTree
 
 
-@exported
+@exported_state
 class ScaleByInfinityMomentsState(NamedTuple):
     """State of `scale_by_infinity_moments`: a `ScaleByMomentsState`, whose nu is no average."""
 

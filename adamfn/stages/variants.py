@@ -11,14 +11,14 @@ from adamfn.chains.transform import GradientTransformation
 from adamfn.core import formulas
 from adamfn.core.averages import Averages, Decay, MomentScalars, bias, increment
 from adamfn.core.hyperparameters import scalar
-from adamfn.core.stage import Scalars, exported
+from adamfn.core.stage import Scalars, exported_state
 from adamfn.formats import Moments, check_moments, get
 from adamfn.formats.format import answer
 from adamfn.stages.moments import correction, from_moments
 from adamfn.trees import PyTree
 
 
-@exported
+@exported_state
 class ScaleByNesterovMomentsState(NamedTuple):
     """State of `scale_by_nesterov_moments`: a `ScaleByMomentsState`, and a product of momenta."""
 
