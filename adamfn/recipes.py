@@ -1,6 +1,7 @@
 r"""Adam and its kin: chains that read as their formulas.
 
-`adam` explains the arguments. $\hat m$ and $\hat v$ are everywhere its corrected averages.
+`adam` explains the arguments; $\hat m$ and $\hat v$ are its corrected averages everywhere. The
+stages name the papers in full.
 """
 
 import chex
@@ -37,7 +38,7 @@ def adam(
     nesterov: bool = False,
     moments: Moments = "float32",
 ) -> GradientTransformation:
-    r"""Adam, by Kingma and Ba.
+    r"""Adam, by Kingma and Ba (2015, arXiv 1412.6980, algorithm 1).
 
     At step t, with m and v from zero, $\hat m = m / (1 - b_1^t)$ and $\hat v = v / (1 - b_2^t)$:
 
@@ -63,10 +64,6 @@ def adam(
     Raises:
       TypeError, ValueError: a hyperparameter is out of range; or, at `init` and `update`, trees do
         not fit each other: the message names the leaf.
-
-    References:
-      Kingma and Ba, Adam: A Method for Stochastic Optimization, 2015, algorithm 1
-      (arXiv 1412.6980); Dozat, Incorporating Nesterov Momentum into Adam, 2016.
 
     >>> import adamfn, jax
     >>> import jax.numpy as jnp
@@ -97,7 +94,7 @@ def adamw(
     nesterov: bool = False,
     moments: Moments = "float32",
 ) -> GradientTransformation:
-    r"""AdamW, by Loshchilov and Hutter: Adam with decoupled weight decay.
+    r"""AdamW, by Loshchilov and Hutter (2019, arXiv 1711.05101): with decoupled weight decay.
 
     $$ u = -\alpha (\hat m / (\sqrt{\hat v + \epsilon_\text{root}} + \epsilon) + \lambda \theta) $$
 
@@ -107,10 +104,6 @@ def adamw(
       mask: which parameters decay, as in `add_decayed_weights`; None for all.
 
     Its `update` needs `params`.
-
-    References:
-      Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2
-      (arXiv 1711.05101).
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.adamw(learning_rate=0.1, weight_decay=0.5)
@@ -137,7 +130,7 @@ def amsgrad(
     eps_root: chex.Numeric = 0.0,
     moments: Moments = "float32",
 ) -> GradientTransformation:
-    r"""AMSGrad, by Reddi, Kale and Kumar: Adam with a denominator that never shrinks.
+    r"""AMSGrad, by Reddi et al. (2018, arXiv 1904.09237): its denominator never shrinks.
 
     $$
     u = -\alpha \frac{\hat m}{\sqrt{v_\text{max} / (1 - b_2^t)} + \epsilon}, \qquad
@@ -145,10 +138,6 @@ def amsgrad(
     $$
 
     It is torch's `Adam(amsgrad=True)`. The state takes 12 bytes a parameter.
-
-    References:
-      Reddi, Kale and Kumar, On the Convergence of Adam and Beyond, 2018, algorithm 2
-      (arXiv 1904.09237).
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.amsgrad(learning_rate=0.1)
@@ -174,7 +163,7 @@ def nadam(
     momentum_decay: chex.Numeric = 4e-3,
     moments: Moments = "float32",
 ) -> GradientTransformation:
-    r"""NAdam, by Dozat, as in torch: Adam that looks one step ahead, with a momentum that warms up.
+    r"""NAdam, by Dozat (2016), as in torch: its momentum looks one step ahead, and warms up.
 
     With $\bar m$, the average one step ahead, as in `scale_by_nesterov_moments`:
 
@@ -182,9 +171,6 @@ def nadam(
 
     There, too, `momentum_decay` is explained. With a constant momentum the recipe is
     `adam(nesterov=True)`, as `optax.nadam`.
-
-    References:
-      Dozat, Incorporating Nesterov Momentum into Adam, 2016; torch.optim.NAdam.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.nadam(learning_rate=0.25, b1=0.0)
@@ -211,7 +197,7 @@ def radam(
     eps_root: chex.Numeric = 0.0,
     moments: Moments = "float32",
 ) -> GradientTransformation:
-    r"""RAdam, by Liu et al.: Adam with a warmup as long as its denominator is uncertain.
+    r"""RAdam, by Liu et al. (2020, arXiv 1908.03265): a warmup while the denominator is uncertain.
 
     With $\rho$ and r as in `scale_by_rectified_moments`:
 
@@ -222,10 +208,6 @@ def radam(
 
     The first steps (five with b2 = 0.999; all with b2 under 2/3) are plain momentum's, as large as
     the gradients. eps is added to the uncorrected root, as in torch.
-
-    References:
-      Liu et al., On the Variance of the Adaptive Learning Rate and Beyond, 2020, algorithm 2
-      (arXiv 1908.03265).
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.radam(learning_rate=0.25)
@@ -249,7 +231,7 @@ def adamax(
     *,
     moments: Moments = "float32",
 ) -> GradientTransformation:
-    r"""Adamax, algorithm 2 of the paper of `adam`: Adam in the infinity norm.
+    r"""Adamax, by Kingma and Ba (as `adam`, algorithm 2): Adam in the infinity norm.
 
     $$ u = -\alpha\, \hat m / v, \qquad v \leftarrow \max(b_2 v,\; |g| + \epsilon) $$
 

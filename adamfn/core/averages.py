@@ -130,8 +130,8 @@ def averaged(
 def bias(b: Decay, count: jax.Array) -> jax.Array:
     """`1 - b^count`: the share of a constant that an average from zero holds after `count` steps.
 
-    For b = 0.999 in float32, `-expm1(count log b)` is right to 2e-7. The difference `1 - b^count` is
-    off by 2e-5 at the second step.
+    For b = 0.999 in float32, `-expm1(count log b)` is right to 2e-7. The difference `1 - b^count`
+    is off by 2e-5 at the second step.
     """
     return -jnp.expm1(count.astype(float) * b.log)
 

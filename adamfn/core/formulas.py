@@ -119,8 +119,8 @@ clip_outgrown_by_layer = partial(clip_outgrown, layers=True)
 def angle(opposite: Array, adjacent: Array) -> Array:
     """`arctan2(opposite, adjacent)` of numbers at least 0; 0 where both are 0.
 
-    In float32 it is a polynomial for angles up to pi / 8, and a sum of angles for larger ones. It is
-    right to 3e-7, and on CPU some ten times as fast as `jnp.arctan2`.
+    In float32 it is a polynomial for angles up to pi / 8, and a sum of angles for larger ones. It
+    is right to 3e-7, and on CPU some ten times as fast as `jnp.arctan2`.
     """
     if opposite.dtype != jnp.float32:
         return jnp.arctan2(opposite, adjacent)

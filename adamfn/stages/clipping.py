@@ -29,20 +29,16 @@ def clip_by_global_norm(max_norm: ScalarOrSchedule) -> GradientTransformation:
     $$ g \leftarrow g \min(1, r / \lVert g \rVert), \qquad
     \lVert g \rVert^2 = \textstyle\sum |g_i|^2 $$
 
-    It is the first stage of a chain. The norm takes one pass over the gradients, in float32 at
+    It must be the first stage of a chain. The norm takes one pass over the gradients, in float32 at
     least; the factor is a scalar of the fused run after it, and costs no other pass.
     `update(..., grad_norm=x)` takes x for the norm. Inside `jax.shard_map`, where gradients are
     shards, x is the root of the `jax.lax.psum` of their squares' sums.
 
+    Source: Pascanu, Mikolov and Bengio, On the Difficulty of Training Recurrent Neural Networks,
+    2013, algorithm 1 (arXiv 1211.5063); as `optax.clip_by_global_norm`.
+
     Args:
       max_norm: r, a number at least 0, a scalar array, or a function of the count.
-
-    Raises:
-      TypeError, ValueError: not a bound; at `chain`, an adamfn stage stands before it.
-
-    References:
-      Pascanu, Mikolov and Bengio, On the Difficulty of Training Recurrent Neural Networks, 2013,
-      algorithm 1 (arXiv 1211.5063); as `optax.clip_by_global_norm`.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.chain(adamfn.clip_by_global_norm(1.0), adamfn.scale_by_lr(1.0))
@@ -58,16 +54,10 @@ def clip_by_global_norm(max_norm: ScalarOrSchedule) -> GradientTransformation:
         within = norm <= bound  # of NaN neither: the factor is NaN, as optax's
         return (jnp.where(within, 1, bound / jnp.where(within, 1, norm)),), {"grad_norm": norm}
 
-    return from_stage(
-        Stage(
-            "clip_by_global_norm",
-            multiply,
-            scalars=scalars,
-            start={"grad_norm": lambda: jnp.zeros((), float)},
-            state=ClipByGlobalNormState,
-            takes=("grads", "grad_norm"),
-        )
-    )
+    start, takes = {"grad_norm": lambda: jnp.zeros((), float)}, ("grads", "grad_norm")
+    name, state = "clip_by_global_norm", ClipByGlobalNormState
+    stage = Stage(name, multiply, scalars=scalars, start=start, state=state, takes=takes)
+    return from_stage(stage)
 
 
 def grad_norm_in(extra: Mapping[str, Any]) -> jax.Array:

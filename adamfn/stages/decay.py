@@ -39,23 +39,21 @@ def add_decayed_weights(
     the elements that the update shrinks too. It compares signs, and so stands before `scale_by_lr`,
     which turns them around.
 
+    Sources: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2
+    (arXiv 1711.05101); Chen et al., Cautious Weight Decay, 2025, algorithm 1 (arXiv 2510.12402).
+    Complex numbers agree if their angle is at most a right one.
+
     Args:
-      weight_decay: a number at least 0, a scalar array, or a function of the number of steps
-        taken so far, such as any optax schedule.
-      mask: which parameters decay, None for all: a tree of bools of the parameters' structure or
-        a prefix of it, or a function that makes one from the parameters, such as
-        `adamfn.masks.matrices()`.
+      weight_decay: $\lambda$: a number at least 0, a scalar array, or a function of the number of
+        steps taken so far, such as any optax schedule.
+      mask: which parameters decay, None for all: a tree of bools of the parameters' structure or a
+        prefix of it, or a function of the parameters that makes one: `adamfn.masks.matrices()`.
       independent: make the decay independent of the rate.
       cautious: leave out elements that the update moves away from zero.
 
     Raises:
       TypeError, ValueError: not a decay; independent and cautious at once; at `update`, `params`
         missing or unlike the updates, or a mask that does not fit.
-
-    References:
-      Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2
-      (arXiv 1711.05101). Chen et al., Cautious Weight Decay, 2025, algorithm 1 (arXiv 2510.12402);
-      complex numbers, which it does not treat, agree here if their angle is at most a right one.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.add_decayed_weights(0.5, mask=lambda p: {"w": True, "b": False})
@@ -96,22 +94,15 @@ def add_corrected_decay(
     $\lambda \alpha_t^2 / \alpha_\text{max}$ a step. The scale of weights before a normalization
     does not matter. Their size settles where update and decay balance, with AdamW at
     $\sqrt{\alpha / \lambda}$, so that gradients grow as the rate falls; here the balance stays.
+    Source: Defazio, Why Gradients Rapidly Increase Near the End of Training, 2025, algorithm 2
+    (arXiv 2506.02285). timm decays all parameters so, with the first rate as the peak.
 
     Args:
       weight_decay: $\lambda$, as in `add_decayed_weights`.
       learning_rate: the same as in `scale_by_lr`. `update(..., learning_rate=x)` wins over both.
       peak: $\alpha_\text{max}$, the largest rate of the schedule, above 0.
-      mask: which parameters decay, as in `add_decayed_weights`. In the paper these are the weights
-        of normalized layers; an output layer without one decays as in AdamW, by an
-        `add_decayed_weights` with a mask of the others.
-
-    Raises:
-      TypeError, ValueError: as `add_decayed_weights`; or the peak is 0.
-
-    References:
-      Defazio, Why Gradients Rapidly Increase Near the End of Training, 2025, algorithm 2
-      (arXiv 2506.02285). timm's `corrected_weight_decay` applies it to all parameters, and takes the
-      optimizer's first rate for the peak.
+      mask: which parameters decay: in the paper, the weights of normalized layers. An output layer
+        without one decays as in AdamW, by an `add_decayed_weights` with the opposite mask.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.add_corrected_decay(0.5, lambda count: 0.1 / (1 + count), peak=0.1)

@@ -57,16 +57,10 @@ def scale_by_lr(learning_rate: ScalarOrSchedule = 1e-3) -> GradientTransformatio
     def first() -> jax.Array:
         return jnp.array(value_at("learning_rate", configured, jnp.zeros((), jnp.int32)), float)
 
-    return from_stage(
-        Stage(
-            "scale_by_lr",
-            multiply,
-            scalars=scalars,
-            start={"learning_rate": None if isinstance(configured, jax.Array) else first},
-            state=ScaleByLrState,
-            takes=("learning_rate",),
-        )
-    )
+    start = {"learning_rate": None if isinstance(configured, jax.Array) else first}
+    state, takes = ScaleByLrState, ("learning_rate",)
+    stage = Stage("scale_by_lr", multiply, scalars=scalars, start=start, state=state, takes=takes)
+    return from_stage(stage)
 
 
 def rate_at(

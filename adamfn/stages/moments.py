@@ -87,10 +87,13 @@ def scale_by_moments(
     $$
 
     Both averages begin at zero; `bias_correct` corrects u for that, by $\sqrt{c_2} / c_1$. eps is
-    in units of the *corrected* second moment: so $\sqrt{c_2}$ multiplies it here, and the two stages
+    in units of the *corrected* second moment: so $\sqrt{c_2}$ multiplies it, and both stages
     together give exactly $\hat m / (\sqrt{\hat v} + \epsilon)$.
 
     With `nesterov`, m in the ratio becomes $b_1 m\, c_1(t) / c_1(t + 1) + (1 - b_1) g$.
+
+    Sources: Kingma and Ba, Adam: A Method for Stochastic Optimization, 2015, algorithm 1
+    (arXiv 1412.6980); Dozat, Incorporating Nesterov Momentum into Adam, 2016, algorithm 2.
 
     Args:
       b1: decay of the gradients' average, in [0, 1); a number or a scalar array.
@@ -104,17 +107,13 @@ def scale_by_moments(
         from a leaf's path and the leaf.
 
     Returns:
-      A `GradientTransformation`. Updates have the gradients' shapes and dtypes. Moments are kept in
-      float32, or float64 for float64 leaves, and mu is complex for complex leaves. So are those of
-      a leaf that its format cannot hold (`adamfn.formats.describe` shows which).
+      A `GradientTransformation`. Updates have the gradients' shapes and dtypes. Moments, also those
+      of a leaf that its format cannot hold (`adamfn.formats.describe` shows which), are float32, or
+      float64 for float64 leaves; mu is complex for complex leaves.
 
     Raises:
       TypeError, ValueError: a hyperparameter out of range; at `init`, a leaf that is not of
         floating point; at `update`, gradients or a state that do not fit, each by name.
-
-    References:
-      Kingma and Ba, Adam: A Method for Stochastic Optimization, 2015, algorithm 1
-      (arXiv 1412.6980); Dozat, Incorporating Nesterov Momentum into Adam, 2016, algorithm 2.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_moments(b1=0.5, b2=0.75)
@@ -147,13 +146,10 @@ def scale_by_max_moments(
     u = \frac{m}{\sqrt{v_\text{max} + c_2\,\epsilon_\text{root}} + \sqrt{c_2}\,\epsilon}
     $$
 
-    All else is as in `scale_by_moments`, with `bias_correct(b1, b2)` after it. The maximum is of the
-    uncorrected v, as in torch and in the paper. (In `optax.amsgrad` it is of the corrected one,
-    which the first gradients alone decide for a long time.)
-
-    References:
-      Reddi, Kale and Kumar, On the Convergence of Adam and Beyond, 2018, algorithm 2
-      (arXiv 1904.09237).
+    All else is as in `scale_by_moments`. The maximum is of the uncorrected v, as in torch and in
+    the paper. (In `optax.amsgrad` it is of the corrected one, which the first gradients alone
+    decide for a long time.) Source: Reddi et al., On the Convergence of Adam and Beyond, 2018,
+    algorithm 2 (arXiv 1904.09237).
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_max_moments(b1=0.0, b2=0.0)  # v is the last g^2
@@ -215,8 +211,7 @@ def bias_correct(b1: chex.Numeric = 0.9, b2: chex.Numeric = 0.999) -> GradientTr
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.bias_correct(b1=0.9, b2=0.0)
     >>> mean = jnp.array([0.1])  # of a constant 1, after one step
-    >>> updates, state = tx.update(mean, tx.init(mean))
-    >>> print(updates.round(4))
+    >>> print(tx.update(mean, tx.init(mean))[0].round(4))
     [1.]
     """
     mean, square = decay("b1", b1), decay("b2", b2)

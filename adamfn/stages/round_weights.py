@@ -37,15 +37,9 @@ def round_weights(bits: Literal[16, 24, 32] = 24) -> GradientTransformation:
 
     Updates are float32, `new - old`, and land exactly on the new bfloat16 in any `apply_updates`.
     The other stages of the chain see the weight with its correction. Float32 and wider leaves pass
-    unchanged. `update` needs `params`.
-
-    Raises:
-      ValueError: other bits; at `chain`, a stage after it.
-      TypeError: at `init` and `update`, a float16 or float8 leaf; names it.
-
-    References:
-      Zamirai et al., Revisiting BFloat16 Training, 2020 (arXiv 2010.06192), section 4, for
-      stochastic rounding and for a second 16-bit number beside the weight.
+    unchanged; float16 and float8 leaves are refused. `update` needs `params`. Source: Zamirai et
+    al., Revisiting BFloat16 Training, 2020, section 4 (arXiv 2010.06192), for stochastic rounding
+    and for a second 16-bit number beside the weight.
 
     >>> import adamfn, jax.numpy as jnp
     >>> params = jnp.ones(2, jnp.bfloat16)
@@ -77,9 +71,6 @@ def whole_weights(params: PyTree, state: PyTree) -> PyTree:
 
     Evaluate, export and hand these to other libraries. The state is that of a chain with
     `round_weights`, in wrappers or not. Leaves that are not bfloat16 are returned as they are.
-
-    Raises:
-      ValueError: a correction is of another shape than its parameter; names the leaf.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.chain(adamfn.adam(1e-4), adamfn.round_weights(32))
@@ -113,9 +104,6 @@ def narrow_weights(
 
     Returns:
       The parameters and the state. Bits that are not kept are rounded to nearest.
-
-    Raises:
-      ValueError: the trees differ in structure or shapes; names the leaf.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.chain(adamfn.adam(1e-4), adamfn.round_weights(32))

@@ -53,20 +53,15 @@ def skip_outliers(
     It comes first in a chain. Other libraries' transformations may only stand before it: they are
     not held back. `state[0].skipped` counts the skipped steps.
 
+    Sources: OLMo-core's `SkipStepOptimizer`, with this window and sigmas, which also skips values
+    far below the mean; MaxText's `skip_step_on_spikes`, which does not. Both let values that are
+    not finite into the window, and then skip the steps after them.
+
     Args:
       watched: `"loss"`, which `update(..., loss=x)` must then be given; `"grad_norm"`, the norm
         of all gradients; or both.
       window: how many values the mean is taken of, at least 2.
       sigmas: how many standard deviations above the mean is far, at least 0.
-
-    Raises:
-      TypeError, ValueError: an argument out of range; at `chain`, a place where it could not hold
-        back other parts; at `update`, `loss` is missing or not a scalar.
-
-    References:
-      OLMo-core's `SkipStepOptimizer`, which has this window and sigmas, and MaxText's
-      `skip_step_on_spikes`. OLMo-core also skips values far below the mean; MaxText does not.
-      Both let values that are not finite into the window, and then skip the steps after them.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.chain(adamfn.skip_outliers(["loss"]), adamfn.adam(0.1))

@@ -28,25 +28,19 @@ def cautious_updates(floor: chex.Numeric = 1e-3, *, stacked: Mask = None) -> Gra
     s = \operatorname{mean} \mathbb 1(u g > 0)
     $$
 
-    g is the gradient that the stage of moments before it was given. After `bias_correct`, and before
-    the decay and `scale_by_lr`, which turns signs around, it makes AdamW the paper's C-AdamW.
+    g is the gradient that the stage of moments before it was given. After `bias_correct`, and
+    before the decay and `scale_by_lr`, which turns signs, it makes AdamW the paper's C-AdamW.
+    Inside `jax.shard_map` the share is that of a shard. Complex numbers agree if their angle is
+    below a right one.
+
+    Source: Liang et al., Cautious Optimizers: Improving Training with One Line of Code, 2024,
+    algorithms 1 and 2 (arXiv 2411.16085), which divide by s + eps, or by s + 1/n for n elements.
+    The floor is in timm and in the authors' later code.
 
     Args:
       floor: $s_\text{min}$, at least 0.
       stacked: which leaves hold layers along their first axis, each with its own share: given like
         the mask of `add_decayed_weights`, such as `adamfn.masks.named("layers")`. None for none.
-
-    Returns:
-      A `GradientTransformation`. Inside `jax.shard_map` the share is that of a shard.
-
-    Raises:
-      TypeError, ValueError: a floor out of range; at `init` or `update`, `stacked` does not fit.
-
-    References:
-      Liang et al., Cautious Optimizers: Improving Training with One Line of Code, 2024, algorithms
-      1 and 2 (arXiv 2411.16085), which divide by s + eps, or by s + 1/n for n elements; the floor
-      is timm's and that of the authors' later code. Complex numbers, which it does not treat, agree
-      here if their angle is less than a right one.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.chain(adamfn.scale_by_moments(b1=0.9, b2=0.0), adamfn.cautious_updates())
@@ -82,21 +76,14 @@ def clip_updates(
     The mean is over a leaf. g and `stacked` are as in `cautious_updates`, b2 and eps as in
     `scale_by_moments`. Just before `scale_by_lr`, with b2 of 0.99 and eps of 1e-6 in all stages, it
     makes AdamW the paper's StableAdamW, which clips the decay too; before `add_decayed_weights` it
-    does not.
+    does not. `update` refuses a chain in which no adamfn stage of moments stands before it.
 
-    Raises:
-      TypeError, ValueError: as `cautious_updates`; at `update`, no adamfn stage of moments stands
-        before it.
-
-    References:
-      Wortsman et al., Stable and Low-Precision Training for Large-Scale Vision-Language Models,
-      2023, algorithm 2 (arXiv 2304.13013); Shazeer and Stern, Adafactor, 2018, section 6.
+    Sources: Wortsman et al., Stable and Low-Precision Training for Large-Scale Vision-Language
+    Models, 2023, algorithm 2 (arXiv 2304.13013); Shazeer and Stern, Adafactor, 2018, section 6.
 
     >>> import adamfn, jax.numpy as jnp
-    >>> b1 = 0.0
-    >>> tx = adamfn.chain(
-    ...     adamfn.scale_by_moments(b1), adamfn.bias_correct(b1), adamfn.clip_updates()
-    ... )
+    >>> parts = adamfn.scale_by_moments(b1=0), adamfn.bias_correct(b1=0), adamfn.clip_updates()
+    >>> tx = adamfn.chain(*parts)
     >>> state = tx.init(jnp.zeros(2))
     >>> for g in ([1.0, -1.0], [9.0, -9.0]):  # the second is 1.41 times the root of its average
     ...     updates, state = tx.update(jnp.array(g), state)

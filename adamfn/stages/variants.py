@@ -41,8 +41,8 @@ def scale_by_nesterov_moments(
 ) -> GradientTransformation:
     r"""Divides a momentum that looks one step ahead by the root of the average of squares.
 
-    With m, v and the other arguments as in `scale_by_moments`, $c_2 = 1 - b_2^t$, and a momentum
-    $\mu_t$ that rises from about $b_1 / 2$ to $b_1$:
+    With m, v, $c_2$ and the other arguments as in `scale_by_moments`, and a momentum $\mu_t$ that
+    rises from about $b_1 / 2$ to $b_1$:
 
     $$
     \mu_t = b_1 (1 - \tfrac12 \cdot 0.96^{t\psi}), \qquad
@@ -54,13 +54,11 @@ def scale_by_nesterov_moments(
     The products correct $\bar m$ for its beginning at zero; `bias_correct(0, b2)` after this stage
     corrects the denominator.
 
+    Source: Dozat, Incorporating Nesterov Momentum into Adam, 2016, section 3; torch.optim.NAdam.
+
     Args:
       momentum_decay: $\psi$, at least 0. The momentum's distance to b1 shrinks to 0.96 of itself in
         $1 / \psi$ steps.
-
-    References:
-      Dozat, Incorporating Nesterov Momentum into Adam, 2016, section 3, with the schedule of
-      torch.optim.NAdam.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_nesterov_moments(b1=0.0, b2=0.0)  # no memory: the gradient's sign
@@ -97,14 +95,13 @@ def scale_by_rectified_moments(
 ) -> GradientTransformation:
     r"""Divides the average of the gradients by the root of squares once that can be trusted.
 
-    With m, v and the arguments as in `scale_by_moments`, $c_2 = 1 - b_2^t$, and the number $\rho$ of
-    gradients that v is worth:
+    With m, v, $c_2$ and the arguments as in `scale_by_moments`, and the number $\rho$ of gradients
+    that v is worth:
 
     $$
     \rho_\infty = \frac{2}{1 - b_2} - 1, \qquad \rho = \rho_\infty - 2 t b_2^t / c_2, \qquad
     r = \sqrt{\frac{(\rho - 4)(\rho - 2)\rho_\infty}{(\rho_\infty - 4)(\rho_\infty - 2)\rho}}
     $$
-
     $$
     u = \frac{r\, m}{\sqrt{v + c_2\,\epsilon_\text{root}} + \epsilon} \;\text{ if } \rho > 5, \qquad
     u = \frac{m}{\sqrt{c_2}} \;\text{ otherwise}
@@ -112,11 +109,8 @@ def scale_by_rectified_moments(
 
     `bias_correct(b1, b2)` after it makes the second $m / c_1$. As in torch, eps is in units of the
     uncorrected root, and the bound is 5 (the paper has 4 and no eps). With b2 under 2/3, $\rho$
-    never exceeds it.
-
-    References:
-      Liu et al., On the Variance of the Adaptive Learning Rate and Beyond, 2020, algorithm 2
-      (arXiv 1908.03265).
+    never exceeds it. Source: Liu et al., On the Variance of the Adaptive Learning Rate and Beyond,
+    2020, algorithm 2 (arXiv 1908.03265).
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_rectified_moments(b1=0.5)
@@ -145,27 +139,21 @@ def scale_by_atan2_moments(
 ) -> GradientTransformation:
     r"""Adam's ratio as an angle, which needs no eps.
 
-    With m, v and the other arguments as in `scale_by_moments`, and $c_i = 1 - b_i^t$:
+    With m, v, $c_i$ and the other arguments as in `scale_by_moments`:
 
     $$ u = a \operatorname{atan2}(m / c_1,\; b \sqrt{v / c_2}) $$
 
-    Gradients multiplied by any number give the same updates, as long as their squares are numbers
-    of the moments' dtype. An update is at most $a \pi / 2$; a of 1.27, about $4 / \pi$, makes it 1
-    where $m = \sqrt v$. The averages are corrected here: no `bias_correct` belongs after it. A
-    complex m keeps its direction, and its size goes into the angle.
-
-    Args:
-      a: factor of the angle, at least 0.
-      b: factor of the root, at least 0.
-
-    References:
-      Everett et al., Scaling Exponents Across Parameterizations and Optimizers, 2024, section 4.3
-      (arXiv 2407.05872), with the a and b of the packages that implement it and Adam's decays.
+    a and b are at least 0. An update is at most $a \pi / 2$; a of 1.27, about $4 / \pi$, makes it 1
+    where $m = \sqrt v$. Gradients multiplied by any number give the same updates, as long as their
+    squares are in the range of the moments' dtype. The averages are corrected here: no
+    `bias_correct` belongs after it. A complex m keeps its direction; its size goes into the angle.
+    Source: Everett et al., Scaling Exponents Across Parameterizations and Optimizers, 2024, section
+    4.3 (arXiv 2407.05872), with the a and b of the packages that implement it.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_atan2_moments()
-    >>> updates, state = tx.update(jnp.array([3.0, -1e-9]), tx.init(jnp.zeros(2)))
-    >>> print(updates.round(2))
+    >>> g = jnp.array([3.0, -1e-9])
+    >>> print(tx.update(g, tx.init(g))[0].round(2))
     [ 1. -1.]
     """
     averages, a, b = Averages(b1, b2), scalar("a", a), scalar("b", b)
@@ -190,15 +178,13 @@ def scale_by_lazy_moments(
     A row extends along the last axis: one embedding of a table of shape (tokens, features), or a
     whole vector; a scalar is a row by itself. In a row whose gradient is not all zero,
 
-    $$ u = \frac{m}{\sqrt{v + c_2\,\epsilon_\text{root}} + \epsilon}, \qquad c_2 = 1 - b_2^t, $$
+    $$ u = m / (\sqrt{v + c_2\,\epsilon_\text{root}} + \epsilon) $$
 
-    with m and v as in `scale_by_moments`. In the other rows m and v stay as they are, and $u = 0$.
-    The gradient is dense. The count, and with it `bias_correct(b1, b2)` after this stage, goes on
-    for all rows alike. eps is in units of the uncorrected root, as in torch. A format in which
-    several rows share a number, such as `"factored"`, is refused at `init`.
-
-    References:
-      torch.optim.SparseAdam, whose sparse gradients name the rows that are found here.
+    with m, v and $c_2$ as in `scale_by_moments`. In the other rows m and v stay as they are, and
+    $u = 0$. The gradient is dense. The count, and with it `bias_correct(b1, b2)` after this stage,
+    goes on for all rows alike. eps is in units of the uncorrected root, as in torch. `init` refuses
+    a format in which several rows share a number, such as `"factored"`. Source:
+    torch.optim.SparseAdam, whose sparse gradients name the rows that are found here.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_lazy_moments(b1=0.0, b2=0.0)
