@@ -266,3 +266,36 @@ def test_a_packed_chain_with_gradients_that_are_none():
     plain = adamfn.adamw(0.1)
     expected, _ = plain.update(TRAINED, plain.init(TRAINED), WEIGHTS)
     chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+
+
+# Rows without a gradient
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16", "8bit"])
+def test_rows_without_a_gradient_keep_their_codes(moments):
+    table = jnp.ones((64, 256))
+    tx, plain = adamfn.lazy_adam(0.1, moments=moments), adamfn.adam(0.1, moments=moments)
+    g = jnp.asarray(np.random.default_rng(0).normal(size=table.shape), jnp.float32)
+    _, state = tx.update(g, tx.init(table))
+    _, moving = plain.update(g, plain.init(table))
+    rows = np.arange(64) % 3 == 0
+    for k in range(3):
+        some = g * rows[:, None] * (k + 1)
+        updates, after = jax.jit(tx.update)(some, state)
+        _, moving = plain.update(some, moving)
+        np.testing.assert_array_equal(updates[~rows], 0)
+        for old, new in zip(*map(jax.tree.leaves, (state[0], after[0])), strict=True):
+            if old.ndim and old.shape[0] == 64:
+                np.testing.assert_array_equal(new[~rows], old[~rows])
+        assert np.all(np.any(np.asarray(after[0].mu != state[0].mu)[rows], axis=-1))
+        state = after
+    if moments == "float32":
+        np.testing.assert_allclose(state[0].nu[rows], moving[0].nu[rows], rtol=1e-6)
+
+
+def test_formats_that_share_rows_are_refused():
+    tx = adamfn.lazy_adam(moments="factored")
+    with pytest.raises(
+        ValueError, match="scale_by_lazy_moments: the format of the leaf at t stores"
+    ):
+        tx.init({"t": jnp.ones((64, 256))})
