@@ -298,4 +298,4 @@ def test_formats_that_share_rows_are_refused():
     with pytest.raises(
         ValueError, match="scale_by_lazy_moments: the format of the leaf at t stores"
     ):
-        tx.init({"t": jnp.ones((64, 256))})
+        tx.init({"t": jnp.ones((256, 256))})
