@@ -395,7 +395,7 @@ SPARSE = Tensor(np.ones((2, 3)))
 SPARSE.is_sparse = True
 BAD = {
     "no state dict": (3, TypeError, "found a int; expected a torch optimizer's state_dict"),
-    "a model's": ({"fc.weight": 0}, TypeError, "found the keys fc.weight; expected"),
+    "a model's": ({"fc.weight": 0}, TypeError, "found fc.weight: int; expected a torch"),
     "another optimizer": (
         {"state": {}, "param_groups": [SGD]},
         ValueError,
@@ -417,9 +417,17 @@ BAD = {
         ValueError,
         "the group of torch's parameter 0 has no lr",
     ),
-    "groups that are none": ({"state": {}, "param_groups": None}, TypeError, "param_groups a None"),
+    "groups that are none": (
+        {"state": {}, "param_groups": None},
+        TypeError,
+        "state: dict, param_groups: NoneType; exp",
+    ),
     "a group without params": ({"state": {}, "param_groups": [{}]}, TypeError, "the key params"),
-    "a state that is none": ({"state": [], "param_groups": []}, TypeError, "state is a list"),
+    "a state that is none": (
+        {"state": [], "param_groups": []},
+        TypeError,
+        "found state: list, param_groups: list; expected",
+    ),
     "one beta": (small(betas=0.9), TypeError, "betas in the group of .* is 0.9; expected two numb"),
     "a step that is not finite": (
         small(steps=float("nan")),

@@ -10,7 +10,6 @@ from adamfn.chains.segment import way_out
 from adamfn.chains.transform import GradientTransformation, Transformation, check_transformation
 from adamfn.formats.arrangement import holds_moments, kept_leaves, leaf_fields, scales_key
 from adamfn.interop.states import is_placeholder, leaves_by_path, moment_states
-from adamfn.stages.learning_rate import ScaleByLrState
 from adamfn.trees import PyTree, check_inexact, describe, path_name
 
 
@@ -130,7 +129,6 @@ class _Groups:
         self.late = late
 
     def init(self, params: PyTree) -> PyTree:
-        """The states of all groups."""
         return tuple(
             tx.init(self._chosen(params, group)) for group, tx in enumerate(self._transformations)
         )
@@ -138,7 +136,6 @@ class _Groups:
     def update(
         self, updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, PyTree]:
-        """The updates of all groups, and their next states."""
         expected = len(self._transformations)
         if not isinstance(state, tuple) or len(cast("tuple[Any]", state)) != expected:
             raise TypeError(
@@ -179,7 +176,7 @@ def _rate_in(state: PyTree) -> dict[str, Any]:
 
 
 def _remembers_rate(node: Any) -> bool:
-    return isinstance(node, ScaleByLrState)
+    return "learning_rate" in getattr(node, "_fields", ())
 
 
 def _shapes(state: PyTree) -> dict[str, tuple[int, ...] | None]:

@@ -48,19 +48,11 @@ def from_state(state: PyTree, like: PyTree) -> PyTree:
 
 
 def to_state(state: PyTree, like: PyTree) -> PyTree:
-    """Continues a run in optax: the inverse of `from_state`.
+    """Continues a run in optax: the inverse of `from_state`, with the same arguments.
 
-    Args:
-      state: the state of `adam` or `adamw`, by itself or inside a chain or a wrapper.
-      like: what the optax transformation's `init` returns for the same parameters.
-
-    Returns:
-      `like` with the moments and counts of `state`. The moments have the dtypes of `like`.
-
-    Raises:
-      ValueError, TypeError: as `from_state`; or the state is not Adam's, such as that of `amsgrad`,
-        whose maximum optax takes of another quantity. (optax's Adamax and Yogi keep theirs in the
-        state of its Adam, and cannot be told from it.)
+    The moments get the dtypes of `like`. A state that is not Adam's is an error, such as that of
+    `amsgrad`, whose maximum optax takes of another quantity. (optax's Adamax and Yogi keep theirs
+    in the state of its Adam, and cannot be told from it.)
 
     >>> import adamfn, optax
     >>> import jax.numpy as jnp

@@ -1,10 +1,12 @@
 """`restore`: a state that came back in plain containers, in its types again."""
 
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.tree_util import keystr
 
 from adamfn.formats.arrangement import holds_moments, scales_key
 from adamfn.trees import PyTree, describe, path_name
@@ -73,26 +75,40 @@ def restore(tree: PyTree, into: PyTree) -> PyTree:
     return treedef.unflatten(leaves)
 
 
+class _Field(NamedTuple):
+    """A field of a named tuple, which a restored tree has by its name or its position."""
+
+    name: str
+    position: int
+
+
 def _keys(treedef: Any, *, old: bool) -> list[set[str]]:
     """The paths that each leaf may have in a restored tree, of adamfn 0.2.0 if `old`."""
     keys: list[set[str]] = [set() for _ in range(treedef.num_leaves)]
     indices = treedef.unflatten(range(treedef.num_leaves))
-    for by_name in (True, False):
-        for path, index in jax.tree.leaves_with_path(_plain(indices, by_name, old)):
-            keys[index].add(_key(path))
+    for path, index in jax.tree.leaves_with_path(_plain(indices, old)):
+        options: list[Any] = [
+            part.key
+            if isinstance(getattr(part, "key", None), _Field)
+            else (keystr((part,), simple=True),)
+            for part in path
+        ]
+        keys[index] = {
+            "/".join(map(str, parts)).removesuffix("/value") for parts in product(*options)
+        }
     return keys
 
 
-def _plain(tree: PyTree, by_name: bool, old: bool) -> PyTree:
-    """The tree with dictionaries, or plain tuples, in place of named tuples."""
+def _plain(tree: PyTree, old: bool) -> PyTree:
+    """The tree with dictionaries from `_Field`s in place of named tuples."""
 
     def pack(fields: dict[str, Any]) -> Any:
-        return fields if by_name else tuple(fields.values())
+        return {_Field(name, k): part for k, (name, part) in enumerate(fields.items())}
 
     def plain(node: Any) -> Any:
         if not _is_named(node):
             return node
-        fields = {name: _plain(part, by_name, old) for name, part in node._asdict().items()}
+        fields = {name: _plain(part, old) for name, part in node._asdict().items()}
         if old and holds_moments(node) and isinstance(fields.get("scales"), dict):
             paths = [path for path, _ in jax.tree.leaves_with_path(node.mu)]
             fields["scales"] = tuple(fields["scales"].get(scales_key(path), ()) for path in paths)

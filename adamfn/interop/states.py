@@ -28,16 +28,7 @@ class LeafMoments(NamedTuple):
 
 
 def find_moments(owner: str, state: PyTree) -> dict[str, LeafMoments]:
-    """The moments of every leaf, by its path and in the order of the parameters' leaves.
-
-    Args:
-      owner: how error messages name the state.
-      state: any tree with states of moments in it. If there are several, each for some leaves, they
-        hold None or `optax.MaskedNode()` in place of the other leaves.
-
-    Raises:
-      ValueError: no moments, two of one leaf, or moments stored in codes.
-    """
+    """The moments of every leaf, by its path and in the order of the parameters' leaves."""
     found: dict[str, LeafMoments] = {}
     nodes = moment_states(owner, state)
     for node in nodes:
@@ -61,11 +52,7 @@ def find_moments(owner: str, state: PyTree) -> dict[str, LeafMoments]:
 
 
 def moment_states(owner: str, state: PyTree) -> list[Any]:
-    """The states of moments in a state.
-
-    Raises:
-      ValueError: there are none, or packed ones.
-    """
+    """The states of moments in a state."""
     nodes = states_of_moments(state)
     if not any(jax.tree.leaves((node.mu, node.nu)) for node in nodes):
         raise ValueError(
@@ -86,13 +73,9 @@ def fill_moments(
     leaf_of: Callable[[str, str, Any], jax.Array],
     **scalars: jax.Array,
 ) -> PyTree:
-    """A state with other moments and counts; everything else is that of `like`.
+    """The state `like` with other moments, counts and, by field, other scalars.
 
-    Args:
-      like: the state.
-      count: becomes every count of steps: of moments, of schedules, of corrections.
-      leaf_of: the moment for a field, the path of a leaf, and the leaf of `like` there.
-      **scalars: by field, values that some states of moments keep besides.
+    `leaf_of` makes a moment from its field, the path of its leaf, and what `like` has there.
     """
 
     def fill(node: Any) -> Any:

@@ -27,14 +27,7 @@ def continue_with(
     optimizer: str | None,
     learning_rate: ScalarOrSchedule | None,
 ) -> GradientTransformation:
-    """The chain that does what torch does with the hyperparameters of a parameter's group.
-
-    Args:
-      member: the member of the family.
-      parameter: the parameter; its settings have been checked.
-      optimizer: the name of torch's class, if the user gave it.
-      learning_rate: replaces the group's.
-    """
+    """The chain that does what torch does with the hyperparameters of a parameter's group."""
     group, of = parameter.group, f"in the group of {parameter}"
     for key in ("lr", "betas", "eps", *member.hyperparameters):
         if key not in group:
@@ -43,7 +36,7 @@ def continue_with(
                 " Pass the state_dict() of the optimizer itself."
             )
     try:
-        b1, b2 = (number_of(f"betas {of}", b) for b in group["betas"])
+        b1, b2 = (number_of("", b) for b in group["betas"])
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"interop.torch: betas {of} is {group['betas']!r}; expected two numbers."

@@ -48,26 +48,17 @@ def _tensor(
     return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps).copy()
 
 
-def _parameter(data: Array, *_: Any) -> Array:
-    return data
-
-
-_KNOWN = {
+_STORAGES = zip(
+    ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool"),
+    ("f8", "f4", "f2", jnp.bfloat16, "i8", "i4", "i2", "i1", "u1", "?"),
+    strict=True,
+)
+_KNOWN: dict[str, Any] = {
     "collections.OrderedDict": collections.OrderedDict,
     "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch.Size": tuple,
-    "torch.DoubleStorage": np.dtype(np.float64),
-    "torch.FloatStorage": np.dtype(np.float32),
-    "torch.HalfStorage": np.dtype(np.float16),
-    "torch.BFloat16Storage": np.dtype(jnp.bfloat16),
-    "torch.LongStorage": np.dtype(np.int64),
-    "torch.IntStorage": np.dtype(np.int32),
-    "torch.ShortStorage": np.dtype(np.int16),
-    "torch.CharStorage": np.dtype(np.int8),
-    "torch.ByteStorage": np.dtype(np.uint8),
-    "torch.BoolStorage": np.dtype(np.bool_),
-}
+} | {f"torch.{name}Storage": np.dtype(dtype) for name, dtype in _STORAGES}
 """What a file may name, and what stands for it here."""
 
 

@@ -13,7 +13,6 @@ from adamfn.interop.torch.parameters import (
     Paths,
     TorchParameter,
     array_of,
-    check_layout,
     laid_out,
     match,
     parameters_of,
@@ -61,7 +60,6 @@ def to_state_dict(
     >>> print(*state_dict["state"][0], state_dict["state"][0]["step"])
     step exp_avg exp_avg_sq 1.0
     """
-    check_layout(layout)
     moments = find_moments("to_state_dict: state", state)
     parameters = parameters_of(like)
     entries = {p.key: dict(p.state) for p in parameters if p.state}

@@ -80,15 +80,7 @@ _ONLY_AS: dict[str, Any] = {
 
 
 def member_of(parameter: TorchParameter, optimizer: str | None) -> Member:
-    """The member of the family that a parameter's group and state are of.
-
-    Args:
-      parameter: the parameter.
-      optimizer: the name of torch's class, if the user gave it.
-
-    Raises:
-      ValueError: they are of none, or do not tell of which, or of another than `optimizer`.
-    """
+    """The member of the family that a parameter's group and state are of."""
     if optimizer is not None and optimizer not in _OPTIMIZERS:
         raise ValueError(
             f"interop.torch: optimizer is {optimizer!r}; expected one of {', '.join(_OPTIMIZERS)}."
@@ -146,11 +138,7 @@ def decoupled_in(group: Mapping[str, Any]) -> bool | None:
 
 
 def check_settings(parameter: TorchParameter, harmless: Collection[str]) -> None:
-    """Checks that no setting of a group is ignored, except `harmless` ones.
-
-    Raises:
-      ValueError: a setting is unknown, or no chain does what it says.
-    """
+    """Checks that no setting of a group is ignored, except `harmless` ones."""
     group = parameter.group
     for key in group.keys() - _KNOWN - {*harmless}:
         has = f"interop.torch: the group of {parameter} has {key}={group[key]!r}"

@@ -1,7 +1,7 @@
 """The parameters of a torch state dict: their leaves, their arrays and the layout of these."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
@@ -36,37 +36,27 @@ class TorchParameter(NamedTuple):
 
 
 def parameters_of(state_dict: Any) -> list[TorchParameter]:
-    """The parameters of a state dict, in torch's order.
-
-    Raises:
-      TypeError, ValueError: it is not the state dict of an optimizer.
-    """
-    found = f"a {type(state_dict).__name__}"
-    if isinstance(state_dict, Mapping):
-        found = f"the keys {', '.join(map(str, cast('Iterable[Any]', state_dict)))}"
-    if not (isinstance(state_dict, Mapping) and {"state", "param_groups"} <= {*state_dict}):  # pyright: ignore[reportUnknownArgumentType]
-        raise TypeError(
-            f"interop.torch: found {found}; expected a torch optimizer's state_dict(), with the"
-            " keys state and param_groups."
-        )
-    groups: Any = state_dict["param_groups"]
-    state: Any = state_dict["state"]
+    """The parameters of a state dict, in torch's order."""
+    parts: Mapping[str, Any] = state_dict if isinstance(state_dict, Mapping) else {}
+    state, groups = parts.get("state"), parts.get("param_groups")
     listed = isinstance(groups, Sequence) and all(
         isinstance(group, Mapping) and "params" in group for group in cast("list[Any]", groups)
     )
     if not (isinstance(state, Mapping) and listed):
+        kinds = ", ".join(f"{key}: {type(value).__name__}" for key, value in parts.items())
         raise TypeError(
-            f"interop.torch: state is a {type(state).__name__} and param_groups a"
-            f" {type(groups).__name__}; expected a mapping, and a list of mappings with the key"
-            " params, as in a torch optimizer's state_dict()."
+            f"interop.torch: found {kinds or f'a {type(state_dict).__name__}'}; expected a torch"
+            " optimizer's state_dict(): a mapping state, and a list param_groups of mappings with"
+            " the key params."
         )
+    known = cast("Mapping[Any, Any]", state)
     parameters = [
-        TorchParameter(key, name, index, group, _unwrapped(cast("Any", state).get(key, {})))
+        TorchParameter(key, name, index, group, _unwrapped(known.get(key, {})))
         for index, group in enumerate(cast("list[Mapping[str, Any]]", groups))
         for key, name in _keys_and_names(index, group)
     ]
     keys = [parameter.key for parameter in parameters]
-    for key, entries in cast("Mapping[Any, Any]", state).items():
+    for key, entries in known.items():
         if key not in keys or not isinstance(entries, Mapping):
             raise ValueError(
                 f"interop.torch: state has a {type(entries).__name__} at {key!r}; expected a"
@@ -77,22 +67,21 @@ def parameters_of(state_dict: Any) -> list[TorchParameter]:
 
 
 def _keys_and_names(index: int, group: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-    keys = group["params"]
+    keys, names = group["params"], group.get("param_names") or None
     listed = isinstance(keys, Sequence) and not isinstance(keys, str)
     kinds = {type(key).__name__ for key in cast("list[Any]", keys)} if listed else {repr(keys)}
     if not kinds <= {"int", "str"}:
         raise TypeError(
-            f"interop.torch: params of group {index} has {', '.join(sorted(kinds))}; expected a list"
-            " of numbers or names. optimizer.state_dict() has them, optimizer.param_groups the"
+            f"interop.torch: params of group {index} has {', '.join(sorted(kinds))}; expected a"
+            " list of numbers or names. optimizer.state_dict() has them, optimizer.param_groups the"
             " tensors themselves."
         )
-    names = group.get("param_names") or [None] * len(keys)
-    if not isinstance(names, Sequence) or len(names) != len(keys):
+    if names and not (isinstance(names, Sequence) and len(names) == len(keys)):
         raise ValueError(
             f"interop.torch: group {index} has the param_names {names!r} for {len(keys)} params;"
             " expected a name for each."
         )
-    return list(zip(keys, names, strict=True))
+    return list(zip(keys, names or [None] * len(keys), strict=True))
 
 
 def _unwrapped(entries: Any) -> Any:
@@ -104,19 +93,24 @@ def _unwrapped(entries: Any) -> Any:
 def match(
     parameters: Sequence[TorchParameter], leaves: Sequence[str], paths: Any
 ) -> dict[str, TorchParameter]:
-    """The torch parameter of every leaf, by the leaf's path and in torch's order.
-
-    Raises:
-      TypeError, ValueError: a parameter without a leaf or a leaf without a parameter, or two of
-        either.
-    """
+    """The torch parameter of every leaf, by the leaf's path and in torch's order."""
     if isinstance(paths, str) or not isinstance(paths, Sequence | Mapping | None):
         raise TypeError(
             f"interop.torch: paths is {paths!r}; expected a sequence of paths, or a mapping from"
             " torch's names or numbers to paths."
         )
+    known = [key for p in parameters for key in (p.key, p.name)]
     if isinstance(paths, Mapping):
-        chosen = _chosen_by_name(parameters, cast("Mapping[Any, str | None]", paths))
+        given = cast("Mapping[Any, str | None]", paths)
+        unknown = [key for key in given if key not in known]
+        missing = [p for p in parameters if p.key not in given and p.name not in given]
+        if unknown or missing:
+            wrong = f"has no entry for {missing[0]}" if missing else f"names {unknown[0]!r}"
+            raise ValueError(
+                f"interop.torch: paths {wrong}; expected the path of a leaf, or None, for each of"
+                f" {', '.join(p.name or str(p.key) for p in parameters)}."
+            )
+        chosen = [given[p.name if p.name in given else p.key] for p in parameters]
     else:
         chosen = list(leaves if paths is None else cast("Sequence[str | None]", paths))
     if len(chosen) != len(parameters):
@@ -129,15 +123,13 @@ def match(
         )
     matched: dict[str, TorchParameter] = {}
     for path, parameter in zip(chosen, parameters, strict=True):
-        if path is None:
-            continue
-        if path not in leaves or path in matched:
+        if path is not None and (path not in leaves or path in matched):
             twice = f"{matched[path]} and for " if path in matched else ""
             raise ValueError(
                 f"interop.torch: paths has {path!r} for {twice}{parameter}; expected one of the"
                 f" leaves {', '.join(leaves)}, each for one parameter."
             )
-        matched[path] = parameter
+        matched |= {} if path is None else {path: parameter}
     for path in leaves:
         if path not in matched:
             raise ValueError(
@@ -147,27 +139,8 @@ def match(
     return matched
 
 
-def _chosen_by_name(
-    parameters: Sequence[TorchParameter], paths: Mapping[Any, str | None]
-) -> list[str | None]:
-    known = {p.key for p in parameters} | {p.name for p in parameters}
-    unknown = [key for key in paths if key not in known]
-    missing = [p for p in parameters if p.key not in paths and p.name not in paths]
-    if unknown or missing:
-        wrong = f"has no entry for {missing[0]}" if missing else f"names {unknown[0]!r}"
-        raise ValueError(
-            f"interop.torch: paths {wrong}; expected the path of a leaf, or None, for each of"
-            f" {', '.join(p.name or str(p.key) for p in parameters)}."
-        )
-    return [paths[p.name] if p.name in paths else paths[p.key] for p in parameters]
-
-
 def array_of(what: str, value: Any) -> Array:
-    """A tensor or array of any device as a NumPy array; torch's bfloat16 as float32.
-
-    Raises:
-      TypeError: it is sparse, or not an array of real numbers.
-    """
+    """A tensor or array of any device as a NumPy array; torch's bfloat16 as float32."""
     if getattr(value, "is_sparse", False) or "sparse" in str(getattr(value, "layout", "")):
         raise TypeError(
             f"interop.torch: {what} is a sparse tensor; expected a dense one. Make it dense with"
@@ -190,11 +163,7 @@ def array_of(what: str, value: Any) -> Array:
 
 
 def number_of(what: str, value: Any) -> float:
-    """A number, or a tensor of one, as a Python number.
-
-    Raises:
-      TypeError: it is something else, or not finite.
-    """
+    """A number, or a tensor of one, as a Python number."""
     try:
         number = float("" if isinstance(value, str | bool) else value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -204,27 +173,15 @@ def number_of(what: str, value: Any) -> float:
     return number
 
 
-def check_layout(layout: Any) -> None:
-    """Checks that an argument is a layout or None.
-
-    Raises:
-      TypeError: it is neither.
-    """
-    if layout is not None and not callable(layout):
+def laid_out(
+    what: str, array: Array, path: str, layout: Layout | None, shape: Sequence[int] | None
+) -> Array:
+    """A moment in the other library's layout, checked for its shape."""
+    if not callable(layout or to_flax):
         raise TypeError(
             f"interop.torch: layout is {layout!r}; expected a function of a leaf's path and an"
             " array, such as to_flax or from_flax."
         )
-
-
-def laid_out(
-    what: str, array: Array, path: str, layout: Layout | None, shape: Sequence[int] | None
-) -> Array:
-    """A moment in the other library's layout.
-
-    Raises:
-      TypeError, ValueError: the layout returns no array, or the shape is not the expected one.
-    """
     if layout is not None:
         array = array_of(f"layout's result for {path}", layout(path, array))
     if shape is not None and array.shape != tuple(shape):

@@ -14,12 +14,7 @@ def is_quantized(parameter: TorchParameter) -> bool:
 
 
 def with_plain_moments(parameter: TorchParameter) -> TorchParameter:
-    """The parameter with moments under torch's names, decoded if they are codes.
-
-    Raises:
-      ValueError: a table, a scale or a moment is missing, or does not fit; or bitsandbytes clipped
-        the run's gradients or updates.
-    """
+    """The parameter with moments under torch's names, decoded if they are codes."""
     state = parameter.state
     if "state1" not in state:
         return parameter

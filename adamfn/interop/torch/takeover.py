@@ -18,7 +18,6 @@ from adamfn.interop.torch.parameters import (
     Paths,
     TorchParameter,
     array_of,
-    check_layout,
     laid_out,
     match,
     number_of,
@@ -89,7 +88,6 @@ def from_state_dict(
     7 (2, 3)
     """
     check_inexact(params, "from_state_dict: params")
-    check_layout(layout)
     leaves = {path: leaf for path, leaf in leaves_by_path(params).items() if leaf is not None}
     if not leaves:
         raise ValueError("interop.torch: params has no leaves; expected a model's parameters.")
