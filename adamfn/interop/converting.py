@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamfn.core.leaf import as_fields, decode, encode, kept_by_leaf, without_empty
-from adamfn.core.placement import zeros_beside
+from adamfn.core.leaf import as_fields, decode, encode, kept_by_leaf
 from adamfn.core.stage import Stage, zeros
 from adamfn.formats import Moments, check_moments, choose_formats
 from adamfn.formats.arrangement import holds_moments, leaf_fields
@@ -68,28 +67,22 @@ def _converted(node: Any, moments: Moments, to: Moments) -> Any:
         state=type(node),
         moments=moments,
     )
-    shapes = jax.tree.map(_shape, node.mu, node.nu)
+    shapes = jax.tree.map(_shape, node.mu, node.nu, is_leaf=lambda part: part is None)
     before, after = choose_formats(moments, shapes), choose_formats(to, shapes)
     kept = kept_by_leaf(stage, node, shapes, before)
     leaves, treedef = jax.tree.flatten_with_path(shapes)
     rows: list[Any] = []
-    for (_, leaf), row, old, new in zip(leaves, kept, before, after, strict=True):
-        exact = row[: len(names)]
-        if old is not None:
-            exact = decode(old, without_empty(stage, old, leaf, row))
-        if new is None:
-            rows.append((*exact, ()))
-            continue
-        empty = jax.ShapeDtypeStruct((0,) * len(leaf.shape), jnp.int8)
-        *parts, scales = encode(new, exact, None)
-        parts = [zeros_beside(row[0], empty) if part is None else part for part in parts]
-        rows.append((*parts, scales))
+    for row, old, new in zip(kept, before, after, strict=True):
+        exact = row if old is None else decode(old, row)
+        rows.append(tuple(exact) if new is None else encode(new, exact, None))
     fields = as_fields(replace(stage, moments=to), rows, treedef, [path for path, _ in leaves])
     return node._replace(**fields)
 
 
 def _shape(mu: Any, nu: Any) -> Any:
     """The shape of a leaf, and the dtype of its moments in float32."""
-    part = mu if mu.size else nu
+    part = nu if mu is None else mu
+    if part is None:
+        return None
     wide = part.dtype if jnp.issubdtype(part.dtype, jnp.inexact) else jnp.float32
     return jax.ShapeDtypeStruct(part.shape, wide)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.tree_util import keystr
 
-from adamfn.formats.arrangement import holds_moments, scales_key
+from adamfn.formats.arrangement import holds_moments, kept_leaves, scales_key
 from adamfn.trees import PyTree, describe, path_name
 
 _WAY_OUT = (
@@ -60,13 +60,11 @@ def restore(tree: PyTree, into: PyTree) -> PyTree:
         if key is not None:
             used.add(key)
             leaves.append(_placed(name, found[key], like))
-        elif getattr(like, "size", 1):
+        else:
             raise ValueError(
                 f"restore: the tree has nothing at {name}; expected {describe(like)}, and found"
                 f" {_some(found)}. {_WAY_OUT}"
             )
-        else:  # the place of codes that the format has not, which need not be saved
-            leaves.append(_placed(name, jnp.zeros(like.shape, like.dtype), like))
     left = [key for key in found if key not in used]
     if left:
         raise ValueError(
@@ -110,8 +108,8 @@ def _plain(tree: PyTree, old: bool) -> PyTree:
             return node
         fields = {name: _plain(part, old) for name, part in node._asdict().items()}
         if old and holds_moments(node) and isinstance(fields.get("scales"), dict):
-            paths = [path for path, _ in jax.tree.leaves_with_path(node.mu)]
-            fields["scales"] = tuple(fields["scales"].get(scales_key(path), ()) for path in paths)
+            keys = [scales_key(leaf.path) for leaf in kept_leaves(node)]
+            fields["scales"] = tuple(fields["scales"].get(key, ()) for key in keys)
         if old and type(node).__name__.startswith("Counted"):
             count = fields.pop("count")
             fields = {"count": count, "stage": pack(fields)}
