@@ -120,7 +120,7 @@ def kept_by_leaf(
         entry = scales.get(scales_key(path), ()) if scales else ()
         if format is not None:
             expected = _spec(stage, format, leaf)
-        elif entry or (stage.has_moments and any(x.dtype.itemsize < 4 for x in parts)):
+        elif entry or (stage.has_moments and not all(map(_is_wide, parts))):
             nothing = jax.ShapeDtypeStruct(np.shape(leaf), jnp.float32)
             expected = (*[nothing] * len(parts), ())
         else:
@@ -217,8 +217,15 @@ def _fits(stage: Stage, part: str, leaf: Any, x: Any) -> bool:
     if dtype is None or isinstance(stage.formula, Weights):
         return x is None or (dtype is not None and has_shape_of(leaf, x))
     # A complex number would lose its imaginary part in a real leaf.
-    alike = part != "mu" or jnp.iscomplexobj(leaf) == jnp.iscomplexobj(x)
-    return has_shape_of(leaf, x) and bool(jnp.issubdtype(dtype, jnp.inexact)) and alike
+    codes = jnp.issubdtype(dtype, jnp.integer)
+    alike = part != "mu" or codes or jnp.iscomplexobj(leaf) == jnp.iscomplexobj(x)
+    inexact = stage.has_moments or bool(jnp.issubdtype(dtype, jnp.inexact))
+    return has_shape_of(leaf, x) and inexact and alike
+
+
+def _is_wide(moment: Any) -> bool:
+    # Codes, and moments after a cast of the state, are not.
+    return bool(jnp.issubdtype(moment.dtype, jnp.inexact)) and moment.dtype.itemsize >= 4
 
 
 def _differing(stage: Stage, row: Kept, other: Kept) -> str:
