@@ -27,7 +27,6 @@ from adamfn.formats import EightBit, Format, Pair, Rounded
 from adamfn.formats.blocks import size_for
 from adamfn.formats.elements import runs_of
 
-_TARGET = "adamfn_step"
 _LARGEST_BLOCK = 1024
 _UNREAD = 1000
 """The least number of operations for which XLA takes a thread of its own."""
@@ -100,14 +99,15 @@ def knows_format(format: Format | None) -> bool:
 
 
 def can_run(call: Call, avals: Any) -> bool:
-    """Whether a call can run in native code here, and gains by it. Builds it at the first call."""
+    """Whether a call can run in native code here, and gains by it."""
     # Of a float32 update alone XLA makes as few passes, with the parameters' sum in the last.
     format = format_of(call.program)
     if not call.program.moves and format is None and not bits_of(call.program):
         return False
     leaves = avals[3 + call.arrays_kept :]
     return (
-        knows_format(format)
+        not call.packed
+        and knows_format(format)
         and call.program.dtype == jnp.float32
         and all(aval.dtype in (jnp.float32, jnp.bfloat16) for aval in leaves)
         and scalar_places(call.program) is not None
@@ -146,14 +146,13 @@ def lower(ctx: Any, *operands: Any, call: Call) -> Any:
         counted = mlir.lower_fun(_counted, multiple_results=False)
         own = ctx.replace(avals_in=ctx.avals_in[:2], avals_out=in_avals[:1])
         (scalars,) = counted(own, *operands[:2])
-    rule = jax.ffi.ffi_lowering(_TARGET, operand_output_aliases=aliases)
+    rule = jax.ffi.ffi_lowering(loader.TARGET, operand_output_aliases=aliases)
     return rule(
         ctx.replace(avals_in=in_avals),
         scalars,
         *operands[1:],
         format=np.int32(_FORMATS.get(format, _EIGHT_BIT)),
         bits=np.int32(bits_of(program)),
-        packed=call.packed,
         moves=program.moves,
         returns=program.update_dtype is not None,
         scalars=np.array(scalar_places(program), np.int64),

@@ -1,9 +1,9 @@
-// The angle of two sides of a triangle: adamfn's angle.py.
+// The angle of two sides of a triangle: core/angle.py.
 
 #ifndef ADAMFN_ANGLE_H_
 #define ADAMFN_ANGLE_H_
 
-namespace adamfn {
+namespace adamfn::ADAMFN_VARIANT {
 
 // atan2(opposite, adjacent) of numbers at least 0; 0 where both are.
 [[gnu::always_inline]] inline float Angle(float opposite, float adjacent) {
@@ -23,6 +23,6 @@ namespace adamfn {
   return opposite > adjacent ? rest : found;
 }
 
-}  // namespace adamfn
+}  // namespace adamfn::ADAMFN_VARIANT
 
 #endif  // ADAMFN_ANGLE_H_

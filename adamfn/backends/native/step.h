@@ -1,67 +1,35 @@
-// One step of Adam on a run of float32 numbers, in place.
-//
-// The formulas are those of adamfn's formulas.py, one after the other. tests/test_native.py
-// holds this file to them.
+// One step of Adam on a run of float32 numbers, in place: the formulas of core/formulas.py, one after
+// the other. tests/test_native.py compares.
 
 #ifndef ADAMFN_STEP_H_
 #define ADAMFN_STEP_H_
 
 #include <algorithm>
 #include <cmath>
-#include <cstddef>
 #include <cstdint>
-#include <cstring>
 
 #include "angle.h"
+#include "group.h"
 #include "rounding.h"
 
-namespace adamfn {
-
-// The scalars of a step, in the order of adamfn.backends.cpu.scalar_places.
-enum Scalar : size_t {
-  kComplement1,  // 1 - b1
-  kComplement2,  // 1 - b2
-  kRate1,        // b1, or 1 where it is known to be at least 1/2
-  kRate2,        // b2, likewise
-  kEps,          // eps sqrt(c2)
-  kEpsRoot,      // eps_root c2
-  kAhead,        // c1(t) / c1(t + 1), of Nesterov's form
-  kCorrection,   // sqrt(c2) / c1
-  kWeightDecay,
-  kFactor,       // minus the learning rate
-  kGradientFactor,     // of clipping by the norm
-  kWeightDecayAgainst,  // the decay of what the update makes larger
-  kTaken,               // 0 in a step that is held back
-  kAngleFactor,         // a and b of Adam-atan2, which has no eps
-  kRootFactor,
-  kScalars
-};
-
-struct Scalars {
-  float value[kScalars] = {0, 0, 1, 1, 0, 0, 1, 1, 0, 1, 1, 0, 1, 1, 1};  // of those that a program lacks
-  float operator[](Scalar scalar) const { return value[scalar]; }
-};
+namespace adamfn::ADAMFN_VARIANT {
 
 inline float Average(float old, float fresh, float complement, float rate) {
   const bool fast = rate < 0.5f;
   return (fast ? fresh : old) + (fast ? -rate : complement) * (fresh - old);
 }
 
-inline float Bounded(float g) {  // finite and larger than 2^48: that, with its sign
+// A finite g larger than 2^48 becomes that, with its sign.
+inline float Bounded(float g) {
   constexpr int32_t kLargest = (127 + 48) << 23, kLeastNegative = 0x00800000;
-  uint32_t word;
-  std::memcpy(&word, &g, sizeof word);
+  const uint32_t bits = BitsOf(g);
   // Raised, infinity and NaN are negative.
-  const int32_t raised = static_cast<int32_t>((word & 0x7FFFFFFF) + kLeastNegative);
+  const int32_t raised = static_cast<int32_t>((bits & 0x7FFFFFFF) + kLeastNegative);
   const int32_t held = std::min(raised, kLargest + kLeastNegative);
-  const uint32_t bounded = (static_cast<uint32_t>(held) - kLeastNegative) | (word & 0x80000000);
-  return FloatOf(static_cast<int32_t>(bounded));
+  return FloatOf((static_cast<uint32_t>(held) - kLeastNegative) | (bits & 0x80000000));
 }
 
-// What becomes of the moments: their ratio, that of Nesterov's form, or their angle.
-enum class Form { kRatio, kNesterov, kAngle };
-
-// What is decayed: nothing, all alike, or what the update makes larger in its own way.
+// What is decayed: nothing, all alike, or more where the decay has the sign of the update.
 enum class Decay { kNone, kAlike, kCautious };
 
 // A part of the loop below, which a call would keep from running in vectors.
@@ -102,29 +70,28 @@ void StepRun(const Scalars& s, int64_t size, const float* g, float* mu, float* n
 }
 
 template <Form kForm, Decay kDecay>
-void StepRun(const Scalars& s, int64_t size, const float* g, float* mu, float* nu, float* p,
-             float* u) {
-  (u ? StepRun<kForm, kDecay, false> : StepRun<kForm, kDecay, true>)(s, size, g, mu, nu, p, u);
+auto Choose(bool moves) {
+  return moves ? StepRun<kForm, kDecay, true> : StepRun<kForm, kDecay, false>;
 }
 
 template <Form kForm>
-void StepRun(const Scalars& s, bool decays, int64_t size, const float* g, float* mu, float* nu,
-             float* p, float* u) {
+auto Choose(Decay decay, bool moves) {
+  return decay == Decay::kNone    ? Choose<kForm, Decay::kNone>(moves)
+         : decay == Decay::kAlike ? Choose<kForm, Decay::kAlike>(moves)
+                                  : Choose<kForm, Decay::kCautious>(moves);
+}
+
+// Moves p if u is null.
+inline void StepRun(const Scalars& s, Form form, bool decays, int64_t size, const float* g,
+                    float* mu, float* nu, float* p, float* u) {
   const bool alike = s[kWeightDecay] == s[kWeightDecayAgainst];
-  const auto run = !decays ? StepRun<kForm, Decay::kNone>
-                   : alike ? StepRun<kForm, Decay::kAlike>
-                           : StepRun<kForm, Decay::kCautious>;
+  const Decay decay = !decays ? Decay::kNone : alike ? Decay::kAlike : Decay::kCautious;
+  const auto run = form == Form::kAngle      ? Choose<Form::kAngle>(decay, !u)
+                   : form == Form::kNesterov ? Choose<Form::kNesterov>(decay, !u)
+                                             : Choose<Form::kRatio>(decay, !u);
   run(s, size, g, mu, nu, p, u);
 }
 
-inline void StepRun(const Scalars& s, Form form, bool decays, int64_t size, const float* g,
-                    float* mu, float* nu, float* p, float* u) {
-  const auto run = form == Form::kAngle      ? StepRun<Form::kAngle>
-                   : form == Form::kNesterov ? StepRun<Form::kNesterov>
-                                             : StepRun<Form::kRatio>;
-  run(s, decays, size, g, mu, nu, p, u);
-}
-
-}  // namespace adamfn
+}  // namespace adamfn::ADAMFN_VARIANT
 
 #endif  // ADAMFN_STEP_H_

@@ -28,17 +28,16 @@ inline int64_t TilesPerTask(int64_t tiles, int64_t threads) {
 // that comes late finds none left, and touches nothing but this.
 class Tasks {
  public:
-  Tasks(Group group, int64_t threads)
+  Tasks(Group group, StepTiles step, int64_t threads)
       : group_(std::move(group)),
+        step_(step),
         tiles_(TilesPerTask(group_.tiles, threads)),
-        number_((group_.tiles + tiles_ - 1) / tiles_) {}
-
-  int64_t number() const { return number_; }
+        count_((group_.tiles + tiles_ - 1) / tiles_) {}
 
   void Work() {
-    for (int64_t task; (task = next_.fetch_add(1)) < number_;) {
-      StepTiles(group_, task * tiles_, std::min((task + 1) * tiles_, group_.tiles));
-      if (done_.fetch_add(1) + 1 == number_) {
+    for (int64_t task; (task = next_.fetch_add(1)) < count_;) {
+      step_(group_, task * tiles_, std::min((task + 1) * tiles_, group_.tiles));
+      if (done_.fetch_add(1) + 1 == count_) {
         const std::lock_guard<std::mutex> lock(mutex_);
         all_done_.notify_all();
       }
@@ -47,12 +46,13 @@ class Tasks {
 
   void Wait() {
     std::unique_lock<std::mutex> lock(mutex_);
-    all_done_.wait(lock, [this] { return done_.load() == number_; });
+    all_done_.wait(lock, [this] { return done_.load() == count_; });
   }
 
  private:
   const Group group_;
-  const int64_t tiles_, number_;
+  const StepTiles step_;
+  const int64_t tiles_, count_;
   std::atomic<int64_t> next_{0}, done_{0};
   std::mutex mutex_;
   std::condition_variable all_done_;
