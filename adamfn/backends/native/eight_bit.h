@@ -1,7 +1,6 @@
 // One block of moments in 8 bits: formats/eight_bit.py.
 
-#ifndef ADAMFN_EIGHT_BIT_H_
-#define ADAMFN_EIGHT_BIT_H_
+#pragma once
 
 #include <algorithm>
 #include <cstdint>
@@ -89,5 +88,3 @@ ADAMFN_LOOPS inline void EncodeBlock(const float* __restrict mu, const float* __
 }
 
 }  // namespace adamfn::ADAMFN_VARIANT
-
-#endif  // ADAMFN_EIGHT_BIT_H_

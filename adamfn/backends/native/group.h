@@ -1,8 +1,7 @@
 // What the handler hands to the kernels. Each processor's kernels are compiled apart, so this file
 // has no code that they could share: the linker would keep any one of them.
 
-#ifndef ADAMFN_GROUP_H_
-#define ADAMFN_GROUP_H_
+#pragma once
 
 #include <cstddef>
 #include <cstdint>
@@ -92,12 +91,10 @@ struct Group {
   int64_t tiles;
 };
 
-// Steps the tiles of a group from `begin` to `end`.
-using StepTiles = void (*)(const Group& group, int64_t begin, int64_t end);
+// Steps the tiles of a group from `begin` to `end`: kernels.cc, compiled for some kind of processor.
+using Kernels = void(const Group& group, int64_t begin, int64_t end);
 
-// The kernels for this processor (variants.cc).
-StepTiles ChosenStepTiles();
+// The kernels for this processor.
+Kernels* ChosenKernels();
 
 }  // namespace adamfn
-
-#endif  // ADAMFN_GROUP_H_

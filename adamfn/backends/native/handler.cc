@@ -170,7 +170,7 @@ void Step(ffi::ThreadPool& pool, const std::vector<AnyBuffer>& operands,
 
   const int64_t threads = std::clamp<int64_t>(group.tiles / kTilesPerThread, 1,
                                               std::max<int64_t>(pool.num_threads(), 1));
-  const auto tasks = std::make_shared<Tasks>(std::move(group), ChosenStepTiles(), threads);
+  const auto tasks = std::make_shared<Tasks>(std::move(group), ChosenKernels(), threads);
   for (int64_t i = 1; i < threads; ++i) pool.Schedule([tasks] { tasks->Work(); });
   tasks->Work();
   tasks->Wait();

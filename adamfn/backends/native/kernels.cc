@@ -99,9 +99,7 @@ void StepTile(const Group& group, const Leaf& leaf, int64_t tile) {
   if (group.format == kBfloat16 || group.format == kEightBit) {
     FillRandom(Noise(group.count, leaf.index), leaf, start, size, random);
   }
-  const auto step = [&](float* mu, float* nu) {
-    StepRun(group.scalars, group.form, group.decays, size, g, mu, nu, p, u);
-  };
+  const auto step = [&](float* mu, float* nu) { StepRun(group, size, g, mu, nu, p, u); };
   if (group.format == kFloat32) {
     step(From<float>(leaf.mu, start), From<float>(leaf.nu, start));
   } else if (group.format == kEightBit) {

@@ -1,7 +1,6 @@
 // Float32 numbers as bits, bfloat16, and the random bits that round, as adamfn/formats has them.
 
-#ifndef ADAMFN_ROUNDING_H_
-#define ADAMFN_ROUNDING_H_
+#pragma once
 
 #include <cstdint>
 #include <cstring>
@@ -119,14 +118,9 @@ class FlushDenormals {
   }
   static void Write(Register value) { asm volatile("msr fpcr, %0" : : "r"(value)); }
 #else
-  using Register = int;
-  static constexpr Register kFlush = 0;
-  static Register Read() { return 0; }
-  static void Write(Register) {}
+#error "This processor's flag for denormals is not known."
 #endif
   Register before_;
 };
 
 }  // namespace adamfn::ADAMFN_VARIANT
-
-#endif  // ADAMFN_ROUNDING_H_

@@ -1,14 +1,12 @@
 // One step of Adam on a run of float32 numbers, in place: the formulas of core/formulas.py, one after
 // the other. tests/test_native.py compares.
 
-#ifndef ADAMFN_STEP_H_
-#define ADAMFN_STEP_H_
+#pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 
-#include "angle.h"
 #include "group.h"
 #include "rounding.h"
 
@@ -27,6 +25,24 @@ inline float Bounded(float g) {
   const int32_t raised = static_cast<int32_t>((bits & 0x7FFFFFFF) + kLeastNegative);
   const int32_t held = std::min(raised, kLargest + kLeastNegative);
   return FloatOf((static_cast<uint32_t>(held) - kLeastNegative) | (bits & 0x80000000));
+}
+
+// atan2(opposite, adjacent) of numbers at least 0; 0 where both are: core/angle.py.
+[[gnu::always_inline]] inline float Angle(float opposite, float adjacent) {
+  constexpr float kQuarter = 1.57079633f, kSteep = 0.414213562f;  // pi / 2, tan(pi / 8)
+  const float shorter = opposite > adjacent ? adjacent : opposite;
+  const float longer = opposite > adjacent ? opposite : adjacent;
+  // Both infinite, or both zero: as XLA has it, an eighth of the circle, and 0.
+  const float ratio = shorter / longer, equal = longer > 0 ? 1 : 0;
+  const float t = shorter == longer ? equal : ratio;
+  // No division waits for a comparison: compilers would not make vectors of them.
+  const float turned = (t - 1) / (t + 1), eighth = kQuarter / 2;
+  const float x = t > kSteep ? turned : t, start = t > kSteep ? eighth : 0;
+  const float z = x * x;
+  float series = 8.05374449538e-2f * z - 1.38776856032e-1f;
+  series = (series * z + 1.99777106478e-1f) * z - 3.33329491539e-1f;  // Cephes, atanf
+  const float found = series * z * x + x + start, rest = kQuarter - found;
+  return opposite > adjacent ? rest : found;
 }
 
 // What is decayed: nothing, all alike, or more where the decay has the sign of the update.
@@ -69,29 +85,27 @@ void StepRun(const Scalars& s, int64_t size, const float* g, float* mu, float* n
   }
 }
 
-template <Form kForm, Decay kDecay>
-auto Choose(bool moves) {
-  return moves ? StepRun<kForm, kDecay, true> : StepRun<kForm, kDecay, false>;
-}
-
+// Of StepRun, the one for these.
 template <Form kForm>
 auto Choose(Decay decay, bool moves) {
-  return decay == Decay::kNone    ? Choose<kForm, Decay::kNone>(moves)
-         : decay == Decay::kAlike ? Choose<kForm, Decay::kAlike>(moves)
-                                  : Choose<kForm, Decay::kCautious>(moves);
+  if (decay == Decay::kNone) {
+    return moves ? StepRun<kForm, Decay::kNone, true> : StepRun<kForm, Decay::kNone, false>;
+  }
+  if (decay == Decay::kAlike) {
+    return moves ? StepRun<kForm, Decay::kAlike, true> : StepRun<kForm, Decay::kAlike, false>;
+  }
+  return moves ? StepRun<kForm, Decay::kCautious, true> : StepRun<kForm, Decay::kCautious, false>;
 }
 
 // Moves p if u is null.
-inline void StepRun(const Scalars& s, Form form, bool decays, int64_t size, const float* g,
-                    float* mu, float* nu, float* p, float* u) {
-  const bool alike = s[kWeightDecay] == s[kWeightDecayAgainst];
-  const Decay decay = !decays ? Decay::kNone : alike ? Decay::kAlike : Decay::kCautious;
-  const auto run = form == Form::kAngle      ? Choose<Form::kAngle>(decay, !u)
-                   : form == Form::kNesterov ? Choose<Form::kNesterov>(decay, !u)
-                                             : Choose<Form::kRatio>(decay, !u);
-  run(s, size, g, mu, nu, p, u);
+inline void StepRun(const Group& group, int64_t size, const float* g, float* mu, float* nu, float* p,
+                    float* u) {
+  const bool alike = group.scalars[kWeightDecay] == group.scalars[kWeightDecayAgainst];
+  const Decay decay = !group.decays ? Decay::kNone : alike ? Decay::kAlike : Decay::kCautious;
+  const auto run = group.form == Form::kAngle      ? Choose<Form::kAngle>(decay, !u)
+                   : group.form == Form::kNesterov ? Choose<Form::kNesterov>(decay, !u)
+                                                   : Choose<Form::kRatio>(decay, !u);
+  run(group.scalars, size, g, mu, nu, p, u);
 }
 
 }  // namespace adamfn::ADAMFN_VARIANT
-
-#endif  // ADAMFN_STEP_H_

@@ -7,27 +7,23 @@
 
 namespace adamfn {
 
-#define ADAMFN_DECLARE(variant)                       \
-  namespace variant {                                 \
-  void StepTiles(const Group&, int64_t, int64_t);     \
-  }
 #if defined(__x86_64__)
-ADAMFN_DECLARE(sse4)
-ADAMFN_DECLARE(avx2)
-ADAMFN_DECLARE(avx512)
+namespace sse4 { Kernels StepTiles; }
+namespace avx2 { Kernels StepTiles; }
+namespace avx512 { Kernels StepTiles; }
 #else
-ADAMFN_DECLARE(portable)
+namespace portable { Kernels StepTiles; }
 #endif
 
 namespace {
 
 struct Variant {
   const char* name;
-  StepTiles step;
+  Kernels* kernels;
   bool runs_here;
 };
 
-// The first that runs here, or the one of this name.
+// The variant of this name, or of any the fastest, if it runs here.
 const Variant* Find(const char* name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -35,10 +31,9 @@ const Variant* Find(const char* name) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  // JAX itself needs more than SSE 4.
   static const Variant variants[] = {{"avx512", avx512::StepTiles, avx512},
                                      {"avx2", avx2::StepTiles, avx2},
-                                     {"sse4", sse4::StepTiles, true}};
+                                     {"sse4", sse4::StepTiles, true}};  // JAX needs more
 #else
   static const Variant variants[] = {{"portable", portable::StepTiles, true}};
 #endif
@@ -52,11 +47,11 @@ std::atomic<const Variant*> chosen{Find(nullptr)};
 
 }  // namespace
 
-StepTiles ChosenStepTiles() { return chosen.load()->step; }
+Kernels* ChosenKernels() { return chosen.load()->kernels; }
 
 }  // namespace adamfn
 
-// Chooses the variant of this name if there is one that runs here. Returns the name of the chosen.
+// Chooses the variant of this name, if it runs here. Returns the name of the one chosen.
 extern "C" [[gnu::visibility("default")]] const char* adamfn_variant(const char* name) {
   if (const auto* found = adamfn::Find(name)) adamfn::chosen = found;
   return adamfn::chosen.load()->name;

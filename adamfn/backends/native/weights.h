@@ -1,7 +1,6 @@
 // Weights in bfloat16 and the bits below them: core/weights.py and the formulas that round weights.
 
-#ifndef ADAMFN_WEIGHTS_H_
-#define ADAMFN_WEIGHTS_H_
+#pragma once
 
 #include <cmath>
 #include <cstdint>
@@ -130,5 +129,3 @@ inline void SplitWeights(int32_t bits, const float* p, const float* u, const uin
 }
 
 }  // namespace adamfn::ADAMFN_VARIANT
-
-#endif  // ADAMFN_WEIGHTS_H_
