@@ -393,10 +393,14 @@ def test_under_sanitizers(tmp_path):
     if cmake is None or shutil.which("g++") is None:
         pytest.skip("needs CMake and g++")
     flags = "-fsanitize=address,undefined -fno-sanitize-recover=all"
-    defined = ("CXX_COMPILER=g++", "BUILD_TYPE=RelWithDebInfo", f"CXX_FLAGS={flags}")
+    defined = [
+        f"-DPython_EXECUTABLE={sys.executable}",
+        "-DCMAKE_BUILD_TYPE=RelWithDebInfo",
+        "-DCMAKE_CXX_COMPILER=g++",
+        f"-DCMAKE_CXX_FLAGS={flags}",
+    ]
     subprocess.run(
-        [cmake, "-S", SOURCE, "-B", tmp_path, f"-DPython_EXECUTABLE={sys.executable}"]
-        + ["-DSKBUILD_STATE=wheel", *(f"-DCMAKE_{each}" for each in defined)],
+        [cmake, "-S", SOURCE, "-B", tmp_path, "-DSKBUILD_STATE=wheel", *defined],
         check=True,
         capture_output=True,
     )

@@ -1,4 +1,4 @@
-"""Loading the native code: when it is missing or XLA refuses it, twice in a process, and its variants."""
+"""Loading the native code: missing, refused by XLA, twice in a process, and its variants."""
 
 import ctypes
 import os
@@ -132,7 +132,7 @@ def test_a_jaxlib_yet_unknown_gets_it_at_the_first_step():
 
 
 def test_two_copies_in_a_process(tmp_path):
-    # XLA would see a handler that is registered twice when its CPU backend starts, and not start it.
+    # XLA would see a name that has two handlers when its CPU backend starts, and not start it.
     for path in (LIBRARY, Path(loader.__file__)):
         shutil.copy(path, tmp_path)
     python(

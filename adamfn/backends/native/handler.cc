@@ -14,6 +14,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "group.h"
@@ -81,6 +82,20 @@ void* InPlace(const AnyBuffer& result, const AnyBuffer& operand) {
   return data;
 }
 
+// What XLA hands over in a call, and where in it each kind of buffer begins.
+struct Call {
+  std::vector<AnyBuffer> operands, results;
+  int32_t format, bits;
+  bool moves, returns;
+  Integers places, blocks, axes;
+
+  std::vector<DataType> types = KeptTypes(format, bits);
+  size_t kinds = types.size(), leaves = blocks.size(), grads = 3 + kinds * leaves;
+  bool decays = places[kWeightDecay] >= 0, reads_params = moves || decays || bits;
+  size_t params = reads_params ? grads + leaves : grads;
+  size_t updates = kinds * leaves, moved = returns ? updates + leaves : updates;
+};
+
 Scalars ReadScalars(const AnyBuffer& buffer, Integers places) {
   Check(buffer.element_type() == DataType::F32, "other scalars");
   Scalars scalars;
@@ -91,83 +106,94 @@ Scalars ReadScalars(const AnyBuffer& buffer, Integers places) {
   return scalars;
 }
 
-void Step(ffi::ThreadPool& pool, const std::vector<AnyBuffer>& operands,
-          const std::vector<AnyBuffer>& results, int32_t format, int32_t bits, bool moves,
-          bool returns, Integers places, Integers blocks, Integers axes) {
-  const std::vector<DataType> types = KeptTypes(format, bits);
-  const size_t leaves = blocks.size(), kinds = types.size(), kept = kinds * leaves;
-  Check(leaves > 0, "another number of leaves");
-  Check(places.size() == kScalars, "another number of scalars");
-  const bool decays = places[kWeightDecay] >= 0, has_params = moves || decays || bits;
-  const size_t grads = 3 + kept, params = has_params ? grads + leaves : grads;
-  const size_t moved = kept + (returns ? leaves : 0);
-  Check(operands.size() == params + leaves && results.size() == moved + (moves ? leaves : 0),
+// Sets where a leaf's moments and lower bits are.
+void ReadKept(const Call& call, size_t k, int64_t tiles, Leaf& leaf) {
+  void* data[6];
+  for (size_t i = 0; i < call.kinds; ++i) {
+    const AnyBuffer& operand = call.operands[3 + k * call.kinds + i];
+    const bool is_scale = call.format == kEightBit && i >= 2 && i < 5;
+    Check(Is(operand, call.types[i], static_cast<size_t>(is_scale ? tiles : leaf.size)),
+          "moments of another dtype or size than their leaf");
+    data[i] = InPlace(call.results[k * call.kinds + i], operand);
+  }
+  leaf.mu = data[0];
+  leaf.nu = data[1];
+  if (call.bits > 16) leaf.lower = data[call.kinds - 1];
+  if (call.format == kEightBit) {
+    leaf.blocks = {static_cast<float*>(data[2]), static_cast<float*>(data[3]),
+                   static_cast<int32_t*>(data[4])};
+  }
+}
+
+// Sets a leaf's gradient, parameter and update.
+void ReadArrays(const Call& call, size_t k, Leaf& leaf) {
+  const AnyBuffer &g = call.operands[call.grads + k], &p = call.operands[call.params + k];
+  Check(IsReal(g) && IsReal(p) && p.element_count() == g.element_count(),
+        "a gradient and a parameter of other dtypes or sizes");
+  Check(!call.bits || IsBfloat16(p), "a weight of another dtype than bfloat16");
+  leaf.size = static_cast<int64_t>(g.element_count());
+  leaf.g = {g.untyped_data(), IsBfloat16(g)};
+  leaf.moves = call.moves;
+  if (call.reads_params) leaf.p = {p.untyped_data(), IsBfloat16(p)};
+  if (call.moves) leaf.p.data = InPlace(call.results[call.moved + k], p);
+  if (call.returns) {
+    const AnyBuffer& u = call.results[call.updates + k];
+    Check(Is(u, call.bits ? DataType::F32 : g.element_type(), g.element_count()),
+          "an update unlike its gradient");
+    leaf.u = {u.untyped_data(), IsBfloat16(u)};
+  }
+}
+
+Group ReadGroup(const Call& call) {
+  Check(call.leaves > 0, "another number of leaves");
+  Check(call.operands.size() == call.params + call.leaves &&
+            call.results.size() == call.moved + (call.moves ? call.leaves : 0),
         "another number of operands or results");
-  Check(Is(operands[1], DataType::S32, 1) && Is(operands[2], DataType::U32, 2 * leaves),
-        "other scalars");
+  const AnyBuffer &count = call.operands[1], &indices = call.operands[2];
+  Check(Is(count, DataType::S32, 1) && Is(indices, DataType::U32, 2 * call.leaves), "other scalars");
 
   Group group{};
-  group.scalars = ReadScalars(operands[0], places);
-  std::memcpy(&group.count, operands[1].untyped_data(), sizeof group.count);
-  group.format = format;
-  group.bits = bits;
-  group.form = places[kAngleFactor] >= 0 ? Form::kAngle
-               : places[kAhead] >= 0     ? Form::kNesterov
-                                         : Form::kRatio;
-  group.decays = decays;
-  const auto* indices = static_cast<const uint32_t*>(operands[2].untyped_data());
+  group.scalars = ReadScalars(call.operands[0], call.places);
+  group.count = *static_cast<const int32_t*>(count.untyped_data());
+  group.format = call.format;
+  group.bits = call.bits;
+  group.form = call.places[kAngleFactor] >= 0 ? Form::kAngle
+               : call.places[kAhead] >= 0     ? Form::kNesterov
+                                              : Form::kRatio;
+  group.decays = call.decays;
   size_t next_axes = 0;
-  for (size_t k = 0; k < leaves; ++k) {
-    const AnyBuffer &g = operands[grads + k], &p = operands[params + k];
-    const size_t size = g.element_count();
-    Check(IsReal(g) && IsReal(p) && p.element_count() == size,
-          "a gradient and a parameter of other dtypes or sizes");
-    Check(!bits || IsBfloat16(p), "a weight of another dtype than bfloat16");
+  for (size_t k = 0; k < call.leaves; ++k) {
     Leaf leaf{};
-    leaf.g = {g.untyped_data(), IsBfloat16(g)};
-    if (has_params) leaf.p = {p.untyped_data(), IsBfloat16(p)};
-    if (moves) leaf.p.data = InPlace(results[moved + k], p);
-    if (returns) {
-      const AnyBuffer& u = results[kept + k];
-      Check(Is(u, bits ? DataType::F32 : g.element_type(), size), "an update unlike its gradient");
-      leaf.u = {u.untyped_data(), IsBfloat16(u)};
-      if (group.scalars[kGate] == 0) std::memset(leaf.u.data, 0, u.size_bytes());
-    }
-    leaf.moves = moves;
-    leaf.index = indices[2 * k];
-    leaf.first = indices[2 * k + 1];
-    leaf.axes = ReadAxes(axes, next_axes, size);
-    leaf.size = leaf.row = static_cast<int64_t>(size);
+    ReadArrays(call, k, leaf);
+    leaf.index = static_cast<const uint32_t*>(indices.untyped_data())[2 * k];
+    leaf.first = static_cast<const uint32_t*>(indices.untyped_data())[2 * k + 1];
+    leaf.axes = ReadAxes(call.axes, next_axes, static_cast<size_t>(leaf.size));
+    leaf.row = leaf.size;
     leaf.tile = kTile;
-    if (format == kEightBit) {
-      Check(blocks[k] >= 1 && blocks[k] <= kLargestBlock, "a block of another size");
-      const auto shape = g.dimensions();
+    if (call.format == kEightBit) {
+      Check(call.blocks[k] >= 1 && call.blocks[k] <= kLargestBlock, "a block of another size");
+      const auto shape = call.operands[call.grads + k].dimensions();
       if (shape.size()) leaf.row = shape[shape.size() - 1];
-      leaf.tile = blocks[k];
+      leaf.tile = call.blocks[k];
     }
     const int64_t tiles =
-        size ? leaf.size / leaf.row * ((leaf.row + leaf.tile - 1) / leaf.tile) : 0;
-    void* data[6];  // mu, nu, the scales of blocks, the lower bits of weights
-    for (size_t i = 0; i < kinds; ++i) {
-      const AnyBuffer& operand = operands[3 + k * kinds + i];
-      const bool is_scale = format == kEightBit && i >= 2 && i < 5;
-      Check(Is(operand, types[i], is_scale ? static_cast<size_t>(tiles) : size),
-            "moments of another dtype or size than their leaf");
-      data[i] = InPlace(results[k * kinds + i], operand);
-    }
-    leaf.mu = data[0];
-    leaf.nu = data[1];
-    if (bits > 16) leaf.lower = data[kinds - 1];
-    if (format == kEightBit) {
-      leaf.blocks = {static_cast<float*>(data[2]), static_cast<float*>(data[3]),
-                     static_cast<int32_t*>(data[4])};
-    }
+        leaf.size ? leaf.size / leaf.row * ((leaf.row + leaf.tile - 1) / leaf.tile) : 0;
+    ReadKept(call, k, tiles, leaf);
     leaf.first_tile = group.tiles;
     group.tiles += tiles;
-    if (size) group.leaves.push_back(std::move(leaf));
+    if (tiles) group.leaves.push_back(std::move(leaf));
   }
-  if (group.tiles == 0 || group.scalars[kGate] == 0) return;
+  return group;
+}
 
+void Run(ffi::ThreadPool& pool, Group group) {
+  if (group.scalars[kGate] == 0) {
+    for (const Leaf& leaf : group.leaves) {
+      if (leaf.u.data) std::memset(leaf.u.data, 0, leaf.size * (leaf.u.is_bfloat16 ? 2 : 4));
+    }
+    return;
+  }
+  if (group.tiles == 0) return;
   const int64_t threads = std::clamp<int64_t>(group.tiles / kTilesPerThread, 1,
                                               std::max<int64_t>(pool.num_threads(), 1));
   const auto tasks = std::make_shared<Tasks>(std::move(group), ChosenKernels(), threads);
@@ -176,24 +202,16 @@ void Step(ffi::ThreadPool& pool, const std::vector<AnyBuffer>& operands,
   tasks->Wait();
 }
 
-template <typename T>
-T ValueOf(ffi::ErrorOr<T> found) {
-  Check(found.has_value(), "a buffer that cannot be read");
-  return *found;
-}
-
-ffi::Error Run(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results,
-               int32_t format, int32_t bits, bool moves, bool returns, Integers places,
-               Integers blocks, Integers axes) {
+ffi::Error Handle(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets returned,
+                  int32_t format, int32_t bits, bool moves, bool returns, Integers places,
+                  Integers blocks, Integers axes) {
+  std::vector<AnyBuffer> operands, results;
+  for (size_t i = 0; i < arguments.size(); ++i) operands.push_back(*arguments.get<AnyBuffer>(i));
+  for (size_t i = 0; i < returned.size(); ++i) results.push_back(**returned.get<AnyBuffer>(i));
   try {
-    std::vector<AnyBuffer> inputs, outputs;
-    for (size_t i = 0; i < arguments.size(); ++i) {
-      inputs.push_back(ValueOf(arguments.get<AnyBuffer>(i)));
-    }
-    for (size_t i = 0; i < results.size(); ++i) {
-      outputs.push_back(*ValueOf(results.get<AnyBuffer>(i)));
-    }
-    Step(pool, inputs, outputs, format, bits, moves, returns, places, blocks, axes);
+    Check(places.size() == kScalars, "another number of scalars");
+    Run(pool, ReadGroup({std::move(operands), std::move(results), format, bits, moves, returns, places,
+                         blocks, axes}));
     return ffi::Error::Success();
   } catch (const std::exception& wrong) {
     return ffi::Error::InvalidArgument(std::string("adamfn: a call of a program got ") +
@@ -210,15 +228,9 @@ extern "C" [[gnu::visibility("default")]] int adamfn_ffi_version() {
 }
 
 extern "C" [[gnu::visibility("default")]] XLA_FFI_Error* adamfn_step(XLA_FFI_CallFrame* frame);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(adamfn_step, adamfn::Run,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int32_t>("format")
-                                  .Attr<int32_t>("bits")
-                                  .Attr<bool>("moves")
-                                  .Attr<bool>("returns")
-                                  .Attr<xla::ffi::Span<const int64_t>>("scalars")
-                                  .Attr<xla::ffi::Span<const int64_t>>("blocks")
-                                  .Attr<xla::ffi::Span<const int64_t>>("axes"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    adamfn_step, adamfn::Handle,
+    xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>().RemainingArgs().RemainingRets()
+        .Attr<int32_t>("format").Attr<int32_t>("bits").Attr<bool>("moves").Attr<bool>("returns")
+        .Attr<adamfn::Integers>("scalars").Attr<adamfn::Integers>("blocks")
+        .Attr<adamfn::Integers>("axes"));
