@@ -298,12 +298,12 @@ def test_first_states_and_float32_leaves():
     state = tx.init(params)
     correction = state[1].correction
     assert (correction["w"].shape, correction["w"].dtype) == ((2, 3), jnp.int8)
-    assert correction["norm"].shape == (0,)
+    assert correction["norm"] is None
     chex.assert_trees_all_equal(jax.jit(tx.init)(params), state)
     params, state = adamfn.step(tx, params, state, params)
     np.testing.assert_allclose(params["norm"], 0.5, rtol=1e-6)
     assert params["norm"].dtype == jnp.float32
-    assert state[1].correction["norm"].shape == (0,)
+    assert state[1].correction["norm"] is None
     assert rounding(16).init(params)[1] == adamfn.EmptyState()
 
 
@@ -444,7 +444,7 @@ def test_a_state_of_other_parameters():
         tx.update(narrow, (tx.init(narrow)[0], short[1]), narrow)
     with pytest.raises(ValueError, match=r"whole_weights: at w the weight is bfloat16\[2\]"):
         adamfn.whole_weights(narrow, short)
-    with pytest.raises(ValueError, match=r"narrow_weights: the weights are .* of one structure"):
+    with pytest.raises(ValueError, match=r"narrow_weights: whole and params differ at \['v'\]"):
         adamfn.narrow_weights({"v": jnp.ones(2)}, narrow, tx)
 
 

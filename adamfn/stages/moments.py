@@ -24,7 +24,7 @@ class ScaleByMomentsState(NamedTuple):
     """Steps taken: int32 scalar."""
     mu: PyTree
     """The average m of the gradients: the parameters' tree and shapes, float32 at least; or the
-    codes of a format, and an empty array where it has none."""
+    codes of a format, and None where it has none."""
     nu: PyTree
     """The average v of their squares (of |g|^2 for a complex leaf): likewise, and real."""
     scales: PyTree

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 
 from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation
-from adamfn.core.placement import zeros_beside
 from adamfn.core.stage import EmptyState, Stage, exported_state
 from adamfn.core.weights import Weights
-from adamfn.trees import PyTree, describe, path_name
+from adamfn.trees import PyTree, describe, matching_leaves, path_name
 
 
 @exported_state
@@ -18,8 +17,8 @@ class RoundWeightsState(NamedTuple):
     """State of `round_weights` that keeps more than 16 bits."""
 
     correction: PyTree
-    """The lower bits of bfloat16 weights: the parameters' tree and shapes, int8 or int16; an empty
-    array for each other leaf."""
+    """The lower bits of bfloat16 weights: the parameters' tree and shapes, int8 or int16; None for
+    other leaves."""
 
 
 def round_weights(bits: Literal[16, 24, 32] = 24) -> GradientTransformation:
@@ -56,10 +55,8 @@ def round_weights(bits: Literal[16, 24, 32] = 24) -> GradientTransformation:
         raise ValueError(f"round_weights: bits is {bits!r}; expected 16, 24 or 32.")
     weights = Weights(bits)
 
-    def first(leaf: Any) -> jax.Array:
-        if _is_bfloat16(leaf):
-            return jnp.zeros_like(leaf, weights.correction)
-        return zeros_beside(leaf, jax.ShapeDtypeStruct((0,) * jnp.ndim(leaf), jnp.int8))
+    def first(leaf: Any) -> jax.Array | None:
+        return jnp.zeros_like(leaf, weights.correction) if _is_bfloat16(leaf) else None
 
     keeps = {} if weights.correction is None else {"correction": first}
     state, mask = RoundWeightsState if keeps else EmptyState, _bfloat16_leaves
@@ -112,11 +109,8 @@ def narrow_weights(
     >>> print(params, adamfn.whole_weights(params, state))
     [1 1] [1.    1.001]
     """
-    if jax.tree.structure(whole) != jax.tree.structure(params):
-        raise ValueError(
-            f"narrow_weights: the weights are {jax.tree.structure(whole)} and the params"
-            f" {jax.tree.structure(params)}; expected trees of one structure."
-        )
+    way_out = "Pass the weights of these parameters."
+    matching_leaves("narrow_weights: whole", whole, "params", params, way_out)
     narrow = jax.tree.map(lambda w, p: w.astype(p.dtype), whole, params)
     if callable(getattr(state, "init", None)):
         state = cast("GradientTransformation", state).init(narrow)
