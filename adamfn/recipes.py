@@ -59,11 +59,11 @@ def adam(
 
     Returns:
       A `GradientTransformation`. Updates have the gradients' shapes and dtypes. The state takes 8
-      bytes a parameter, for two float32 moments, or fewer with other `moments`.
+      bytes a parameter, or fewer with other `moments`.
 
     Raises:
-      TypeError, ValueError: a hyperparameter is out of range; or, at `init` and `update`, trees do
-        not fit each other: the message names the leaf.
+      TypeError, ValueError: a hyperparameter out of range; at `init` and `update`, trees that do
+        not fit, by the name of the leaf.
 
     >>> import adamfn, jax
     >>> import jax.numpy as jnp

@@ -72,6 +72,10 @@ class Averages:
             self.b1.shares, self.b2.shares, jnp.sqrt(c2) * self.eps, c2 * self.eps_root
         )
 
+    def correction(self, count: jax.Array) -> jax.Array:
+        """The factor of `bias_correct` at a step: sqrt(c2) / c1."""
+        return jnp.sqrt(bias(self.b2, count)) / bias(self.b1, count)
+
 
 def decay(name: str, value: Any) -> Decay:
     """Checks a decay, a number in [0, 1) or a scalar array, and derives 1 - b and log b from it.

@@ -5,12 +5,11 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
-import jax.numpy as jnp
 
 from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core import formulas
-from adamfn.core.averages import Averages, Decay, MomentScalars, bias, decay, increment
+from adamfn.core.averages import Averages, MomentScalars, bias, increment
 from adamfn.core.stage import Scalars, Stage, exported_state, real_zeros, zeros
 from adamfn.formats import Moments
 from adamfn.trees import PyTree
@@ -214,14 +213,9 @@ def bias_correct(b1: chex.Numeric = 0.9, b2: chex.Numeric = 0.999) -> GradientTr
     >>> print(tx.update(mean, tx.init(mean))[0].round(4))
     [1.]
     """
-    mean, square = decay("b1", b1), decay("b2", b2)
+    averages = Averages(b1, b2)
 
     def scalars(count: jax.Array, *_: Any) -> Scalars:
-        return (correction(mean, square, count),), {}
+        return (averages.correction(count),), {}
 
     return from_stage(Stage("bias_correct", formulas.multiply, scalars=scalars))
-
-
-def correction(mean: Decay, square: Decay, count: jax.Array) -> jax.Array:
-    """The factor of `bias_correct` at a step: sqrt(c2) / c1."""
-    return jnp.sqrt(bias(square, count)) / bias(mean, count)

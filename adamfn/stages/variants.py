@@ -14,7 +14,7 @@ from adamfn.core.hyperparameters import scalar
 from adamfn.core.stage import Scalars, exported_state
 from adamfn.formats import Moments, check_moments, get
 from adamfn.formats.format import answer
-from adamfn.stages.moments import correction, from_moments
+from adamfn.stages.moments import from_moments
 from adamfn.trees import PyTree
 
 
@@ -160,7 +160,7 @@ def scale_by_atan2_moments(
     at = MomentScalars(averages.b1.shares, averages.b2.shares)
 
     def scalars(count: jax.Array, *_: Any) -> Scalars:
-        return (at, correction(averages.b1, averages.b2, count), a, b), {}
+        return (at, averages.correction(count), a, b), {}
 
     return from_moments("scale_by_atan2_moments", formulas.atan2_ratio, scalars, moments)
 
