@@ -1,8 +1,9 @@
-"""A file whose tests do not depend on what XLA optimizes is compiled without it.
+"""A file whose tests do not depend on XLA's optimizations is compiled without them.
 
-Such a file says `pytestmark = pytest.mark.unoptimized`, and why it may. Compiling is three quarters of
-its time, and takes a third of it without LLVM's optimizations and XLA's fusion emitters. Roundings,
-compiled text, bytes and long loops are tested as a user's programs are compiled: in all other files.
+Such a file says `pytestmark = pytest.mark.unoptimized`, and why it may. Compiling is three
+quarters of its time, and takes a third as long without LLVM's optimizations and XLA's fusion
+emitters. Roundings, compiled text, bytes and long loops are tested in all other files, where
+programs are compiled as a user's are.
 """
 
 import pytest
@@ -11,7 +12,7 @@ UNOPTIMIZED = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "unoptimized: its programs are compiled without optimizations")
+    config.addinivalue_line("markers", "unoptimized: compiled without optimizations")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -21,7 +22,7 @@ def _compiler_options(request):
         yield
         return
     import jax
-    from jax._src import compiler  # `jit` takes options too, but not for the calls that a test makes
+    from jax._src import compiler  # the options of `jit` reach no operation outside one
 
     given = compiler.get_compile_options
 

@@ -14,6 +14,9 @@ import reference
 import adamfn
 from adamfn.interop import carry_over, convert
 
+# What is carried over, to the bit; and steps to 1e-5.
+pytestmark = pytest.mark.unoptimized
+
 FORMATS = ["float32", "bfloat16", "8bit", "4bit", "factored", "blockmean"]
 RNG = np.random.default_rng(0)
 STEPS, LATE = 6, 5

@@ -20,6 +20,9 @@ from flax.training.train_state import TrainState
 
 import adamfn
 
+# Two ways of the same twenty steps, and names.
+pytestmark = pytest.mark.unoptimized
+
 FORMATS = list(adamfn.formats.FORMATS)
 MEMBERS = ["adam", "amsgrad", "adamax", "nadam", "radam", "lazy_adam"]
 SHAPE = (128, 128)
