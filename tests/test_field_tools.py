@@ -5,6 +5,7 @@ Optax issue 1148 (wrappers under nnx), flax issue 4423 (files of an nnx.Optimize
 """
 
 import pickle
+from functools import cache
 
 import chex
 import equinox as eqx
@@ -29,6 +30,7 @@ SHAPE = (128, 128)
 STEPS = 20
 
 
+@cache
 def by_leaf(name="adamw"):
     """A member that keeps every leaf in the format that the leaf is named after."""
     return getattr(adamfn, name)(1e-2, moments=lambda path, leaf: path.split("/")[-1])
@@ -47,11 +49,12 @@ def gradient(step, name="adamw"):
     return dict.fromkeys(leaves_of(name), jnp.asarray(noise, jnp.float32))
 
 
-def by_hand(tx, name="adamw", steps=STEPS):
+@cache
+def by_hand(tx, name="adamw"):
     params = weights(name)
     state = tx.init(params)
     update = jax.jit(tx.update)
-    for k in range(steps):
+    for k in range(STEPS):
         updates, state = update(gradient(k, name), state, params)
         params = adamfn.apply_updates(params, updates)
     return params
