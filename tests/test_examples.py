@@ -10,6 +10,7 @@ import pytest
 
 # They run, and say what they are to say; the curves that are compared are told apart by far more.
 pytestmark = pytest.mark.unoptimized
+QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # of processes that tests start
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NOTEBOOK = (
     "0.809774 0.721449 0.638959 0.562460 0.491979 0.428558 0.372196 0.320848 0.274360 0.232563"
@@ -110,9 +111,20 @@ def test_a_folder_that_cannot_be_made_is_named_before_the_training(
 
 
 def test_a_figure_that_is_none_is_refused_at_the_first_look(tmp_path, capsys, monkeypatch):
+    import jax.numpy as jnp
+
+    import adamfn
+
+    def looks(fault, steps):
+        tx, params = adamfn.adam(), {"w": jnp.ones(2)}
+        yield 0.0, adamfn.monitor.observe(tx, params, tx.init(params), params)
+        raise AssertionError("it went on to train")
+
     monkeypatch.syspath_prepend(EXAMPLES)
+    main = example("see_inside")["main"]
+    monkeypatch.setitem(main.__globals__, "plain", looks)
     with pytest.raises(SystemExit):
-        example("see_inside")["main"](["--figure", "nope", "--out", str(tmp_path)])
+        main(["--figure", "nope", "--out", str(tmp_path)])
     assert "--figure is nope, which nothing here has" in capsys.readouterr().err
 
 
@@ -167,13 +179,14 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_they_can_be_interrupted(name, moment, tmp_path):
     command = [sys.executable, "-c", INTERRUPTED, moment, EXAMPLES / f"{name}.py"]
     paths = [str(EXAMPLES), *sys.path]  # Python adds the script's folder
+    own = {"PYTHONPATH": os.pathsep.join(paths), **QUICK}
     run = subprocess.run(
         [*command, "--steps", "2"],
         check=False,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        env=os.environ | own,
     )
     assert b"Traceback" not in run.stdout, run.stdout.decode()
     assert b"Interrupted." in run.stdout
@@ -232,7 +245,11 @@ def test_see_inside_finds_the_fault(options, layer, word, tmp_path, monkeypatch,
 def test_sharded_training_shows_where_a_moment_lies():
     command = [sys.executable, str(EXAMPLES / "sharded_training.py"), "--steps", "4"]
     run = subprocess.run(
-        [*command, "--moments", "8bit"], check=False, capture_output=True, text=True, timeout=200
+        [*command, "--moments", "8bit"],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ | QUICK,
     )
     assert run.returncode == 0, run.stderr
     for word in ("4/4", "CPU 0", "CPU 7", "int8[128, 512]", "1,262,600 bytes", "163,016 bytes"):
