@@ -97,6 +97,7 @@ def test_a_rate_given_to_update_is_never_dropped(tx, wrap):
     given, _ = wrapped.update(params, wrapped.init(params), params, learning_rate=0.5)
     direct, _ = tx.update(params, tx.init(params), params, learning_rate=0.5)
     np.testing.assert_array_equal(given, direct)
+    assert np.all(np.abs(direct) > 0.4)
 
 
 def test_flatten_hands_on_the_rate():

@@ -191,7 +191,7 @@ def test_32_bits_are_float32_to_the_bit_operation_by_operation():
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16", "8bit"])
 @pytest.mark.parametrize("bits", BITS)
-def test_native_code_is_xlas_program(bits, moments):
+def test_native_code_is_xlas_program_and_step_is_update_and_apply_updates(bits, moments):
     tx = adamfn.chain(
         adamfn.adamw(1e-3, weight_decay=0.1, moments=moments), adamfn.round_weights(bits)
     )
@@ -213,9 +213,12 @@ def test_native_code_is_xlas_program(bits, moments):
             atol=1e-3 * 2**-21,
         )
         updates, after = update(g, state, params)
-        other_updates, _ = other_update(g, state, params)
+        other_updates, other_after = other_update(g, state, params)
         np.testing.assert_array_equal(updates, other_updates)
         chex.assert_trees_all_equal(after[-1], found[1][-1])
+        assert updates.dtype == other_updates.dtype == jnp.float32
+        by_update = optax.apply_updates(params, other_updates), other_after
+        chex.assert_trees_all_equal(by_update, expected)
         params, state = found
 
 
@@ -237,23 +240,6 @@ def test_native_code_is_xlas_program_where_updates_stray(bits):
             # Of 32 bits the last one is the step's: its product and sum are rounded once or twice.
             corrections = [state[-1].correction for _, state in (found, expected)]
             np.testing.assert_allclose(*corrections, rtol=0, atol=1 if bits == 32 else 0)
-
-
-@pytest.mark.parametrize("moments", ["float32", "bfloat16", "8bit"])
-@pytest.mark.parametrize("bits", BITS)
-def test_step_is_update_and_apply_updates_to_the_bit(bits, moments):
-    tx = adamfn.with_backend(rounding(bits, 1e-3, moments), "xla")
-    params = other = jnp.ones(MANY, BFLOAT16)
-    state = kept = tx.init(params)
-    update, step = jax.jit(tx.update), jax.jit(lambda *trees: adamfn.step(tx, *trees))
-    for k in range(5):
-        g = jax.random.normal(jax.random.key(k), MANY, BFLOAT16)
-        params, state = step(g, state, params)
-        updates, kept = update(g, kept, other)
-        assert updates.dtype == jnp.float32
-        other = optax.apply_updates(other, updates)
-        np.testing.assert_array_equal(params, other)
-        chex.assert_trees_all_equal(state, kept)
 
 
 def test_a_jump_in_which_the_sum_loses_the_weight():
