@@ -17,9 +17,6 @@ from torch_trajectories import ALL_RUNS, CASES, DATA, TAKEN_OVER, begin
 import adamfn
 from adamfn.interop.torch import from_flax, from_state_dict, to_flax, to_state_dict
 
-# Which numbers go where: torch's own runs are met to some roundings.
-pytestmark = pytest.mark.unoptimized
-
 
 def recorded_state_dict(problem, run, names):
     """Torch's own after 40 steps, with its parameters in the order of `names`."""
@@ -65,6 +62,7 @@ def same(a, b):
 PARAMS = {"w": jnp.ones((2, 3)), "z": jnp.ones(3)}
 
 
+@pytest.mark.unoptimized  # which numbers go where: test_torch holds the steps to torch's
 @pytest.mark.parametrize(("problem", "run"), CASES)
 def test_a_torch_run_goes_on(problem, run):
     _, params = begin(problem)
