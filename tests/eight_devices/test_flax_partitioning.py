@@ -11,9 +11,6 @@ from jax.sharding import AxisType
 import adamfn
 from adamfn import formats
 
-# Where arrays are.
-pytestmark = pytest.mark.unoptimized
-
 P = jax.P
 MESH = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 RULES = [("inputs", "data"), ("outputs", "model")]
