@@ -12,6 +12,9 @@ import adamfn
 from adamfn import formats
 from adamfn.sharding import state_shardings
 
+# Where arrays are; nothing is computed.
+pytestmark = pytest.mark.unoptimized
+
 P = jax.P
 MESH = AbstractMesh((4, 2), ("data", "model"))
 
