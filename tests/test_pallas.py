@@ -301,10 +301,10 @@ def test_kernels_divide_by_an_instruction_where_it_is_known(platform, lent):
 )
 @pytest.mark.parametrize("taken", [True, False])
 def test_a_gate_skips_the_step(kernel, moments, taken):
-    p, g = (special(np.random.default_rng(seed), (130, 300), jnp.float32) for seed in (0, 1))
-    g = jnp.nan_to_num(g, nan=1e-3, posinf=1e-9, neginf=-1.0)
+    p, g = np.float32(np.random.default_rng(0).standard_normal((2, 130, 300)))
     gate = adamfn.skip_outliers(["grad_norm"])
     call, operands = call_of(adamfn.chain(gate, adamfn.adamw(0.1, moments=moments)), g, p)
+    operands[-2] = jnp.asarray(g) if taken else jnp.full_like(g, jnp.nan)
     assert call.program.gated
     operands[0] = operands[0].at[-1].set(taken)
     run = jax.jit(partial(kernel.run_leaf, call, platform="cpu"))

@@ -74,26 +74,16 @@ def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]
             inside = (column < length) & (within < size) & exists
             inside |= jnp.zeros(elements.shape, bool)
 
-        def at(k: int) -> tuple[jax.Array, jax.Array | None]:
-            """The places of an array's tile, and which of them are in the array."""
-            return (elements, inside) if arrays[k].shape == leaf.shape else (block, exists)
-
-        def load(k: int) -> jax.Array:
-            places, mask = at(k)
-            other = None if mask is None else jnp.zeros((), refs[k].dtype)
-            return triton.load(refs[k].at[places], mask=mask, other=other)
-
-        if len(runs) == 1:
-            indices = elements
-        elif block_size:
-            indices = indices_at(row, rows) + column
-        else:
-            indices = indices_at(elements, runs)
-        tiles = [load(k) for k in range(len(arrays))]
+        tiles: list[jax.Array] = []
+        where = [(elements, inside) if x.shape == leaf.shape else (block, exists) for x in arrays]
+        for ref, (places, mask) in zip(refs, where, strict=False):
+            other = None if mask is None else jnp.zeros((), ref.dtype)
+            tiles.append(triton.load(ref.at[places], mask=mask, other=other))
+        indices = indices_at(row, rows) + column if block_size else indices_at(elements, runs)
         with lending(_OPERATIONS if platform == "cuda" else None):
             values = tile.run_tile(call, vector, keys, tiles, indices, inside, along(1))
         for (k, _), ref, value in zip(results, refs[len(arrays) :], values, strict=True):
-            places, mask = at(k)
+            places, mask = where[k]
             triton.store(ref.at[places], value.astype(ref.dtype), mask=mask)
 
     views = [array.reshape(-1) for array in arrays]

@@ -67,28 +67,28 @@ def run_kernel(
 ) -> list[jax.Array]:
     """Runs a Pallas kernel, in place, on views of a call's arrays.
 
-    The kernel is given references to the scalars, to four keys (see `run_tile`), to the views, and
-    to the results.
+    The kernel gets references to the scalars, to the keys for `run_tile`, to views and results.
     """
     vector, count, indices = operands[:3]
     leaf, first = indices[0]
     seeds = [seed() for seed in Seeds.of(count, leaf)]
     # In a kernel, indices begin at 0, also in a shard.
     keys = [key for seed in seeds for key in (seed.first + first, seed.second)]
-    results = results_of(call, views)
-    moved = [*(x.dtype.itemsize for x in views), *(jnp.dtype(x).itemsize for _, x in results)]
-    sizes = [*(x.size for x in views), *(views[k].size for k, _ in results)]
+    places = [k for k, _ in results_of(call, views)]
+    out_shape = [shape_like(views[k], dtype) for k, dtype in results_of(call, views)]
+    arrays = [*views, *out_shape]
+    most = max(x.size for x in arrays)
     cost = pl.CostEstimate(  # for XLA's scheduler; the operations are a guess
-        flops=100 * max(sizes),
-        transcendentals=2 * max(sizes),
-        bytes_accessed=sum(a * b for a, b in zip(moved, sizes, strict=True)),
+        flops=100 * most,
+        transcendentals=2 * most,
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
     )
     with jax.enable_x64(False):  # Mosaic has no numbers of 64 bits, not even for constants
         return pl.pallas_call(
             kernel,
-            out_shape=[shape_like(views[k], dtype) for k, dtype in results],
+            out_shape,
             input_output_aliases={
-                2 + k: at for at, (k, _) in enumerate(results) if k != call.arrays_kept
+                2 + k: at for at, k in enumerate(places) if k != call.arrays_kept
             },
             cost_estimate=cost,
             interpret=platform == "cpu",

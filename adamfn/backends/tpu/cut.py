@@ -56,7 +56,7 @@ class Cut(NamedTuple):
 def cut_of(shape: tuple[int, ...], block: int, *, merges: bool = True) -> Cut | None:
     """How a leaf is cut into blocks, of any size if `block` is 0; None if it cannot be.
 
-    With `merges`, slabs of a few rows may be made into more rows of one slab: into another shape.
+    If it `merges`, slabs of few rows become one slab of many, which is another shape.
     """
     if not shape:
         return None
@@ -76,10 +76,11 @@ def cut_of(shape: tuple[int, ...], block: int, *, merges: bool = True) -> Cut | 
     slabs = tuple(a for a in range(last + 1) if a not in (inner, outer))
     unit = math.lcm(size, LANES)
     width = min(max(_WIDEST // unit, 1), -(-length // unit)) * unit
-    in_order = inner == last and outer == last - 1
-    if slabs and merges and in_order and rows < LANES and rows % 32 == 0:
-        return cut_of((math.prod(shape[:-1]), length), block)
-    cut = Cut(shape, (*slabs, outer, inner), inner != last, False, rows, length, size, width)
+    order = *slabs, outer, inner
+    if merges and order == tuple(range(last + 1)) and rows < LANES and rows % 32 == 0:
+        order, rows = (0, 1), math.prod(shape[:-1])
+        shape = rows, length
+    cut = Cut(shape, order, inner != last, False, rows, length, size, width)
     return cut if cut.blocks <= _MOST_BLOCKS else None
 
 
@@ -126,16 +127,7 @@ def indices_in(
     block: jax.Array,
     within: jax.Array,
 ) -> jax.Array:
-    """The indices of elements, counted from the leaf's first, modulo 2^32.
-
-    Args:
-      cut: how the leaf is cut.
-      strides: the strides of the whole leaf.
-      slab: the slab of each element, int32 as all that follow.
-      row: its row.
-      block: its block of that row.
-      within: its place in the block.
-    """
+    """The indices, from the leaf's first modulo 2^32, of elements at these places in a tile."""
     if cut.flat:
         return (block * LANES + row) * cut.size + within
     column = block * cut.size + within
@@ -148,7 +140,7 @@ def indices_in(
 
 
 def inside_of(cut: Cut, row: jax.Array, block: jax.Array, within: jax.Array) -> jax.Array:
-    """Whether elements, given as to `indices_in`, are in the leaf."""
+    """Whether elements at these places, as for `indices_in`, are in the leaf."""
     if cut.flat:
         return (block * LANES + row) * cut.size + within < cut.shape[0]
     inside = block * cut.size + within < cut.length

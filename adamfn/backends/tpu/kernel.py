@@ -49,14 +49,11 @@ def can_run(call: Call, avals: Sequence[Any]) -> bool:
 def can_lower(call: Call, avals: Sequence[Any]) -> bool:
     """Whether Pallas lowers it here: for a vector that stays one axis, it asks for the TPU."""
     leaf = avals[3 + call.arrays_kept]
-    if leaf.ndim != 1 or leaf.size % LANES == 0:
-        return True
-    try:
-        tpu.get_tpu_info()
-    except AttributeError:  # before jax 0.9, which does not ask
-        return True
-    except ValueError:  # compiled on another machine, and no mesh names the TPU
-        return False
+    if leaf.ndim == 1 and leaf.size % LANES and hasattr(tpu, "get_tpu_info"):  # since jax 0.9
+        try:
+            tpu.get_tpu_info()
+        except ValueError:  # compiled on another machine, and no mesh names the TPU
+            return False
     return True
 
 

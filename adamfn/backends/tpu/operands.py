@@ -101,16 +101,7 @@ def unstage(operand: Operand, space: Any, ref: Any) -> None:
 def read(
     operand: Operand, ref: Any, cut: Cut, first: jax.Array, k: jax.Array, squares: Any
 ) -> jax.Array:
-    """The tile of an operand for some blocks.
-
-    Args:
-      operand: the operand.
-      ref: a reference to its place in the near memory.
-      cut: how the leaf is cut.
-      first: the first block of this part of the leaf.
-      k: the blocks' place in their rows, counted from there.
-      squares: memory for `gather_blocks`, by dtype.
-    """
+    """The tile of an operand for the blocks `first + k`, from its reference in the near memory."""
     if operand.by_block:
         return _of_blocks(operand, ref, cut, first, k)[...].reshape(1, LANES)
     start = pl.multiple_of(k * cut.size, 16)
