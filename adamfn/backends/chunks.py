@@ -12,10 +12,9 @@ import jax.numpy as jnp
 from adamfn.backends import tile
 from adamfn.core.program import Call
 from adamfn.core.varying import vary_together
-from adamfn.formats.elements import numbers_at as indices_at
-from adamfn.formats.elements import runs_of
 from adamfn.formats.format import answer
-from adamfn.formats.seeds import Seeds
+from adamfn.formats.indices import indices_at, runs_of
+from adamfn.formats.noise import Seeds
 
 ELEMENTS = 2**20
 """Elements of a chunk, unless a row is longer: with 60 temporary bytes for each, 60 MiB."""

@@ -15,10 +15,9 @@ from jax.experimental.pallas import triton
 
 from adamfn.backends import tile
 from adamfn.core.program import Call
+from adamfn.formats.bits import Operations, lending
 from adamfn.formats.blocks import along, size_for
-from adamfn.formats.elements import numbers_at as indices_at
-from adamfn.formats.elements import runs_of
-from adamfn.formats.quotients import Operations, lending
+from adamfn.formats.indices import indices_at, runs_of
 
 _ELEMENTS = 256
 """Elements of a warp, eight for each thread. With blocks no longer than that, a tile is one warp,

@@ -10,10 +10,9 @@ from jax.experimental import pallas as pl
 
 from adamfn.core.program import Call
 from adamfn.core.varying import shape_like
-from adamfn.formats.base import Seed
 from adamfn.formats.blocks import Extremes
 from adamfn.formats.format import answer
-from adamfn.formats.seeds import Seeds
+from adamfn.formats.noise import Seed, Seeds
 
 
 def common_block(call: Call, avals: Sequence[Any]) -> int | None:

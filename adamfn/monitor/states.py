@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adamfn.chains.chain import Chain, chain_of
+from adamfn.chains.chain import chain_of
 from adamfn.chains.packed import Packed, packed_chain_of
 from adamfn.chains.transform import summary
 from adamfn.core import formulas

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from adamfn.core.placement import place, size
 from adamfn.formats import Format, Moments, check_moments, get
-from adamfn.formats.blocks import size_for
-from adamfn.formats.shards import block_of, cut_block, with_block
+from adamfn.formats.blocks import cut_block, size_for
+from adamfn.formats.format import answer
 from adamfn.sharding.states import split_further
 from adamfn.trees import PyTree, path_name
 
@@ -51,12 +51,12 @@ def whole_blocks(
     leaves = cast("list[tuple[Any, Any]]", jax.tree.leaves_with_path(params))
     for path, leaf in leaves:
         format = _format(moments, path_name(path), leaf)
-        block = block_of(format)
+        block = answer(format, "block")
         if not block or not format.holds(leaf.shape, leaf.dtype):
             continue
         for smaller in range(block, 15, -16):
             exact = size_for(leaf.shape[-1], smaller)
-            candidate, axes = with_block(format, exact), placed[path].axes
+            candidate, axes = answer(format, "resized")(exact), placed[path].axes
             if zero_axis is not None:
                 arrays = _stored(candidate, leaf.shape)
                 axes = split_further(placed[path], zero_axis, arrays, mesh)

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core.placement import zeros_beside
-from adamfn.core.stage import EmptyState, Stage, exported
+from adamfn.core.stage import EmptyState, Stage, exported_state
 from adamfn.core.weights import Weights
 from adamfn.trees import PyTree, describe, path_name
 
 
-@exported
+@exported_state
 class RoundWeightsState(NamedTuple):
     """State of `round_weights` that keeps more than 16 bits."""
 

@@ -23,8 +23,8 @@ from adamfn.backends.tpu.lanes import squares
 from adamfn.backends.xla import run_call
 from adamfn.core.program import Call
 from adamfn.formats.blocks import along
-from adamfn.formats.elements import runs_of
 from adamfn.formats.format import answer
+from adamfn.formats.indices import runs_of
 
 
 def _cut_for(call: Call, avals: Sequence[Any]) -> Cut | None:
