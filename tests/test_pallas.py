@@ -436,3 +436,8 @@ def test_vmap_and_jvp_go_through_the_reference():
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="'auto', 'xla', 'pallas'"):
         adamfn.with_backend(adamfn.adam(), "triton")
+
+
+def test_an_unknown_platform_is_refused():
+    with pytest.raises(ValueError, match=r"expected one of cpu, gpu, cuda, rocm, tpu\."):
+        adamfn.backend("abacus")

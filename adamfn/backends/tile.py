@@ -73,22 +73,18 @@ def run_kernel(
     seeds = [seed() for seed in Seeds.of(count, leaf)]
     # In a kernel, indices begin at 0, also in a shard.
     keys = [key for seed in seeds for key in (seed.first + first, seed.second)]
-    places = [k for k, _ in results_of(call, views)]
-    out_shape = [shape_like(views[k], dtype) for k, dtype in results_of(call, views)]
-    arrays = [*views, *out_shape]
-    most = max(x.size for x in arrays)
+    results = results_of(call, views)
+    out_shape = [shape_like(views[k], dtype) for k, dtype in results]
+    moved, most = [*views, *out_shape], max(x.size for x in views)
+    aliases = {2 + k: at for at, (k, _) in enumerate(results) if k != call.arrays_kept}
     cost = pl.CostEstimate(  # for XLA's scheduler; the operations are a guess
-        flops=100 * most,
-        transcendentals=2 * most,
-        bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
+        100 * most, 2 * most, sum(x.size * x.dtype.itemsize for x in moved)
     )
     with jax.enable_x64(False):  # Mosaic has no numbers of 64 bits, not even for constants
         return pl.pallas_call(
             kernel,
             out_shape,
-            input_output_aliases={
-                2 + k: at for at, k in enumerate(places) if k != call.arrays_kept
-            },
+            input_output_aliases=aliases,
             cost_estimate=cost,
             interpret=platform == "cpu",
             name="adamfn_step",
@@ -105,19 +101,16 @@ def run_tile(
     inside: jax.Array | None,
     over: Extremes,
 ) -> list[jax.Array]:
-    """Runs the program of a leaf on a tile of whole blocks.
+    """The values of `results_of` for a tile of whole blocks, in any dtype that holds them.
 
     Args:
-      call: the leaf's call.
+      call: the call of the leaf.
       vector: a reference to the scalars.
       keys: a reference to the keys of the random bits: two for moments, two for weights.
-      arrays: the tile of each array of the call, with factors in place of means of nu.
-      indices: the index of each element, int32, counted from the leaf's first.
+      arrays: the tile of each array, with factors in place of means of nu.
+      indices: the elements' indices, int32, counted from the leaf's first element.
       inside: True for elements of the leaf; None if all are.
       over: the extremes of the tile's blocks.
-
-    Returns:
-      The values of `results_of`, in any dtype that holds them.
     """
     parts = [
         part

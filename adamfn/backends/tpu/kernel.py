@@ -72,19 +72,18 @@ def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]
 
     def kernel(vector: Any, keys: Any, *refs: Any) -> None:
         ins, outs = refs[: len(given)], refs[len(given) :][: len(results)]
+        scratch = iter(refs[len(given) + len(results) :])
+        spaces = [next(scratch) if operand.staged else None for operand in given]
+        square = {ref.dtype: ref for ref in scratch}
         slab, row, column = (pl.program_id(axis) for axis in range(3))
         first = column * cut.columns
-        rest = iter(refs[len(given) + len(results) :])
-        spaces = [next(rest) if operand.staged else None for operand in given]
-        square = {ref.dtype: ref for ref in rest}
+        within = jax.lax.broadcasted_iota(jnp.int32, (cut.size, LANES), 0)
+        lane = jax.lax.broadcasted_iota(jnp.int32, (cut.size, LANES), 1)
         for operand, ref, space in zip(given, ins, spaces, strict=True):
             if space is not None:
                 # The scales of blocks come for a whole row.
                 when = column == 0 if operand.by_block else True
                 pl.when(when)(partial(ops.stage, operand, ref, space))
-        within, lane = (
-            jax.lax.broadcasted_iota(jnp.int32, (cut.size, LANES), axis) for axis in (0, 1)
-        )
 
         def one_block(k: jax.Array, _: None) -> None:
             tiles = [
@@ -94,14 +93,14 @@ def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]
             at = row * LANES + lane, first + k, within
             indices, inside = indices_in(cut, strides, slab, *at), inside_of(cut, *at)
             values = tile.run_tile(call, vector, keys, tiles, indices, inside, along(0))
-            for (source, _), out, value in zip(results, outs, values, strict=True):
-                target = out if spaces[source] is None else spaces[source]
-                ops.write(given[source], target, cut, first, k, square, value)
+            for (like, _), out, value in zip(results, outs, values, strict=True):
+                target = out if spaces[like] is None else spaces[like]
+                ops.write(given[like], target, cut, first, k, square, value)
 
         jax.lax.fori_loop(0, jnp.minimum(cut.columns, cut.blocks - first), one_block, None)
-        for (source, _), out in zip(results, outs, strict=True):
-            if spaces[source] is not None:
-                ops.unstage(given[source], spaces[source], out)
+        for (like, _), out in zip(results, outs, strict=True):
+            if spaces[like] is not None:
+                ops.unstage(given[like], spaces[like], out)
 
     small = pl.BlockSpec(memory_space=tpu.SMEM)
     squared = [jnp.float32, jnp.int32] if cut.flat else []

@@ -27,13 +27,9 @@ def squares(size: int) -> int:
 
 
 def gather_blocks(rows: Any, start: jax.Array, size: int, square: Any) -> jax.Array:
-    """The tile of 128 blocks that are end to end.
+    """The tile of 128 blocks that are end to end in rows of 32-bit lanes, from row `start` on.
 
-    Args:
-      rows: a reference to rows of 128 lanes, of 32 bits each.
-      start: the row in which the first block begins.
-      size: the size of a block, a multiple of 16.
-      square: a reference to memory for `squares(size)` squares, one below another.
+    `square` refers to memory for `squares(size)` squares, one below another.
     """
     apart = size // _ALIKE
 
