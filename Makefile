@@ -91,12 +91,13 @@ CORE := $(foreach name,angle bias contracts errors exactness family formats hype
 CORE_NEEDS := pytest pytest-xdist hypothesis flatbuffers
 LOWEST := $(shell grep -oE '"(jax|jaxlib|chex|optax)>=[0-9.]+"' pyproject.toml | sort -u | tr -d '"' | sed 's/>=/==/')
 
-test-lowest:
+# Both use the library that an installation built in this checkout: it serves every Python and jaxlib.
+test-lowest: $(VENV)/.test
 	test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check $(LOWEST) $(CORE_NEEDS)
 	PYTHONPATH=. $(VENV)-lowest/bin/python -m pytest -q -n auto $(CORE) $(ARGS)
 
-test-newest:
+test-newest: $(VENV)/.test
 	test -x $(VENV)-newest/bin/python || $(PYTHON) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
 		--upgrade-strategy eager jax jaxlib chex optax $(CORE_NEEDS)
@@ -135,8 +136,11 @@ bench-gpu: $(VENV)-cuda/.cuda
 	$(VENV)-cuda/bin/python benchmarks/gpu_speed.py $(ARGS)
 	$(VENV)-cuda/bin/python benchmarks/readme_tables.py
 
-# One stamp for each extra, so that an extra is installed once and again when it changes.
-$(VENV)/.% $(VENV)-bench/.% $(VENV)-lean/.% $(VENV)-tpu/.% $(VENV)-gpu/.% $(VENV)-cuda/.%: pyproject.toml
+# One stamp for each extra, so that an extra is installed once and again when it changes. To install
+# builds the native code, in cmake/, and puts its library beside its sources.
+NATIVE := cmake/CMakeLists.txt $(wildcard adamfn/backends/native/*.cc adamfn/backends/native/*.h)
+$(VENV)/.% $(VENV)-bench/.% $(VENV)-lean/.% $(VENV)-tpu/.% $(VENV)-gpu/.% $(VENV)-cuda/.%: \
+		pyproject.toml $(NATIVE)
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
 	@touch $@
@@ -144,3 +148,5 @@ $(VENV)/.% $(VENV)-bench/.% $(VENV)-lean/.% $(VENV)-tpu/.% $(VENV)-gpu/.% $(VENV
 clean:
 	rm -rf $(VENV) $(VENV)-bench $(VENV)-lean $(VENV)-tpu $(VENV)-gpu $(VENV)-cuda \
 		$(VENV)-lowest $(VENV)-newest $(VENV)-docs build dist site out .ruff_cache .hypothesis
+	rm -f adamfn/backends/native/*.so
+	find cmake -mindepth 1 -not -name CMakeLists.txt -not -name .gitignore -delete

@@ -8,28 +8,25 @@ from adamfn.chains.step import step
 from adamfn.chains.transform import GradientTransformation, apply_updates
 from adamfn.core import masks
 from adamfn.core.stage import EmptyState, Stage
-from adamfn.recipes.adam import adam, adamw
-from adamfn.recipes.adamax import adamax
-from adamfn.recipes.amsgrad import amsgrad
-from adamfn.recipes.lazy_adam import lazy_adam
-from adamfn.recipes.nadam import nadam
-from adamfn.recipes.radam import radam
-from adamfn.stages.atan2 import scale_by_atan2_moments
-from adamfn.stages.bias import bias_correct
-from adamfn.stages.cautious import cautious_updates
-from adamfn.stages.corrected_decay import add_corrected_decay
-from adamfn.stages.infinity import scale_by_infinity_moments
-from adamfn.stages.lazy import scale_by_lazy_moments
+from adamfn.recipes import adam, adamax, adamw, amsgrad, lazy_adam, nadam, radam
+from adamfn.stages.clipping import clip_by_global_norm
+from adamfn.stages.decay import add_corrected_decay, add_decayed_weights
 from adamfn.stages.learning_rate import scale_by_lr
-from adamfn.stages.maximum import scale_by_max_moments
-from adamfn.stages.nesterov import scale_by_nesterov_moments
-from adamfn.stages.norm_clipping import clip_by_global_norm
-from adamfn.stages.ratio import scale_by_moments
-from adamfn.stages.rectified import scale_by_rectified_moments
+from adamfn.stages.moments import (
+    bias_correct,
+    scale_by_infinity_moments,
+    scale_by_max_moments,
+    scale_by_moments,
+)
 from adamfn.stages.round_weights import narrow_weights, round_weights, whole_weights
 from adamfn.stages.skipping import skip_outliers
-from adamfn.stages.update_clipping import clip_updates
-from adamfn.stages.weight_decay import add_decayed_weights
+from adamfn.stages.statistics import cautious_updates, clip_updates
+from adamfn.stages.variants import (
+    scale_by_atan2_moments,
+    scale_by_lazy_moments,
+    scale_by_nesterov_moments,
+    scale_by_rectified_moments,
+)
 
 __version__ = "0.2.0"
 

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -16,10 +17,12 @@ import numpy as np
 import optax
 
 import adamfn
-from adamfn.backends.native import build
 
 Run = Callable[[int], None]
 """Takes so many updates one after the other, and returns when the last is done."""
+
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+"""For the loop that streams memory."""
 
 OPTAX, TORCH, EMPTY, STREAMS = "optax", "torch fused", "empty call", "seven streams"
 UPDATE, STEP, PACKED = "adamfn update", "adamfn step", "adamfn packed"
@@ -164,5 +167,5 @@ def _streams_library() -> ctypes.CDLL:
     flags = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
     with tempfile.TemporaryDirectory() as directory:
         built = Path(directory, "seven_streams.so")
-        subprocess.run([*build.find_compiler(), *flags, str(source), "-o", str(built)], check=True)
+        subprocess.run([COMPILER, *flags, str(source), "-o", str(built)], check=True)
         return ctypes.CDLL(str(built))

@@ -58,7 +58,7 @@ def updates(shapes: dict, names: Sequence[str], peers: bool, empty: bool = False
         runs[TORCH] = candidates.by_torch(grads)
     if empty:
         runs[candidates.EMPTY] = candidates.empty_call(grads)
-    if adamfn.backend("cpu").name == "native":  # there is a compiler
+    if candidates.COMPILER:
         runs[STREAMS] = candidates.seven_streams(sum(x.size for x in jax.tree.leaves(grads)))
     return runs
 

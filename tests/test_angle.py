@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adamfn.core.angle import angle
+from adamfn.core.formulas import angle
 
 
 def test_right_to_two_roundings():

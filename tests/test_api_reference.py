@@ -17,7 +17,7 @@ def test_every_public_name_has_its_entry():
     modules = {"formats", "masks", "monitor", "sharding"}
     public = {f"adamfn.{name}" for name in adamfn.__all__ if name not in modules}
     for module in (masks, monitor, interop, torch):
-        public |= {f"{module.__name__}.{name}" for name in module.__all__}
+        public |= {f"{module.__name__.replace('core.', '')}.{name}" for name in module.__all__}
     # What formats are told apart by is not for users.
     inner = {"FORMATS", "check_moments", "choose_formats"}
     public |= {f"adamfn.formats.{name}" for name in formats.__all__ if name not in inner}

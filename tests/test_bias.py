@@ -63,7 +63,7 @@ def test_it_corrects_the_average_of_a_constant():
 def test_the_count_stops_at_its_last(count):
     tx = adamfn.bias_correct()
     state = tx.init(jnp.zeros(1))
-    assert state._fields == ("count", "stage")
+    assert state._fields == ("count",)
     updates, state = tx.update(jnp.ones(1), state._replace(count=jnp.int32(count)))
     assert state.count.dtype == jnp.int32
     assert state.count == min(count + 1, LAST)

@@ -89,7 +89,7 @@ def test_radam_counts_gradients_exactly(b2):
     from fractions import Fraction
 
     from adamfn.core.averages import decay
-    from adamfn.stages.rectified import _gradients_in
+    from adamfn.stages.variants import _gradients_in
 
     b, steps = Fraction(b2), [1, 2, 5, 6, 7, 10, 31, 100, 316, 1000]
     for t in steps:

@@ -35,7 +35,7 @@ TRANSFORMATIONS = {
 # Roundings of float32, which training pulls apart; in 8 bits one can turn a code to its neighbour.
 TOLERANCE = dict.fromkeys(TRANSFORMATIONS, 1e-5) | {"8bit": 1e-4}
 OF_A_LOSS = 5e-7  # four roundings of the first loss, which is 1: later ones are sums that cancel
-native = pytest.mark.skipif(adamfn.backend().name != "native", reason="there is no C++ compiler")
+native = pytest.mark.skipif(adamfn.backend().name != "native", reason="there is no native code")
 
 
 class Network(nnx.Module):

@@ -100,10 +100,6 @@ def test_mistakes_are_named():
     tx = recipe({"head": 1})
     with pytest.raises(TypeError, match=r"cautious_updates: stacked: the mask at \['head'\] is 1"):
         tx.update(params, tx.init(params), params)
-    with pytest.raises(
-        ValueError, match="Stage halve: stacked is given, and each element is taken"
-    ):
-        adamfn.Stage("halve", lambda u: u / 2, stacked=True)
     alone = adamfn.chain(adamfn.clip_updates(), adamfn.scale_by_lr())
     with pytest.raises(ValueError, match="clip_updates: it reads nu, which no stage of ours"):
         alone.update(params, alone.init(params))

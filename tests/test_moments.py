@@ -14,7 +14,7 @@ def test_the_state_begins_at_zero():
     params = {"a": jnp.ones((2, 3), jnp.bfloat16), "b": None, "c": jnp.ones(2, jnp.complex64)}
     state = adamfn.scale_by_moments().init(params)
     assert state._fields == ("count", "mu", "nu", "scales")
-    assert state.scales == ()
+    assert state.scales == {}
     assert state.count.dtype == jnp.int32
     assert all(np.all(x == 0) for x in jax.tree.leaves(state))
     assert state.mu["b"] is state.nu["b"] is None

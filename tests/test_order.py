@@ -28,7 +28,7 @@ REFUSED = {
     ),
     "skipping before what is not ours": (
         lambda: adamfn.chain(adamfn.skip_outliers(), optax.ema(0.9), adamfn.adam()),
-        "skip_outliers stands before .* which is not ours",
+        "skip_outliers stands before .* which is not fused with it",
     ),
     "a cautious decay after the rate": (
         lambda: adamfn.chain(adamfn.adam(), adamfn.add_decayed_weights(0.1, cautious=True)),

@@ -102,6 +102,39 @@ def test_gradients_that_are_nan_leave_no_trace():
     chex.assert_tree_all_finite((params, state))
 
 
+WATCHED = [[["grad_norm"], ["loss"]], [["loss"], ["grad_norm"]]]
+
+
+@pytest.mark.parametrize("watched", WATCHED, ids=["norm, loss", "loss, norm"])
+def test_two_gates_must_both_be_open(watched):
+    tx = adamfn.chain(*map(adamfn.skip_outliers, watched), adamfn.adam(0.1))
+    step = jax.jit(lambda g, s, p, loss: adamfn.step(tx, g, s, p, loss=loss))
+    params, state = step(GRADS, tx.init(PARAMS), PARAMS, 2.0)
+    bad = jax.tree.map(lambda g: g * jnp.nan, GRADS)
+    for grads, loss in ((bad, 2.0), (GRADS, jnp.nan), (bad, jnp.nan)):
+        after, held = step(grads, state, params, loss)
+        chex.assert_trees_all_equal(after, params)
+        chex.assert_trees_all_equal(held[2], state[2])
+        updates, _ = tx.update(grads, state, params, loss=loss)
+        chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, params))
+    after, taken = step(GRADS, state, params, 2.0)
+    assert (taken[2][0].count, taken[0].skipped, taken[1].skipped) == (2, 0, 0)
+    assert jnp.all(after["w"] != params["w"])
+
+
+def test_what_other_stages_remember_stays():
+    tx = adamfn.chain(
+        adamfn.skip_outliers(["loss"]),
+        adamfn.clip_by_global_norm(1.0),
+        adamfn.scale_by_nesterov_moments(),
+        adamfn.scale_by_lr(lambda count: 1.0 / (1 + count)),
+    )
+    params, state = train(tx, [2.0, 2.0])
+    _, held = train(tx, [jnp.nan], params, state, scale=lambda k: 5.0)
+    chex.assert_trees_all_equal(held[1:], state[1:])
+    assert (held[2].count, held[3].learning_rate, held[0].skipped) == (2, 0.5, 1)
+
+
 def test_packed():
     plain = adamfn.chain(adamfn.skip_outliers(["grad_norm"]), adamfn.adamw(0.1))
     kept = adamfn.packed(plain)
@@ -141,7 +174,7 @@ def test_a_stage_that_counts_nothing_behind_it():
     tx = adamfn.chain(adamfn.skip_outliers(["loss"]), adamfn.scale_by_lr(lambda count: count))
     params, state = train(tx, usual(66))
     _, held = train(tx, [9.0], params, state)
-    assert (held[0].count, held[0].stage.skipped, held[1].learning_rate) == (66, 1, 65)
+    assert (held[0].count, held[0].skipped, held[1].learning_rate) == (66, 1, 65)
 
 
 def test_its_state_is_exported():

@@ -142,7 +142,7 @@ def is_named(node):
 def test_stages_that_do_not_count_count_together_once():
     tx = adamfn.chain(adamfn.bias_correct(), adamfn.scale_by_lr(lambda count: 1.0 + count))
     state = tx.init(PARAMS)
-    assert isinstance(state[0], adamfn.CountedState)
+    assert (state[0]._fields, state[1]._fields) == (("count",), ("learning_rate",))
     for k in range(3):
         _, state = tx.update(PARAMS, state)
         assert (state[0].count, state[1].learning_rate) == (k + 1, k + 1)
@@ -167,7 +167,7 @@ def test_nothing_is_rounded_between_joined_stages():
         (lambda: adamfn.Stage("x", agree, state=dict), "state is <class 'dict'>; expected a Named"),
         (
             lambda: adamfn.Stage("x", agree, keeps={"slow": jnp.zeros_like}),
-            "its state EmptyState has the fields of nothing; expected slow",
+            r"its state EmptyState has the fields \(none\); expected slow",
         ),
         (
             lambda: adamfn.Stage("x", agree, moments="8bit"),
@@ -258,15 +258,16 @@ class Moving(NamedTuple):
     slow: Any
 
 
-def towards(g, mu):
-    mu = 0.9 * mu + g
-    return mu, mu
+def towards(g, slow):
+    moves = jnp.any(g != 0, axis=-1, keepdims=True)
+    new = jnp.where(moves, 0.9 * slow + g, slow)
+    return jnp.where(moves, new, 0), new
 
 
 @pytest.mark.parametrize("backend", ["xla", "pallas"])
-def test_rows_of_ones_own_stage_rest(backend):
+def test_rows_that_ones_own_stage_keeps(backend):
     stage = adamfn.Stage(
-        "towards", towards, keeps={"slow": jnp.zeros_like}, rests=True, state=Moving
+        "towards", towards, keeps={"slow": jnp.zeros_like}, state=Moving, elementwise=False
     )
     tx = adamfn.with_backend(adamfn.from_stage(stage), backend)
     params = jnp.ones((3, 2))

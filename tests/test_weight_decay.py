@@ -175,7 +175,7 @@ def test_wide_parameters_of_narrow_gradients():
 def test_the_count_stops_at_its_last(count):
     tx = adamfn.add_decayed_weights(0.5)
     state = tx.init(jnp.ones(1))
-    assert state._fields == ("count", "stage")
+    assert state._fields == ("count",)
     _, state = tx.update(jnp.ones(1), state._replace(count=jnp.int32(count)), jnp.ones(1))
     assert state.count == min(count + 1, LAST)
     assert state.count.dtype == jnp.int32

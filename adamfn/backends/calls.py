@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 from adamfn.backends.primitive import Backend, bind_primitive
 from adamfn.backends.shards import run_on_shards
 from adamfn.backends.xla import run_call, run_whole
-from adamfn.core.leaf import Kept, Leaf, with_empty, without_empty
+from adamfn.core.leaf import Leaf
 from adamfn.core.placement import Shards
 from adamfn.core.program import Call, Program
 from adamfn.core.stage import Stage
@@ -48,12 +48,6 @@ class Step:
             arrays = [jnp.asarray(scalar, dtype) for scalar in found]
             self._vectors[places, dtype] = jnp.stack(arrays) if arrays else jnp.zeros((1,), dtype)
         return self._vectors[places, dtype]
-
-    def state_of(self, leaf: Leaf, places: Sequence[int]) -> list[Kept]:
-        """The state of a leaf for some stages, as programs take it."""
-        return [
-            without_empty(self.stages[k], leaf.formats[k], leaf.grad, leaf.kept[k]) for k in places
-        ]
 
 
 def together(
@@ -92,7 +86,7 @@ def run_leaves(
     step: Step, program: Program, places: tuple[int, ...], leaves: Sequence[Leaf]
 ) -> None:
     """Runs a program on some leaves, and puts the results into them."""
-    rows = [step.state_of(leaf, places) for leaf in leaves]
+    rows = [[leaf.kept[place] for place in places] for leaf in leaves]
     vector = step.vector(places, program.dtype)
     if program.fused:
         grads = [leaf.update for leaf in leaves]
@@ -107,7 +101,7 @@ def run_leaves(
         moved = [results[call.arrays_kept :][k :: len(leaves)] for k in range(len(leaves))]
     else:
         (leaf,), (row,) = leaves, rows
-        given: list[Any] = step.state_of(leaf, [place for place, _ in program.given])
+        given: list[Any] = [leaf.kept[place] for place, _ in program.given]
         given += [leaf.seen] if program.given_grads else []
         arrays = leaf.update, leaf.param if program.reads_params else None, row
         index = np.uint32(leaf.index)
@@ -115,7 +109,7 @@ def run_leaves(
         rows, moved = [row], [one]
     for leaf, row, own in zip(leaves, rows, moved, strict=True):
         for place, new in zip(places, row, strict=True):
-            leaf.kept[place] = with_empty(new, leaf.kept[place])
+            leaf.kept[place] = new
         if program.update_dtype is not None:
             leaf.update = own[0]
         if program.moves:

@@ -25,7 +25,6 @@ from adamfn.formats.blocks import size_for
 from adamfn.formats.format import answer
 from adamfn.formats.indices import runs_of
 
-_TARGET = "adamfn_step"
 _UNREAD = 1000
 """The least number of operations for which XLA takes a thread of its own."""
 _WORTH_A_THREAD = 2**15
@@ -60,14 +59,15 @@ def scalar_places(program: Program) -> list[int] | None:
     clipping = place_of(multiply)
     if not left or left[0][0].formula not in _MOMENTS:
         return None
-    part, (b1, b2, *own) = left.pop(0)
-    eps = eps_root = ahead = a = b = None
+    part, (at, *own) = left.pop(0)
+    ahead = a = b = None
     if part.formula is ratio:
-        eps, eps_root, ahead = own
+        (ahead,) = own
         correction = place_of(multiply)
     else:
         correction, a, b = own
-    of_moments = [b1.complement, b2.complement, b1.rate, b2.rate, eps, eps_root, ahead]
+    shares = [at.b1.complement, at.b2.complement, at.b1.rate, at.b2.rate]
+    of_moments = [*shares, at.eps, at.eps_root, ahead]
     cautious = bool(left) and left[0][0].formula is add_agreeing_multiple
     decay = place_of(add_multiple, add_agreeing_multiple)
     rest = [correction, decay, place_of(multiply), clipping, -1 if cautious else decay, taken, a, b]
@@ -87,7 +87,7 @@ def format_of(program: Program) -> Format | None:
 
 
 def can_run(call: Call, avals: Any) -> bool:
-    """Whether a call can run in native code here, and gains by it. Builds it at the first call."""
+    """Whether a call can run in native code here, and gains by it."""
     # Of a float32 update alone XLA makes as few passes, with the parameters' sum in the last.
     format = format_of(call.program)
     if not call.program.moves and format is None and not bits_of(call.program):
@@ -133,14 +133,13 @@ def lower(ctx: Any, *operands: Any, call: Call) -> Any:
         counted = mlir.lower_fun(_counted, multiple_results=False)
         own = ctx.replace(avals_in=ctx.avals_in[:2], avals_out=in_avals[:1])
         (scalars,) = counted(own, *operands[:2])
-    rule = jax.ffi.ffi_lowering(_TARGET, operand_output_aliases=aliases)
+    rule = jax.ffi.ffi_lowering(loader.TARGET, operand_output_aliases=aliases)
     return rule(
         ctx.replace(avals_in=in_avals),
         scalars,
         *operands[1:],
         format=np.int32(answer(format, "native_code")),
         bits=np.int32(bits_of(program)),
-        packed=False,
         moves=program.moves,
         returns=program.update_dtype is not None,
         scalars=np.array(scalar_places(program), np.int64),

@@ -8,7 +8,6 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from adamfn.backends import cpu
-from adamfn.backends.native import loader
 from adamfn.backends.xla import by_leaf, run_call
 from adamfn.core.program import Call
 from adamfn.core.varying import vary_together
@@ -108,6 +107,3 @@ ad.primitive_jvps[_call_p] = _jvp
 mlir.register_lowering(_call_p, _lower)
 for _platform in ("cpu", "cuda", "rocm", "tpu"):
     mlir.register_lowering(_call_p, partial(_lower_for, _platform), platform=_platform)
-
-# Executables that another process serialized look for the native code when they are loaded.
-loader.load_kept()

@@ -26,8 +26,6 @@ class Runner(NamedTuple):
 def backend(platform: str | None = None) -> Runner:
     """Says what runs `update` and `step` of a chain, and why.
 
-    On CPU the first call builds the native code, if nothing has done so before.
-
     Args:
       platform: `"cpu"`, `"gpu"` or `"tpu"`; None for JAX's default.
 
@@ -53,9 +51,8 @@ def backend(platform: str | None = None) -> Runner:
     native = loader.load()
     if native.reason is not None:
         return Runner(platform, "xla", native.reason)
-    kept = "for this process alone" if native.path is None else f"kept as {native.path}"
     reason = (
-        f"built by {native.built_by}, {kept}; Adam, AdamW and Adam-atan2 on leaves of float32 and"
+        f"compiled for {native.variant}; Adam, AdamW and Adam-atan2 on leaves of float32 and"
         " bfloat16 with moments in float32, bfloat16 or 8 bits, whole or inside shard_map, go"
         " through it, the rest through XLA."
     )

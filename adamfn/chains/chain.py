@@ -14,6 +14,7 @@ from adamfn.chains.transform import (
     apply_updates,
     check_transformation,
     extra_arguments,
+    where_updated,
 )
 from adamfn.core.stage import Stage
 from adamfn.trees import PyTree
@@ -78,6 +79,7 @@ class Chain:
         self, updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, PyTree]:
         """The transformed updates, and the next state."""
+        params = where_updated(params, updates)
         updates, _, state = self.advance(updates, state, params, extra, Wanted())
         return updates, state
 

@@ -122,9 +122,10 @@ def run(
         new = {**remembered[place]}
         if "count" in state._fields:
             new["count"] = increment(state.count)
-        if gate is not None and "taken" not in new:
-            old = {name: getattr(state, name) for name in new}
-            new = {name: jnp.where(gate, x, old[name]) for name, x in new.items()}
+        if gate is not None:
+            always = {*new} - {"count"} if "taken" in new else ()  # a gate remembers skipped steps
+            held = {name: getattr(state, name) for name in new if name not in always}
+            new |= {name: jnp.where(gate, new[name], x) for name, x in held.items()}
         known = {name: with_type_of(x, getattr(state, name)) for name, x in new.items()}
         next_states.append(state._replace(**(fields if stage.keeps else {}), **known))
     return (

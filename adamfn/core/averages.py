@@ -1,7 +1,7 @@
-"""The exponential moving average and its bias.
+"""The exponential moving average and the correction of its bias.
 
-The one place where 1 - b and 1 - b^t are taken. They must agree: a correction by a 1 - b^t that
-was not made from the 1 - b of the average is wrong at every step.
+Only here are 1 - b and 1 - b^t computed. They must agree: a correction by a 1 - b^t that was not
+made from the 1 - b of the average is wrong at every step.
 """
 
 import math
@@ -16,11 +16,11 @@ from adamfn.core.hyperparameters import scalar
 _LAST_COUNT = jnp.iinfo(jnp.int32).max
 
 _LOG_OF_ZERO = -1000.0
-"""Its exponential is zero in every dtype. JAX's checks would report an infinity."""
+"""Its exponential is 0 in every dtype. An infinity would trip JAX's checks."""
 
 
 class Shares(NamedTuple):
-    """The decay b of an average, as the formula of a leaf needs it."""
+    """The decay b of an average, as a formula needs it."""
 
     complement: chex.Numeric
     """1 - b"""
@@ -29,7 +29,7 @@ class Shares(NamedTuple):
 
 
 class Decay(NamedTuple):
-    """The decay b of an average, as what is derived from it while it is still exact."""
+    """The decay b of an average, and what is derived from b while it is still exact."""
 
     shares: Shares
     log: chex.Numeric
@@ -41,22 +41,51 @@ class Decay(NamedTuple):
         return self.shares.complement
 
 
+class MomentScalars(NamedTuple):
+    """The scalars that a stage of moments gives to its formula at one step."""
+
+    b1: Shares
+    b2: Shares
+    eps: Any = None
+    """Added to the root of nu, in units of the uncorrected root."""
+    eps_root: Any = None
+    """Added to nu under the root, in units of the uncorrected nu."""
+
+
+class Averages:
+    """The hyperparameters of a stage of moments, checked as `decay` and `scalar` check them."""
+
+    def __init__(
+        self,
+        b1: chex.Numeric,
+        b2: chex.Numeric,
+        eps: chex.Numeric = 0.0,
+        eps_root: chex.Numeric = 0.0,
+    ) -> None:
+        self.b1, self.b2 = decay("b1", b1), decay("b2", b2)
+        self.eps, self.eps_root = scalar("eps", eps), scalar("eps_root", eps_root)
+
+    def at(self, count: jax.Array) -> MomentScalars:
+        """The scalars of a step, where eps and eps_root are in units of the corrected nu."""
+        c2 = bias(self.b2, count)
+        return MomentScalars(
+            self.b1.shares, self.b2.shares, jnp.sqrt(c2) * self.eps, c2 * self.eps_root
+        )
+
+    def correction(self, count: jax.Array) -> jax.Array:
+        """The factor of `bias_correct` at a step: sqrt(c2) / c1."""
+        return jnp.sqrt(bias(self.b2, count)) / bias(self.b1, count)
+
+
 def decay(name: str, value: Any) -> Decay:
-    """Checks a decay rate and derives 1 - b and log b from it.
+    """Checks a decay, a number in [0, 1) or a scalar array, and derives 1 - b and log b from it.
 
-    From a number they are taken in double precision. From an array, whose b is only known to its
-    own precision, both are taken from the same rounded 1 - b. (optax.inject_hyperparams makes
-    b = 0.999 a float32, whose 1 - b is 1.3e-5 off that of the double: optax issue 1532.)
-
-    Args:
-      name: what the error message calls it.
-      value: a number in [0, 1) or a scalar array of float32 at least.
-
-    Returns:
-      The `Decay`.
+    A number's are derived in double precision. An array's b has only its own precision, so both
+    come from the same rounded 1 - b. (`optax.inject_hyperparams` makes 0.999 a float32, whose 1 - b
+    is off by 1.3e-5: optax issue 1532.)
 
     Raises:
-      TypeError, ValueError: as `adamfn.core.hyperparameters.scalar`.
+      TypeError, ValueError: as `scalar`.
     """
     rate = scalar(name, value, below=1)
     if isinstance(rate, float):
@@ -70,8 +99,8 @@ def decay(name: str, value: Any) -> Decay:
 def average(old: jax.Array, new: jax.Array, b: Shares) -> jax.Array:
     """One step of the average, `b old + (1 - b) new`.
 
-    It is written as a step from the nearer end, which rounds about half as much, and for b = 0
-    returns `new` to the last bit.
+    It steps from the nearer end: that rounds about half as much, and with b = 0 it returns `new` to
+    the last bit.
     """
     step = new - old
     from_old = old + b.complement * step
@@ -79,11 +108,11 @@ def average(old: jax.Array, new: jax.Array, b: Shares) -> jax.Array:
 
 
 def bounded(g: jax.Array) -> jax.Array:
-    """The gradient, but 2^48 for what is larger and finite; in float64 2^480.
+    """The gradient, with finite values larger than 2^48 (in float64 2^480) set to that bound.
 
-    The square of a larger one, or the sum of many in a mean of a format, would overflow, and its
-    element would never recover. Adam's ratio hardly sees the bound: both of its moments then hold
-    this gradient and nothing else. Infinities and NaN stay visible.
+    Their squares, or a format's sums of squares, would overflow, and the element would never
+    recover. Adam's ratio hardly changes: both moments then hold this gradient and little else.
+    Infinities and NaN stay visible.
     """
     info = jnp.finfo(g.dtype)
     largest = 2.0**480 if info.bits == 64 else 2.0**48
@@ -94,22 +123,23 @@ def bounded(g: jax.Array) -> jax.Array:
     return jnp.where(abs(g) <= info.max, jnp.clip(g, -largest, largest), g)
 
 
-def average_moments(
-    g: jax.Array, mu: jax.Array, nu: jax.Array, b1: Shares, b2: Shares
-) -> tuple[jax.Array, jax.Array]:
-    """One step of both averages of a leaf: of g, and of |g|^2."""
-    return average(mu, g, b1), average(nu, jnp.real(g * jnp.conj(g)), b2)
+def averaged(
+    g: jax.Array, mu: jax.Array, nu: jax.Array, at: MomentScalars
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The bounded gradient, and both averages after it: of g and of |g|^2."""
+    g = bounded(g)
+    return g, average(mu, g, at.b1), average(nu, jnp.real(g * jnp.conj(g)), at.b2)
 
 
 def bias(b: Decay, count: jax.Array) -> jax.Array:
-    """`1 - b^count`: what an average that began at zero holds of a constant after `count` steps.
+    """`1 - b^count`: the share of a constant that an average from zero holds after `count` steps.
 
-    For b = 0.999 in float32, `-expm1(count log b)` is right to 2e-7, where the difference
-    `1 - b^count` is 2e-5 off at the second step.
+    For b = 0.999 in float32, `-expm1(count log b)` is right to 2e-7. The difference `1 - b^count`
+    is off by 2e-5 at the second step.
     """
     return -jnp.expm1(count.astype(float) * b.log)
 
 
 def increment(count: jax.Array) -> jax.Array:
-    """The next count, which stays at 2^31 - 1 once there."""
+    """The next count; it stops at 2^31 - 1."""
     return jnp.minimum(count, _LAST_COUNT - 1) + 1

@@ -20,23 +20,14 @@ ScalarOrSchedule: TypeAlias = chex.Numeric | Schedule
 
 
 def scalar(name: str, value: Any, *, below: float = math.inf, narrow: bool = False) -> chex.Numeric:
-    """Checks a hyperparameter that must lie in `[0, below)`.
+    """Checks a hyperparameter that must be a number in `[0, below)`, or a scalar array.
 
-    A Python or NumPy number comes back as a Python float, so that what is derived from it is
-    derived in double precision. The value of a JAX array is never fetched, so its range is not
-    checked; its shape and dtype are.
-
-    Args:
-      name: what the error message calls it.
-      value: a number or a scalar array.
-      below: the bound that the number must stay under.
-      narrow: whether an array may have fewer than 32 bits.
-
-    Returns:
-      A Python float, or a JAX scalar of float32 at least (as it came if `narrow`).
+    A Python or NumPy number becomes a Python float, so that anything derived from it is derived in
+    double precision. The value of a JAX array is never fetched: only its shape and dtype are
+    checked. It is float32 at least, or of any width if `narrow`.
 
     Raises:
-      TypeError: not a number and not a scalar array, or an array too narrow to hold it.
+      TypeError: neither a number nor a scalar array, or an array too narrow to hold it.
       ValueError: out of range or NaN.
     """
     if isinstance(value, jax.Array):
@@ -57,18 +48,10 @@ def scalar(name: str, value: Any, *, below: float = math.inf, narrow: bool = Fal
 
 
 def scheduled(name: str, value: Any) -> ScalarOrSchedule:
-    """Checks a hyperparameter that may also be a function of the count.
-
-    Args:
-      name: what the error message calls it.
-      value: a number or a scalar array, at least 0 and finite, or a function of the count.
-
-    Returns:
-      The function as it came, or what `scalar` makes of anything else.
+    """Checks a hyperparameter that may also be a function of the count, which it returns as it is.
 
     Raises:
-      TypeError: it is neither.
-      ValueError: out of range or NaN.
+      TypeError, ValueError: as `scalar`, of an array of any width.
     """
     if callable(value):
         return cast("Schedule", value)
@@ -76,18 +59,10 @@ def scheduled(name: str, value: Any) -> ScalarOrSchedule:
 
 
 def value_at(name: str, value: ScalarOrSchedule, count: chex.Array) -> chex.Numeric:
-    """The value of a hyperparameter at a step.
-
-    Args:
-      name: what the error message calls it.
-      value: what `scheduled` returned.
-      count: int32 scalar, the number of steps taken so far: 0 at the first.
-
-    Returns:
-      A number or a scalar array.
+    """The value of a hyperparameter from `scheduled` after `count` steps, 0 before the first.
 
     Raises:
-      TypeError: a schedule returned something else.
+      TypeError: a schedule returned neither a number nor a real scalar array.
       ValueError: a schedule returned a Python number out of range.
     """
     if not callable(value):

@@ -1,8 +1,8 @@
 """The state of each leaf: its first value, its place in the states of stages, and its checks.
 
-Arrays of the leaf's shape stand under the leaf's path in their field; a format that has no codes
-for a moment leaves an empty array of the leaf's rank there. Scales stand in `scales`, a dictionary
-from the leaf's path to those of the two moments, then of each further one.
+Arrays of the leaf's shape stand under the leaf's path in their field, None where a format has no
+codes for a moment. Scales stand in `scales`, a dictionary from the leaf's path to those of the two
+moments, then of each further one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ from adamfn.trees import (
 )
 
 Kept = tuple[Any, ...]
-"""The state of one leaf for one stage: an array for each field, then the scales."""
+"""The state of one leaf for one stage: an array or None for each field, then any scales."""
 
 _WAY_OUT = (
     "Pass gradients of the parameters that `init` was given. adamfn.interop has `restore` for a"
@@ -85,9 +85,8 @@ def first_fields(stage: Stage, params: PyTree) -> dict[str, PyTree]:
 
     def first(leaf: Any, format: Format | None) -> Kept:
         if format is None:
-            return (*(begin(leaf) for begin in stage.keeps.values()), ())
-        expected = _as_stored(stage, format, leaf)
-        return jax.tree.map(lambda part: zeros_beside(leaf, part), expected)
+            return tuple(begin(leaf) for begin in stage.keeps.values())
+        return jax.tree.map(lambda part: zeros_beside(leaf, part), _spec(stage, format, leaf))
 
     leaves, treedef = jax.tree.flatten_with_path(params)
     formats = choose_formats(stage.moments, params)
@@ -112,20 +111,23 @@ def kept_by_leaf(
             columns.append(treedef.flatten_up_to(getattr(state, part)))
         except (TypeError, ValueError):
             raise_mismatch(name, updates, part, getattr(state, part), has_shape_of, _WAY_OUT)
-    rows = [
-        (*row, scales.get(scales_key(path), ()) if scales else ())
-        for (path, _), *row in zip(leaves, *columns, strict=True)
-    ]
-    for (path, leaf), format, row in zip(leaves, formats, rows, strict=True):
-        for part, x in zip(stage.keeps, row, strict=False) if format is None else ():
+    rows: list[Kept] = []
+    for (path, leaf), format, *parts in zip(leaves, formats, *columns, strict=True):
+        for part, x in zip(stage.keeps, parts, strict=True) if format is None else ():
             fits = partial(_fits, stage, part)
             if not fits(leaf, x):
                 raise_mismatch(name, updates, part, getattr(state, part), fits, _WAY_OUT)
-        expected = None if format is None else _as_stored(stage, format, leaf)
-        if expected is None and (jax.tree.leaves(row[-1]) or _is_narrow(stage, row)):
+        entry = scales.get(scales_key(path), ()) if scales else ()
+        if format is not None:
+            expected = _spec(stage, format, leaf)
+        elif entry or (stage.has_moments and not all(map(_is_wide, parts))):
             nothing = jax.ShapeDtypeStruct(np.shape(leaf), jnp.float32)
-            expected = (*[nothing] * len(stage.keeps), ())
-        if expected is not None and _described(row) != _described(expected):
+            expected = (*[nothing] * len(parts), ())
+        else:
+            rows.append(tuple(parts))
+            continue
+        row = (*parts, entry if jax.tree.leaves(expected[-1]) else expected[-1])
+        if _described((*parts, entry)) != _described(expected):
             raise ValueError(
                 f"{stage.name}: at {path_name(path) or 'the root'} the state has"
                 f" {_differing(stage, row, expected)}; expected"
@@ -133,6 +135,7 @@ def kept_by_leaf(
                 " this transformation. Pass gradients of the parameters that `init` was given, and"
                 " a state that was made with the same moments=."
             )
+        rows.append(row)
     return rows
 
 
@@ -150,23 +153,12 @@ def as_fields(
         # A leaf instead of a dictionary: optax.tree.map_params makes the state of a tree without
         # leaves, and holds it beside a state that has entries.
         return {**fields, "scales": jnp.zeros((0,))}
-    entries = zip(paths, rows, strict=True)
-    scales = {scales_key(path): row[-1] for path, row in entries if jax.tree.leaves(row[-1])}
+    scales = {
+        scales_key(path): row[-1]
+        for path, row in zip(paths, rows, strict=True)
+        if len(row) > len(stage.keeps) and jax.tree.leaves(row[-1])
+    }
     return {**fields, "scales": scales}
-
-
-def without_empty(stage: Stage, format: Format | None, leaf: Any, row: Kept) -> Kept:
-    """The state of a leaf as its program takes it: None where its format has no codes."""
-    if format is None:
-        return row[: len(stage.keeps)]
-    *spec, scales = _spec(stage, format, leaf)
-    parts = (None if part is None else x for x, part in zip(row, spec, strict=False))
-    return (*parts, row[-1] if jax.tree.leaves(scales) else scales)
-
-
-def with_empty(new: Kept, old: Kept) -> Kept:
-    """The inverse of `without_empty`: the next state, with the empty arrays of the old one."""
-    return tuple(b if a is None else a for a, b in zip((*new, ()), old, strict=False))
 
 
 def check_corrections(stage: Stage, place: int, leaves: Sequence[Leaf]) -> None:
@@ -177,7 +169,7 @@ def check_corrections(stage: Stage, place: int, leaves: Sequence[Leaf]) -> None:
     """
     for leaf in leaves if stage.keeps and isinstance(stage.formula, Weights) else ():
         active, correction = leaf.active[place], leaf.kept[place][0]
-        if jnp.ndim(correction) and active != has_shape_of(correction, leaf.grad):
+        if active == (correction is None):
             found, wanted = ("no", "bfloat16") if active else ("a", "float32 or wider")
             raise ValueError(
                 f"{stage.name}: at {leaf.name} the state has {found} correction, and the parameter"
@@ -219,26 +211,21 @@ def _spec_of(moments: int, format: Format, shape: tuple[int, ...]) -> Kept:
     return jax.eval_shape(lambda x, noise: encode(format, [x] * moments, noise), moment, noise)
 
 
-def _as_stored(stage: Stage, format: Format, leaf: Any) -> Kept:
-    """The shapes and dtypes of a leaf's state as its fields hold it."""
-    *parts, scales = _spec(stage, format, leaf)
-    nothing = jax.ShapeDtypeStruct((0,) * np.ndim(leaf), jnp.int8)
-    return (*(nothing if part is None else part for part in parts), scales)
-
-
 def _fits(stage: Stage, part: str, leaf: Any, x: Any) -> bool:
     """Whether an array may be part of a leaf's state in float32 or wider."""
     dtype = getattr(x, "dtype", None)
     if dtype is None or isinstance(stage.formula, Weights):
-        return dtype is not None and (has_shape_of(leaf, x) or x.shape == (0,) * jnp.ndim(leaf))
+        return x is None or (dtype is not None and has_shape_of(leaf, x))
     # A complex number would lose its imaginary part in a real leaf.
-    alike = part != "mu" or jnp.iscomplexobj(leaf) == jnp.iscomplexobj(x)
-    return has_shape_of(leaf, x) and bool(jnp.issubdtype(dtype, jnp.inexact)) and alike
+    codes = jnp.issubdtype(dtype, jnp.integer)
+    alike = part != "mu" or codes or jnp.iscomplexobj(leaf) == jnp.iscomplexobj(x)
+    inexact = stage.has_moments or bool(jnp.issubdtype(dtype, jnp.inexact))
+    return has_shape_of(leaf, x) and inexact and alike
 
 
-def _is_narrow(stage: Stage, row: Kept) -> bool:
-    """Whether moments have fewer bits than float32, as after a cast of the state."""
-    return stage.has_moments and any(x.dtype.itemsize < 4 for x in row[:-1])
+def _is_wide(moment: Any) -> bool:
+    # Codes, and moments after a cast of the state, are not.
+    return bool(jnp.issubdtype(moment.dtype, jnp.inexact)) and moment.dtype.itemsize >= 4
 
 
 def _differing(stage: Stage, row: Kept, other: Kept) -> str:

@@ -1,11 +1,11 @@
 """Masks: which leaves a stage changes, by their paths and axes or by a tree of bools.
 
-`matrices()` has what is usually decayed, and `named("layers")` what lies under a name. Both are
+`matrices()` masks what is usually decayed, `named("layers")` the leaves under a name. Both return
 functions of parameters, for plain trees, `nnx.State`, Linen's and Equinox's modules alike.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,26 +15,29 @@ from adamfn.trees import PyTree, path_name
 
 __all__ = ["matrices", "named"]
 
+Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree] | None
+"""A tree of bools of the parameters' structure or a prefix of it; a function that makes one from
+the parameters; or None."""
+
 
 def matrices(
     but: Sequence[str] = ("bias", "norm", "embed"), stacked: Sequence[str] = ()
 ) -> Callable[[PyTree], PyTree]:
-    """A mask of the matrices of a model: what is usually decayed.
+    """A mask of the matrices of a model, which are usually decayed.
 
-    Those are the leaves of two axes at least, without those that have one of some names anywhere in
-    their paths, such as `embed` in `token_embedding/kernel`, in upper case or lower. A table of
-    embeddings is named, as its rows are vectors of their own; a bias of several axes, as attention
-    has one, too.
+    It has the leaves of two axes at least, except those with one of some names in their paths, such
+    as `embed` in `token_embedding/kernel`. A table of embeddings is excepted because its rows are
+    separate vectors, and `bias` because attention has biases of several axes.
 
     Args:
-      but: names, or parts of names, of what is left out.
-      stacked: those of what holds layers along its first axis, which is then not counted.
+      but: names, or parts of names, of leaves to leave out, in upper or lower case.
+      stacked: names of parts that hold layers along their first axis, which is then not counted.
 
     Returns:
       A function from parameters, or from a module, to a tree of bools of their structure.
 
     Raises:
-      TypeError: names are no list of strings.
+      TypeError: names are not a list of strings.
 
     >>> import adamfn
     >>> import jax.numpy as jnp
@@ -58,16 +61,9 @@ def matrices(
 
 
 def named(*names: str) -> Callable[[PyTree], PyTree]:
-    """A mask of the leaves that have one of some names in their paths.
+    """A mask of the leaves with one of some names, or parts of names, in their paths.
 
-    Args:
-      *names: names, or parts of names, in upper case or lower.
-
-    Returns:
-      A function from parameters, or from a module, to a tree of bools of their structure.
-
-    Raises:
-      TypeError: a name is no string.
+    Returns and raises as `matrices`; upper and lower case are alike.
 
     >>> import adamfn
     >>> adamfn.masks.named("layers")({"layers": {"kernel": 1.0}, "head": 1.0})
@@ -84,19 +80,11 @@ def _has(names: Sequence[str], what: str) -> Callable[[Any], bool]:
     return lambda path: any(part in path_name(path).lower() for part in parts)
 
 
-def broadcast_mask(
-    name: str, mask: PyTree | Callable[[PyTree], PyTree], params: PyTree
-) -> list[bool]:
-    """Whether a mask has each leaf of the parameters, in their order.
-
-    Args:
-      name: the stage, for error messages.
-      mask: a tree of bools of the parameters' structure or a prefix of it, or a function that makes
-        one from the parameters.
-      params: the parameters.
+def broadcast_mask(name: str, mask: Mask, params: PyTree) -> list[bool]:
+    """Whether the mask of a stage has each leaf of the parameters, in their order.
 
     Raises:
-      TypeError, ValueError: it has something else than bools, or does not fit the parameters.
+      TypeError, ValueError: it has leaves that are not bools, or does not fit the parameters.
     """
     # A function is a leaf; a module that can be called is a tree (optax issue 1007).
     if callable(mask) and jax.tree_util.all_leaves([mask]):

@@ -1,4 +1,4 @@
-"""Other libraries' names for the arguments of a recipe, explained where they are used."""
+"""Errors that say what other libraries' arguments of a recipe are called here."""
 
 import functools
 import inspect
@@ -24,29 +24,23 @@ _WAYS_OUT = {
 
 
 def explained(recipe: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The recipe, whose TypeError for arguments that do not fit says what to write instead."""
-    signature = inspect.signature(recipe)
-    names = list(signature.parameters)
-    positional = [
-        name
-        for name, parameter in signature.parameters.items()
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    ]
+    """The recipe, with a TypeError for unknown arguments that says what to write instead."""
+    name, signature = recipe.__name__, inspect.getfullargspec(recipe)
+    most, known = len(signature.args), [*signature.args, *signature.kwonlyargs]
 
     @functools.wraps(recipe)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        name = recipe.__name__
-        if len(args) > len(positional):
+        if len(args) > most:
             raise TypeError(
-                f"{name}: found {len(args)} positional arguments, and {args[len(positional)]!r} as"
-                f" the {len(positional) + 1}th; expected at most {len(positional)}:"
-                f" {', '.join(positional)}. Libraries differ in what follows (torch has the weight"
-                " decay there, optax eps_root), so it is given by name."
+                f"{name}: found {len(args)} positional arguments, and {args[most]!r} as the"
+                f" {most + 1}th; expected at most {most}: {', '.join(signature.args)}. Libraries"
+                " differ in what follows (torch has the weight decay there, optax eps_root), so it"
+                " is given by name."
             )
         for key, value in kwargs.items():
-            if key not in names:
-                known = _WAYS_OUT.get(key, f"it takes {', '.join(names)}")
-                raise TypeError(f"{name}: found the argument {key}={value!r}; {known}.")
+            if key not in known:
+                way_out = _WAYS_OUT.get(key, f"it takes {', '.join(known)}")
+                raise TypeError(f"{name}: found the argument {key}={value!r}; {way_out}.")
         return recipe(*args, **kwargs)
 
     return checked

@@ -52,17 +52,8 @@ def kept_leaves(node: Any) -> Iterator[KeptLeaf]:
     for path in columns[0]:
         parts = {name: column.get(path) for name, column in zip(names, columns, strict=True)}
         if any(part is not None for part in parts.values()):
-            yield KeptLeaf(path, _without_stand_ins(parts), entries.get(scales_key(path), ()))
+            yield KeptLeaf(path, parts, entries.get(scales_key(path), ()))
 
 
 def _leaves(tree: PyTree) -> list[tuple[Any, Any]]:
     return jax.tree.leaves_with_path(tree, is_leaf=lambda node: node is None)
-
-
-def _without_stand_ins(parts: dict[str, Any]) -> dict[str, Any]:
-    # An empty array of the leaf's rank beside one of its shape stands for None.
-    shapes = {name: getattr(part, "shape", ()) for name, part in parts.items()}
-    empty = {name for name, shape in shapes.items() if shape and not any(shape)}
-    if len(empty) == len(parts):  # an empty leaf
-        return parts
-    return {name: None if name in empty else part for name, part in parts.items()}

@@ -25,7 +25,7 @@ _KNOWN = (
     formulas.rectified_ratio,
     formulas.infinity_ratio,
 )
-"""The formulas whose first scalars are b1, b2, and eps in units of the uncorrected root."""
+"""The formulas whose first scalars are `MomentScalars` with an eps."""
 
 
 class ChainState(NamedTuple):
@@ -158,8 +158,8 @@ def _moments(
         mu, nu, *more = row[:-1] if format is None else decode(format, row)
         ratio = by_eps = None
         if stage.formula in _KNOWN:
-            b1, b2, eps = stage.scalars(count, state, {})[0][:3]
-            c1, c2 = (bias(_decay(b), count) for b in (b1, b2))
+            at = stage.scalars(count, state, {})[0][0]
+            c1, c2, eps = bias(_decay(at.b1), count), bias(_decay(at.b2), count), at.eps
             second = (more or [nu])[0]
             if stage.formula is formulas.infinity_ratio:
                 root, c2, by_eps = second, 1.0, second < 2 * eps

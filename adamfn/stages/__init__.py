@@ -1,1 +1,1 @@
-"""Stages: one file each, with its formula, what it keeps and its docstring."""
+"""Stages: their arguments, what they keep, and the scalars of their formulas."""

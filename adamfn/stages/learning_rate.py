@@ -19,7 +19,7 @@ class ScaleByLrState(NamedTuple):
     """State of `scale_by_lr`."""
 
     learning_rate: chex.Array
-    """The rate of the last step, to be logged (before the first: of the first to come)."""
+    """The rate of the last step, to be logged; before the first step, the rate of that one."""
 
 
 def scale_by_lr(learning_rate: ScalarOrSchedule = 1e-3) -> GradientTransformation:
@@ -27,25 +27,18 @@ def scale_by_lr(learning_rate: ScalarOrSchedule = 1e-3) -> GradientTransformatio
 
     $$ u \leftarrow -\alpha u $$
 
-    The minus sign makes them updates to add to the parameters. `update(..., learning_rate=x)`
-    takes x for this step instead, a number, a scalar array or a function of the count. Where
-    `update` is jitted and x an argument of the jitted function, a new x compiles nothing.
+    With the minus sign they can be added to the parameters. `update(..., learning_rate=x)` takes x
+    for this step instead: a number, a scalar array or a function of the count. If x is an argument
+    of a jitted function, a new x compiles nothing.
+
+    The state holds the rate that was used last. It does not if the rate is an array, which its
+    caller has: under `optax.inject_hyperparams` it is in `state.hyperparams` alone.
 
     Args:
       learning_rate: a number at least 0, a scalar array, or a function of the number of steps
         taken so far (0 at the first), such as any optax schedule.
 
-    Returns:
-      A `GradientTransformation` that keeps structure, shapes and dtypes. Its state remembers the
-      rate it last used, unless that was given as an array, which is its giver's: under
-      `optax.inject_hyperparams` it is in `state.hyperparams` alone.
-
-    Raises:
-      TypeError, ValueError: not a rate, at once or at `update`; at `update`, a state of
-        another transformation.
-
-    >>> import adamfn
-    >>> import jax.numpy as jnp
+    >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_lr(lambda count: 0.5 / (1 + count))
     >>> params = jnp.array([1.0, 2.0])
     >>> updates, state = tx.update(params, tx.init(params))
@@ -58,21 +51,22 @@ def scale_by_lr(learning_rate: ScalarOrSchedule = 1e-3) -> GradientTransformatio
     configured = scheduled("learning_rate", learning_rate)
 
     def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
-        rate = extra.get("learning_rate")
-        chosen = configured if rate is None else scheduled("learning_rate", rate)
-        rate = value_at("learning_rate", chosen, count - 1)
+        rate = rate_at(configured, count, extra)
         return (jnp.negative(rate),), {"learning_rate": rate}
 
     def first() -> jax.Array:
         return jnp.array(value_at("learning_rate", configured, jnp.zeros((), jnp.int32)), float)
 
-    return from_stage(
-        Stage(
-            "scale_by_lr",
-            multiply,
-            scalars=scalars,
-            start={"learning_rate": None if isinstance(configured, jax.Array) else first},
-            state=ScaleByLrState,
-            takes=("learning_rate",),
-        )
-    )
+    start = {"learning_rate": None if isinstance(configured, jax.Array) else first}
+    state, takes = ScaleByLrState, ("learning_rate",)
+    stage = Stage("scale_by_lr", multiply, scalars=scalars, start=start, state=state, takes=takes)
+    return from_stage(stage)
+
+
+def rate_at(
+    configured: ScalarOrSchedule, count: jax.Array, extra: Mapping[str, Any]
+) -> chex.Numeric:
+    """The rate of a step: the extra argument `learning_rate`, or else the configured one."""
+    given = extra.get("learning_rate")
+    chosen = configured if given is None else scheduled("learning_rate", given)
+    return value_at("learning_rate", chosen, count - 1)

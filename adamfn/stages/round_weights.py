@@ -7,10 +7,9 @@ import jax.numpy as jnp
 
 from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation
-from adamfn.core.placement import zeros_beside
 from adamfn.core.stage import EmptyState, Stage, exported_state
 from adamfn.core.weights import Weights
-from adamfn.trees import PyTree, describe, path_name
+from adamfn.trees import PyTree, describe, matching_leaves, path_name
 
 
 @exported_state
@@ -26,35 +25,22 @@ def round_weights(bits: Literal[16, 24, 32] = 24) -> GradientTransformation:
     r"""Makes bfloat16 weights train as wider ones do: the last stage of a chain.
 
     An update below a five-hundredth of its bfloat16 weight is lost when their sum is rounded to
-    nearest, and training stalls. Here the float32 sum is rounded to so many bits up or down, with
-    probabilities that make it right on average, and what bfloat16 cannot hold is kept beside it:
+    nearest, and training stalls. Here the float32 sum is rounded up or down to so many bits, with
+    probabilities that make it right on average, and bits that bfloat16 cannot hold are kept beside:
 
     | bits | kept of a weight                    | bytes |                                       |
     |------|-------------------------------------|-------|---------------------------------------|
     | 16   | its bfloat16                        | 2     | right on average, noisy               |
     | 24   | and a correction of 8 bits          | 3     | noise 256 times smaller               |
-    | 32   | and one of 16 bits                  | 4     | float32 to the bit, without noise     |
+    | 32   | and a correction of 16 bits         | 4     | float32 to the bit, without noise     |
 
-    The updates are float32, `new - old`, and any `apply_updates` of theirs lands on the bfloat16
-    that is meant. The other stages of the chain see the weight with its correction. Float32 leaves
-    and wider ones pass as they are.
+    Updates are float32, `new - old`, and land exactly on the new bfloat16 in any `apply_updates`.
+    The other stages of the chain see the weight with its correction. Float32 and wider leaves pass
+    unchanged; float16 and float8 leaves are refused. `update` needs `params`. Source: Zamirai et
+    al., Revisiting BFloat16 Training, 2020, section 4 (arXiv 2010.06192), for stochastic rounding
+    and for a second 16-bit number beside the weight.
 
-    Args:
-      bits: how many bits of each weight are kept.
-
-    Returns:
-      A `GradientTransformation`, whose `update` needs `params`.
-
-    Raises:
-      ValueError: other bits; at `chain`, a stage after it.
-      TypeError: at `init` and `update`, a float16 or float8 leaf; names it.
-
-    References:
-      Zamirai et al., Revisiting BFloat16 Training, 2020 (arXiv 2010.06192), section 4, for
-      stochastic rounding and for a second 16-bit number beside the weight.
-
-    >>> import adamfn
-    >>> import jax.numpy as jnp
+    >>> import adamfn, jax.numpy as jnp
     >>> params = jnp.ones(2, jnp.bfloat16)
     >>> plain = adamfn.adam(1e-4)
     >>> tx = adamfn.chain(plain, adamfn.round_weights(24))
@@ -69,55 +55,34 @@ def round_weights(bits: Literal[16, 24, 32] = 24) -> GradientTransformation:
         raise ValueError(f"round_weights: bits is {bits!r}; expected 16, 24 or 32.")
     weights = Weights(bits)
 
-    def first(leaf: Any) -> jax.Array:
-        if _is_bfloat16(leaf):
-            return jnp.zeros_like(leaf, weights.correction)
-        return zeros_beside(leaf, jax.ShapeDtypeStruct((0,) * jnp.ndim(leaf), jnp.int8))
+    def first(leaf: Any) -> jax.Array | None:
+        return jnp.zeros_like(leaf, weights.correction) if _is_bfloat16(leaf) else None
 
     keeps = {} if weights.correction is None else {"correction": first}
-    return from_stage(
-        Stage(
-            "round_weights",
-            weights,
-            reads=("params",),
-            keeps=keeps,
-            state=RoundWeightsState if keeps else EmptyState,
-            mask=_bfloat16_leaves,
-        )
-    )
+    state, mask = RoundWeightsState if keeps else EmptyState, _bfloat16_leaves
+    return from_stage(Stage("round_weights", weights, ("params",), keeps, state=state, mask=mask))
 
 
 def whole_weights(params: PyTree, state: PyTree) -> PyTree:
     """The float32 weights that bfloat16 parameters and a state stand for.
 
-    They are what to evaluate, to export and to hand to other libraries.
+    Evaluate, export and hand these to other libraries. The state is that of a chain with
+    `round_weights`, in wrappers or not. Leaves that are not bfloat16 are returned as they are.
 
-    Args:
-      params: the parameters.
-      state: the state of a chain with `round_weights`, alone or inside of wrappers.
-
-    Returns:
-      The parameters' tree: float32 in place of bfloat16, and other leaves as they are.
-
-    Raises:
-      ValueError: a correction is of another shape than its parameter; names the leaf.
-
-    >>> import adamfn
-    >>> import jax.numpy as jnp
+    >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.chain(adamfn.adam(1e-4), adamfn.round_weights(32))
     >>> params, state = adamfn.narrow_weights(jnp.float32(1.001), jnp.bfloat16(1.0), tx)
     >>> print(params, adamfn.whole_weights(params, state))
     1 1.001
     """
-    nodes = rounding_states(state)
-    found = {path: c for node in nodes for path, c in _by_path(node.correction).items()}
+    found: dict[str, Any] = {}
+    for node in rounding_states(state):
+        found |= _by_path(node.correction)
 
     def whole(path: Any, p: Any) -> Any:
-        if not _is_bfloat16(p):
-            return p
         correction = found.get(jax.tree_util.keystr(path))
-        if correction is None:
-            return p.astype(jnp.float32)
+        if not _is_bfloat16(p) or correction is None:
+            return p.astype(jnp.float32) if _is_bfloat16(p) else p
         _check_shape("whole_weights", path, p, correction)
         return _weights_of(correction).decode(p.astype(jnp.float32), correction)
 
@@ -131,58 +96,56 @@ def narrow_weights(
 
     Args:
       whole: the weights, float32 where parameters are bfloat16.
-      params: parameters whose dtypes are wanted, arrays or `jax.ShapeDtypeStruct`s.
+      params: parameters of the dtypes that are wanted, arrays or `jax.ShapeDtypeStruct`s.
       state: the state that is to hold their lower bits; or the transformation, for a first state.
 
     Returns:
       The parameters and the state. Bits that are not kept are rounded to nearest.
 
-    Raises:
-      ValueError: the trees differ in structure or shapes; names the leaf.
-
-    >>> import adamfn
-    >>> import jax
-    >>> import jax.numpy as jnp
+    >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.chain(adamfn.adam(1e-4), adamfn.round_weights(32))
-    >>> whole = {"w": jnp.array([1.0, 1.001])}
-    >>> params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), whole)
-    >>> params, state = adamfn.narrow_weights(whole, params, tx)
-    >>> print(params["w"], adamfn.whole_weights(params, state)["w"])
+    >>> whole = jnp.array([1.0, 1.001])
+    >>> params, state = adamfn.narrow_weights(whole, whole.astype(jnp.bfloat16), tx)
+    >>> print(params, adamfn.whole_weights(params, state))
     [1 1] [1.    1.001]
     """
-    _check_alike(whole, params)
+    way_out = "Pass the weights of these parameters."
+    matching_leaves("narrow_weights: whole", whole, "params", params, way_out)
     narrow = jax.tree.map(lambda w, p: w.astype(p.dtype), whole, params)
     if callable(getattr(state, "init", None)):
         state = cast("GradientTransformation", state).init(narrow)
-    found: dict[str, tuple[Any, Any]] = {
-        jax.tree_util.keystr(path): (path, w) for path, w in jax.tree.leaves_with_path(whole)
-    }
-    landed: dict[str, jax.Array] = {}
+    weights, landed = _by_path(whole), _by_path(narrow)
+
+    def correction(path: Any, old: Any) -> Any:
+        key = jax.tree_util.keystr(path)
+        if key not in landed:
+            raise ValueError(
+                f"narrow_weights: the state has a correction at {path_name(path)}, and the weights"
+                " have no such leaf; expected the state of these parameters."
+            )
+        if not _is_bfloat16(landed[key]):
+            return old
+        _check_shape("narrow_weights", path, weights[key], old)
+        p, lower = _weights_of(old).split(weights[key])
+        landed[key] = p.astype(jnp.bfloat16)
+        return lower.astype(old.dtype)
 
     def filled(node: Any) -> Any:
-        def correction(path: Any, old: Any) -> Any:
-            key = jax.tree_util.keystr(path)
-            if key in found and old.ndim and not old.size and found[key][1].size:
-                return old  # of a leaf that is float32 or wider
-            if key not in found:
-                raise ValueError(
-                    f"narrow_weights: the state has a correction at {path_name(path)}, and the"
-                    " weights have no such leaf; expected the state of these parameters."
-                )
-            _check_shape("narrow_weights", path, found[key][1], old)
-            p, lower = _weights_of(old).split(found[key][1])
-            landed[key] = p.astype(jnp.bfloat16)
-            return lower.astype(old.dtype)
-
         if not _is_state(node):
             return node
         return node._replace(correction=jax.tree.map_with_path(correction, node.correction))
 
     state = jax.tree.map(filled, state, is_leaf=_is_state)
-    narrow = jax.tree.map_with_path(
-        lambda path, p: landed.get(jax.tree_util.keystr(path), p), narrow
-    )
-    return narrow, state
+    return jax.tree.map_with_path(lambda path, _: landed[jax.tree_util.keystr(path)], narrow), state
+
+
+def rounding_states(state: PyTree) -> list[RoundWeightsState]:
+    """The states of `round_weights` inside of a state."""
+    return [node for node in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(node)]
+
+
+def _is_state(node: Any) -> bool:
+    return "correction" in getattr(node, "_fields", ())
 
 
 def _weights_of(correction: Any) -> Weights:
@@ -194,6 +157,8 @@ def _is_bfloat16(leaf: Any) -> bool:
 
 
 def _bfloat16_leaves(params: PyTree) -> PyTree:
+    """The mask of bfloat16 leaves."""
+
     def rounds(path: Any, leaf: Any) -> bool:
         if not _is_bfloat16(leaf) and jnp.finfo(jnp.result_type(leaf)).bits < 32:
             raise TypeError(
@@ -206,16 +171,6 @@ def _bfloat16_leaves(params: PyTree) -> PyTree:
     return jax.tree.map_with_path(rounds, params)
 
 
-def _is_state(node: Any) -> bool:
-    return "correction" in getattr(node, "_fields", ())
-
-
-def rounding_states(state: PyTree) -> list[RoundWeightsState]:
-    """The states of `round_weights` inside of a state."""
-    nodes = jax.tree.leaves(state, is_leaf=_is_state)
-    return [node for node in nodes if _is_state(node)]
-
-
 def _by_path(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
@@ -225,12 +180,4 @@ def _check_shape(name: str, path: Any, leaf: Any, correction: Any) -> None:
         raise ValueError(
             f"{name}: at {path_name(path) or 'the root'} the weight is {describe(leaf)} and its"
             f" correction {describe(correction)}; expected one shape, those of one run."
-        )
-
-
-def _check_alike(whole: PyTree, params: PyTree) -> None:
-    if jax.tree.structure(whole) != jax.tree.structure(params):
-        raise ValueError(
-            f"narrow_weights: the weights are {jax.tree.structure(whole)} and the params"
-            f" {jax.tree.structure(params)}; expected trees of one structure."
         )

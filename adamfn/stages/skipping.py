@@ -1,4 +1,4 @@
-"""`skip_outliers`: no step where the loss or the gradients are far from those of late."""
+"""`skip_outliers`: no step where the loss or the gradients are far above their recent values."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -13,7 +13,7 @@ from adamfn.core.averages import increment
 from adamfn.core.formulas import unchanged
 from adamfn.core.hyperparameters import scalar
 from adamfn.core.stage import Scalars, Stage, exported_state
-from adamfn.stages.norms import grad_norm_in
+from adamfn.stages.clipping import grad_norm_in
 from adamfn.trees import describe
 
 Watched = Literal["loss", "grad_norm"]
@@ -26,11 +26,11 @@ class SkipOutliersState(NamedTuple):
     seen: chex.Array
     """Steps whose values have entered the window: int32 scalar."""
     skipped: chex.Array
-    """Steps not taken: int32 scalar."""
+    """Steps skipped: int32 scalar."""
     taken: chex.Array
-    """Whether the last step was: bool scalar."""
+    """Whether the last step was taken: bool scalar."""
     recent: chex.Array
-    """What was watched in the last steps: float32 of shape (watched, window)."""
+    """The watched values of the last steps: float32 of shape (watched, window)."""
 
 
 def skip_outliers(
@@ -38,39 +38,32 @@ def skip_outliers(
     window: int = 128,
     sigmas: chex.Numeric = 6.0,
 ) -> GradientTransformation:
-    r"""Takes no step where the loss or the gradients' norm lies far above its mean of late.
+    r"""Skips a step if the loss or the gradients' norm is far above its recent mean.
 
     With the mean and the standard deviation (of n - 1) of the last `window` values, a step is taken
-    where, for all that is watched,
+    if every watched value x is finite and
 
     $$ x \le \operatorname{mean} + \sigma \operatorname{std} $$
 
-    and x is finite. Otherwise the updates are zero, and all that the stages of ours in the chain
-    keep stays as it is: moments, counts, and with them corrections and schedules. Until half of
-    the window, and at least 20 steps, have been seen, every finite step is taken. What is finite
-    enters the window, taken or not, so that a lasting change becomes the new mean.
+    On a skipped step the updates are zero, and the other adamfn stages of the chain keep their
+    states: moments, counts, and with them corrections and schedules. Until the window has seen half
+    of its steps, and 20 at least, every finite step is taken. Finite values enter the window on
+    skipped steps too, so that a lasting change becomes the new mean.
+
+    It comes first in a chain. Other libraries' transformations may only stand before it: they are
+    not held back. `state[0].skipped` counts the skipped steps.
+
+    Sources: OLMo-core's `SkipStepOptimizer`, with this window and sigmas, which also skips values
+    far below the mean; MaxText's `skip_step_on_spikes`, which does not. Both let values that are
+    not finite into the window, and then skip the steps after them.
 
     Args:
-      watched: `"loss"`, which `update(..., loss=x)` must then be given, `"grad_norm"`, the norm
-        of all gradients, or both.
-      window: how many values the mean is of, at least 2.
-      sigmas: how many standard deviations are far, at least 0.
+      watched: `"loss"`, which `update(..., loss=x)` must then be given; `"grad_norm"`, the norm
+        of all gradients; or both.
+      window: how many values the mean is taken of, at least 2.
+      sigmas: how many standard deviations above the mean is far, at least 0.
 
-    Returns:
-      A `GradientTransformation`. It comes first in a chain, and what is not ours may stand before
-      it alone: that is not held back. `state[0].skipped` counts the steps that were not taken.
-
-    Raises:
-      TypeError, ValueError: an argument out of range; at `chain`, a place where it would not hold
-        back what it should; at `update`, `loss` is missing, or no scalar.
-
-    References:
-      OLMo-core's `SkipStepOptimizer`, from which window and sigmas are, and MaxText's
-      `skip_step_on_spikes`. OLMo-core also skips what lies far below the mean; MaxText does not.
-      Both let values that are not finite into the window, and then skip what follows.
-
-    >>> import adamfn
-    >>> import jax.numpy as jnp
+    >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.chain(adamfn.skip_outliers(["loss"]), adamfn.adam(0.1))
     >>> params = jnp.zeros(1)
     >>> state = tx.init(params)
@@ -90,58 +83,51 @@ def skip_outliers(
     waits = max(20, window // 2)
 
     def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
-        if extra.get("loss") is None and "loss" in names:
-            raise ValueError(
-                "skip_outliers: update got no loss, and watches it. Call update(..., loss=x), or"
-                " watch ['grad_norm'] alone."
-            )
-        values = {"loss": extra.get("loss"), "grad_norm": None}
-        if "grad_norm" in names:
-            values["grad_norm"] = grad_norm_in(extra)
-        for name in names:
-            if getattr(values[name], "shape", ()) != () or not _is_real(values[name]):
-                raise TypeError(
-                    f"skip_outliers: {name} is {describe(values[name])}; expected a real number or a"
-                    " scalar array, such as the mean over the batch."
-                )
-        found = jnp.stack([jnp.asarray(values[name], state.recent.dtype) for name in names])
+        values = [_watched(name, extra) for name in names]
+        found = jnp.stack([jnp.asarray(x, state.recent.dtype) for x in values])
         finite = jnp.all(jnp.isfinite(found))
         usual = jnp.all(found <= _bound(state.recent, state.seen, sigmas))
         taken = finite & (usual | (state.seen + 1 < waits))
         entered = state.recent.at[:, state.seen % window].set(found)
-        remembered = {
+        return (), {
             "seen": jnp.where(finite, increment(state.seen), state.seen),
             "skipped": jnp.where(taken, state.skipped, increment(state.skipped)),
             "taken": taken,
             "recent": jnp.where(finite, entered, state.recent),
         }
-        return (), remembered
 
-    return from_stage(
-        Stage(
-            "skip_outliers",
-            unchanged,
-            scalars=scalars,
-            start={
-                "seen": lambda: jnp.zeros((), jnp.int32),
-                "skipped": lambda: jnp.zeros((), jnp.int32),
-                "taken": lambda: jnp.ones((), bool),
-                "recent": lambda: jnp.zeros((len(names), window), jnp.float32),
-            },
-            state=SkipOutliersState,
-            takes=("grads", *names),
+    start = {
+        "seen": lambda: jnp.zeros((), jnp.int32),
+        "skipped": lambda: jnp.zeros((), jnp.int32),
+        "taken": lambda: jnp.ones((), bool),
+        "recent": lambda: jnp.zeros((len(names), window), jnp.float32),
+    }
+    name, state, takes = "skip_outliers", SkipOutliersState, ("grads", *names)
+    stage = Stage(name, unchanged, scalars=scalars, start=start, state=state, takes=takes)
+    return from_stage(stage)
+
+
+def _watched(name: str, extra: Mapping[str, Any]) -> Any:
+    """The value of this step, if it is a real scalar."""
+    value = grad_norm_in(extra) if name == "grad_norm" else extra.get(name)
+    if value is None:
+        raise ValueError(
+            "skip_outliers: update got no loss, and watches it. Call update(..., loss=x), or watch"
+            " ['grad_norm'] alone."
         )
+    real = isinstance(value, int | float) or (
+        hasattr(value, "dtype") and not jnp.issubdtype(value.dtype, jnp.complexfloating)
     )
-
-
-def _is_real(x: Any) -> bool:
-    return isinstance(x, int | float) or (
-        hasattr(x, "dtype") and not jnp.issubdtype(x.dtype, jnp.complexfloating)
-    )
+    if getattr(value, "shape", ()) != () or not real:
+        raise TypeError(
+            f"skip_outliers: {name} is {describe(value)}; expected a real number or a scalar array,"
+            " such as the mean over the batch."
+        )
+    return value
 
 
 def _bound(recent: jax.Array, seen: jax.Array, sigmas: chex.Numeric) -> jax.Array:
-    """The most that is usual, for each row of recent values, of which the first may be unseen."""
+    """The largest usual value of each row of recent values, of which the first may be unseen."""
     known = jnp.arange(recent.shape[1]) < seen
     number = jnp.minimum(seen, recent.shape[1]).astype(recent.dtype)
     mean = jnp.sum(recent, axis=1, where=known) / jnp.maximum(number, 1)

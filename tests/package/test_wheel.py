@@ -13,8 +13,9 @@ ROOT = Path(__file__).parent.parent.parent
 PACKAGE = {
     path.relative_to(ROOT).as_posix()
     for path in (ROOT / "adamfn").rglob("*")
-    if path.is_file() and "__pycache__" not in path.parts
+    if path.is_file() and path.suffix not in (".pyc", ".so", ".cc", ".h")
 }
+LIBRARY = "adamfn/backends/native/adamfn_native.so"
 STEPS = """
 import json, sys
 from importlib.metadata import distributions
@@ -66,8 +67,14 @@ def found(tmp_path_factory):
 
 def test_the_wheel_has_the_package_and_nothing_else():
     names = set(zipfile.ZipFile(built("*.whl")).namelist())
-    assert {name for name in names if ".dist-info/" not in name} == PACKAGE
-    assert {"adamfn/backends/native/handler.cc", "adamfn/py.typed"} <= names
+    assert {name for name in names if ".dist-info/" not in name} == PACKAGE | {LIBRARY}
+    assert "adamfn/py.typed" in names
+
+
+def test_the_wheel_is_for_this_platform_and_every_python():
+    _, _, python, abi, platform = built("*.whl").stem.split("-")
+    assert (python, abi) == ("py3", "none")
+    assert platform != "any"
 
 
 def test_an_index_shows_the_readme_without_links_into_the_repository():
@@ -85,6 +92,8 @@ def test_the_sdist_has_what_tests_and_documentation_need():
     assert {"pyproject.toml", "README.md", "LICENSE", "Makefile", "CHANGELOG.md"} <= names
     assert {"docs/stages.md", "examples/digits.py", "tests/test_stage.py"} <= names
     assert {"mkdocs.yml", "website/hooks.py"} <= names
+    assert {"cmake/CMakeLists.txt", "adamfn/backends/native/handler.cc"} <= names
+    assert LIBRARY not in names
 
 
 def test_the_wheel_brings_jax_and_chex_alone(found):
@@ -103,6 +112,6 @@ def test_it_takes_a_step(found, way):
     assert b == pytest.approx(3.0 + 0.1 - 0.15, rel=1e-6)
 
 
-def test_its_native_code_is_built_and_its_formats_work(found):
+def test_its_native_code_runs_and_its_formats_work(found):
     assert found[1]["backend"] == "native"
     assert found[1]["lean"] == "int8"

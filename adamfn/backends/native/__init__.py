@@ -1,1 +1,1 @@
-"""Native code of the step on CPU: its sources, and their building, keeping and loading."""
+"""Native code of the step on CPU: its C++, and the loader of the library built from it."""

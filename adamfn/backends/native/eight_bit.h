@@ -1,34 +1,20 @@
-// One block of moments in 8 bits: adamfn's formats/eight_bit.py and formats/levels.py.
+// One block of moments in 8 bits: formats/eight_bit.py.
 
-#ifndef ADAMFN_EIGHT_BIT_H_
-#define ADAMFN_EIGHT_BIT_H_
+#pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <cstring>
 
+#include "group.h"
 #include "rounding.h"
 
-namespace adamfn {
-
-inline constexpr int kLargestBlock = 1024;
+namespace adamfn::ADAMFN_VARIANT {
 
 inline constexpr float kSmallestRatio = 0x1p-50f;
 
-// What is stored of a block besides its codes.
-struct BlockScales {
-  float* scale;
-  float* top;
-  int32_t* step;
-};
-
 // The integer nearest to an |x| < 2^22, of two as near the even one.
 inline int32_t Nearest(float x) {
-  const float word = x + 12582914.0f;
-  int32_t bits;
-  std::memcpy(&bits, &word, sizeof bits);
-  return bits - 0x4B400002;
+  return static_cast<int32_t>(BitsOf(x + 12582914.0f)) - 0x4B400002;
 }
 
 inline float NearRoot(int32_t bits) { return FloatOf((bits >> 1) + (127 << 22)); }
@@ -37,10 +23,10 @@ ADAMFN_LOOPS inline void DecodeBlock(const int8_t* __restrict mu_codes,
                                      const uint8_t* __restrict nu_codes, BlockScales block,
                                      int size, float* __restrict mu, float* __restrict nu) {
   const float scale = *block.scale;
-  const int32_t top = BitsOf(*block.top), step = *block.step;
+  const int32_t top = MagnitudeBitsOf(*block.top), step = *block.step;
 #pragma GCC ivdep
   for (int i = 0; i < size; ++i) {
-    // Unsigned: what no encoding made, such as a state of other bytes, may overflow.
+    // Unsigned: of a state that no encoding made it may overflow.
     const uint32_t below = static_cast<uint32_t>(255 - nu_codes[i]) * static_cast<uint32_t>(step);
     const int32_t bits =
         nu_codes[i] ? static_cast<int32_t>(static_cast<uint32_t>(top) - below) : 0;
@@ -49,16 +35,15 @@ ADAMFN_LOOPS inline void DecodeBlock(const int8_t* __restrict mu_codes,
   }
 }
 
-// `noise` has a random word for each element.
 ADAMFN_LOOPS inline void EncodeBlock(const float* __restrict mu, const float* __restrict nu,
-                                     const uint32_t* __restrict noise, int size,
+                                     const uint32_t* __restrict random, int size,
                                      int8_t* __restrict mu_codes, uint8_t* __restrict nu_codes,
                                      BlockScales block) {
   constexpr int32_t kLevels = 255;
   constexpr int32_t kLeast = 0x00800000 + kLevels;  // the last level stays above the denormals
   int32_t highest = 0, lowest = kInfinity;
   for (int i = 0; i < size; ++i) {
-    const int32_t bits = BitsOf(nu[i]);
+    const int32_t bits = MagnitudeBitsOf(nu[i]);
     highest = std::max(highest, bits);
     lowest = std::min(lowest, bits ? bits : kInfinity);
   }
@@ -66,14 +51,14 @@ ADAMFN_LOOPS inline void EncodeBlock(const float* __restrict mu, const float* __
   const int32_t span = std::clamp(top - bottom, 0, kInfinity);
   const int32_t step = std::max((span + (kLevels - 2)) / (kLevels - 1), 1);
 
-  // The ratios are scaled for nu as it came; the root of a level below is smaller by `fall`, in
-  // which there is room for roundings.
+  // The ratios are taken with nu before it is rounded; the root of a level below is smaller by
+  // `fall`, in which there is room for roundings.
   const float fall = 1 + 0x1p-20f + static_cast<float>(step) * 0x1p-24f;
   int32_t widest = 0;
   for (int i = 0; i < size; ++i) {
-    const int32_t bits = BitsOf(nu[i]);
+    const int32_t bits = MagnitudeBitsOf(nu[i]);
     const float inverse = bits ? 1 / NearRoot(bits) : 0.0f;
-    widest = std::max(widest, BitsOf(mu[i] * inverse));
+    widest = std::max(widest, MagnitudeBitsOf(mu[i] * inverse));
   }
   const float largest = fall * FloatOf(widest);
   // In this order the maximum is NaN where `largest` is.
@@ -82,20 +67,19 @@ ADAMFN_LOOPS inline void EncodeBlock(const float* __restrict mu, const float* __
 
 #pragma GCC ivdep
   for (int i = 0; i < size; ++i) {
-    const uint32_t random = noise[i];
-    const float place_of_mu = static_cast<float>(random & 0xFFFF) * 0x1p-16f + (0x1p-17f - 0.5f);
-    const float place_of_nu = static_cast<float>(random >> 16) * 0x1p-16f + 0x1p-17f;
-    const int32_t bits = BitsOf(nu[i]);
+    const float for_mu = static_cast<float>(random[i] & 0xFFFF) * 0x1p-16f + (0x1p-17f - 0.5f);
+    const float for_nu = static_cast<float>(random[i] >> 16) * 0x1p-16f + 0x1p-17f;
+    const int32_t bits = MagnitudeBitsOf(nu[i]);
     const float depth = static_cast<float>(top - bits) * per_step;
     const int32_t above = Nearest(std::min(depth - 0.5f, kLevels - 1.5f));
     const int32_t from = top - above * step;
     const float upper = FloatOf(from);
     const float lower = FloatOf(from - step);  // not top - 255 * step, which may overflow
-    const bool up = FloatOf(bits) - lower > place_of_nu * (upper - lower);
+    const bool up = FloatOf(bits) - lower > for_nu * (upper - lower);
     int32_t level = std::min(up ? above : above + 1, kLevels - 1);
     level = bits >= kInfinity ? 0 : level;
     const float per_ratio = bits ? per_code / NearRoot(top - level * step) : 0.0f;
-    mu_codes[i] = static_cast<int8_t>(Nearest(mu[i] * per_ratio + place_of_mu));
+    mu_codes[i] = static_cast<int8_t>(Nearest(mu[i] * per_ratio + for_mu));
     nu_codes[i] = static_cast<uint8_t>(bits ? kLevels - level : 0);
   }
   *block.scale = largest * (1.0f / 127);
@@ -103,6 +87,4 @@ ADAMFN_LOOPS inline void EncodeBlock(const float* __restrict mu, const float* __
   *block.step = step;
 }
 
-}  // namespace adamfn
-
-#endif  // ADAMFN_EIGHT_BIT_H_
+}  // namespace adamfn::ADAMFN_VARIANT

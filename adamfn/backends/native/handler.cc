@@ -1,19 +1,20 @@
 // A call of Adam's program, as a handler of XLA's foreign function interface.
 //
-// Operands and results are those of adamfn.program.Call: the scalars, float32, and behind them what
-// nothing reads (adamfn.backends.cpu says why); the count, int32; the leaves' numbers and those of
-// their first elements, uint32; the moments; the gradients; the parameters where they are read.
-// Results are the moments, the updates if they are returned, and the parameters if they are moved.
-// Moments and parameters lie in the buffers of their operands.
+// Operands: the scalars, float32, with what nothing reads behind them (the lowering in Python says
+// why); the count, int32; the index of each leaf and of its first element, uint32; of each leaf what
+// is kept (mu, nu, scales, lower bits); the gradients; the parameters, where they are read. Results:
+// what is kept, the updates if they are returned, and the parameters if they are moved.
 //
-// Each leaf has moments of its own, in its shape; or all share two buffers, in which they lie end to
-// end. What XLA hands over is checked: a mistake is an error of the step and not a crash.
+// What XLA hands over is checked: a mistake is an error of the step and not a crash.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <memory>
+#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "group.h"
@@ -24,209 +25,212 @@ namespace adamfn {
 namespace {
 
 namespace ffi = xla::ffi;
+using ffi::AnyBuffer;
+using ffi::DataType;
+using Integers = ffi::Span<const int64_t>;
 
-bool IsNarrow(const ffi::AnyBuffer& buffer) { return buffer.element_type() == ffi::DataType::BF16; }
-
-bool IsParameter(const ffi::AnyBuffer& buffer) {
-  return IsNarrow(buffer) || buffer.element_type() == ffi::DataType::F32;
+void Check(bool right, const char* wrong) {
+  if (!right) throw std::invalid_argument(wrong);
 }
 
-ffi::Error Wrong(const std::string& what) {
-  return ffi::Error::InvalidArgument("adamfn: a call of a program got " + what + ".");
+bool IsBfloat16(const AnyBuffer& buffer) { return buffer.element_type() == DataType::BF16; }
+
+bool IsReal(const AnyBuffer& buffer) {
+  return IsBfloat16(buffer) || buffer.element_type() == DataType::F32;
 }
 
-// The types of what is kept of a leaf: mu, nu, and the scales of blocks.
-std::vector<ffi::DataType> MomentTypes(int32_t format) {
-  constexpr auto kF32 = ffi::DataType::F32, kBF16 = ffi::DataType::BF16;
-  if (format == kEightBit) return {ffi::DataType::S8, ffi::DataType::U8, kF32, kF32, ffi::DataType::S32};
-  if (format == kFloat32) return {kF32, kF32};
-  return {kBF16, kBF16};
+bool Is(const AnyBuffer& buffer, DataType type, size_t size) {
+  return buffer.element_type() == type && buffer.element_count() == size;
 }
 
-// The axes of a leaf of so many elements, at their place among those of all leaves: how many, and
-// the length and the stride of each. Moves the place on.
-bool ReadAxes(ffi::Span<const int64_t> numbers, size_t& next, size_t size,
-              std::vector<Axis>& axes) {
-  if (next >= numbers.size()) return false;
-  const int64_t count = numbers[next++];
-  if (count < 0 || static_cast<uint64_t>(count) > (numbers.size() - next) / 2) return false;
+// The types of what is kept of a leaf: mu, nu, the scales of blocks, the lower bits of weights.
+std::vector<DataType> KeptTypes(int32_t format, int32_t bits) {
+  Check(format >= kFloat32 && format <= kEightBit, "an unknown format");
+  Check(bits == 0 || bits == 16 || bits == 24 || bits == 32, "another number of bits of a weight");
+  const DataType wide = format == kFloat32 ? DataType::F32 : DataType::BF16;
+  std::vector<DataType> types{wide, wide};
+  if (format == kEightBit) {
+    types = {DataType::S8, DataType::U8, DataType::F32, DataType::F32, DataType::S32};
+  }
+  if (bits > 16) types.push_back(bits == 24 ? DataType::S8 : DataType::S16);
+  return types;
+}
+
+// Reads the axes of a leaf of so many elements from those of all leaves, and moves on to the next.
+std::vector<Axis> ReadAxes(Integers all, size_t& next, size_t size) {
+  constexpr auto kWrong = "other axes";
+  Check(next < all.size(), kWrong);
+  const int64_t count = all[next++];
+  Check(count >= 0 && static_cast<uint64_t>(count) <= (all.size() - next) / 2, kWrong);
+  std::vector<Axis> axes;
   size_t elements = 1;
   for (int64_t i = 0; i < count; ++i, next += 2) {
-    if (numbers[next] < 0) return false;
-    axes.push_back({numbers[next], numbers[next + 1]});
-    elements *= static_cast<size_t>(numbers[next]);
+    Check(all[next] >= 0, kWrong);
+    axes.push_back({all[next], all[next + 1]});
+    elements *= static_cast<size_t>(all[next]);
   }
+  Check(elements == size, kWrong);
   if (axes.empty()) axes.push_back({1, 1});
-  return elements == size;
+  return axes;
 }
 
-ffi::Error Run(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results,
-               int32_t format, int32_t bits, bool packed, bool moves, bool returns,
-               ffi::Span<const int64_t> places, ffi::Span<const int64_t> blocks,
-               ffi::Span<const int64_t> axes) {
-  if (format < kFloat32 || format > kEightBit) return Wrong("an unknown format");
-  if ((bits != 0 && bits != 16 && bits != 24 && bits != 32) || (bits && packed)) {
-    return Wrong("another number of bits of a weight");
-  }
-  std::vector<ffi::DataType> types = MomentTypes(format);
-  if (bits > 16) types.push_back(bits == 24 ? ffi::DataType::S8 : ffi::DataType::S16);
-  const size_t leaves = blocks.size(), kinds = types.size();
-  const size_t moments = packed ? kinds : kinds * leaves, first = 3 + moments;
-  if (leaves == 0 || (packed && format != kFloat32)) return Wrong("another number of leaves");
-  if (places.size() != kScalars) return Wrong("another number of scalars");
-  const bool decays = places[kWeightDecay] >= 0, has_params = moves || decays || bits;
-  if (arguments.size() != first + (has_params ? 2 : 1) * leaves ||
-      results.size() != moments + (returns ? leaves : 0) + (moves ? leaves : 0)) {
-    return Wrong("another number of operands or results");
-  }
+// The memory of a result that XLA places where its operand is. Where it does not, it begins as a copy.
+void* InPlace(const AnyBuffer& result, const AnyBuffer& operand) {
+  Check(Is(result, operand.element_type(), operand.element_count()), "a result unlike its operand");
+  void* data = result.untyped_data();
+  if (data != operand.untyped_data()) std::memcpy(data, operand.untyped_data(), operand.size_bytes());
+  return data;
+}
 
-  std::vector<ffi::AnyBuffer> operands;
-  for (size_t i = 0; i < arguments.size(); ++i) {
-    auto operand = arguments.get<ffi::AnyBuffer>(i);
-    if (operand.has_error()) return operand.error();
-    operands.push_back(*operand);
-  }
-  const auto is = [&](size_t i, ffi::DataType type, size_t size) {
-    return operands[i].element_type() == type && operands[i].element_count() == size;
-  };
-  if (operands[0].element_type() != ffi::DataType::F32 || !is(1, ffi::DataType::S32, 1) ||
-      !is(2, ffi::DataType::U32, 2 * leaves)) {
-    return Wrong("other scalars");
-  }
+// What XLA hands over in a call, and where in it each kind of buffer begins.
+struct Call {
+  std::vector<AnyBuffer> operands, results;
+  int32_t format, bits;
+  bool moves, returns;
+  Integers places, blocks, axes;
 
-  // Results lie where their operands do, but for updates; where they do not, they begin as a copy.
-  std::vector<void*> kept;
-  const size_t updates = returns ? leaves : 0;
-  for (size_t i = 0; i < results.size(); ++i) {
-    if (i >= moments && i < moments + updates) {
-      auto result = results.get<ffi::AnyBuffer>(i);
-      if (result.has_error()) return result.error();
-      const ffi::AnyBuffer& g = operands[3 + i];
-      if ((*result)->element_type() != (bits ? ffi::DataType::F32 : g.element_type()) ||
-          (*result)->element_count() != g.element_count()) {
-        return Wrong("an update unlike its gradient");
-      }
-      kept.push_back((*result)->untyped_data());
-      continue;
-    }
-    const ffi::AnyBuffer& operand =
-        operands[i < moments ? 3 + i : first + leaves + i - moments - updates];
-    auto result = results.get<ffi::AnyBuffer>(i);
-    if (result.has_error()) return result.error();
-    if ((*result)->element_type() != operand.element_type() ||
-        (*result)->element_count() != operand.element_count()) {
-      return Wrong("a result unlike its operand");
-    }
-    void* data = (*result)->untyped_data();
-    if (data != operand.untyped_data()) {
-      std::memcpy(data, operand.untyped_data(), operand.size_bytes());
-    }
-    kept.push_back(data);
+  std::vector<DataType> types = KeptTypes(format, bits);
+  size_t kinds = types.size(), leaves = blocks.size(), grads = 3 + kinds * leaves;
+  bool decays = places[kWeightDecay] >= 0, reads_params = moves || decays || bits;
+  size_t params = reads_params ? grads + leaves : grads;
+  size_t updates = kinds * leaves, moved = returns ? updates + leaves : updates;
+};
+
+Scalars ReadScalars(const AnyBuffer& buffer, Integers places) {
+  Check(buffer.element_type() == DataType::F32, "other scalars");
+  Scalars scalars;
+  for (size_t i = 0; i < kScalars; ++i) {
+    Check(places[i] < static_cast<int64_t>(buffer.element_count()), "other scalars");
+    if (places[i] >= 0) scalars.value[i] = static_cast<const float*>(buffer.untyped_data())[places[i]];
   }
+  return scalars;
+}
+
+// Sets where a leaf's moments and lower bits are.
+void ReadKept(const Call& call, size_t k, int64_t tiles, Leaf& leaf) {
+  void* data[6];
+  for (size_t i = 0; i < call.kinds; ++i) {
+    const AnyBuffer& operand = call.operands[3 + k * call.kinds + i];
+    const bool is_scale = call.format == kEightBit && i >= 2 && i < 5;
+    Check(Is(operand, call.types[i], static_cast<size_t>(is_scale ? tiles : leaf.size)),
+          "moments of another dtype or size than their leaf");
+    data[i] = InPlace(call.results[k * call.kinds + i], operand);
+  }
+  leaf.mu = data[0];
+  leaf.nu = data[1];
+  if (call.bits > 16) leaf.lower = data[call.kinds - 1];
+  if (call.format == kEightBit) {
+    leaf.blocks = {static_cast<float*>(data[2]), static_cast<float*>(data[3]),
+                   static_cast<int32_t*>(data[4])};
+  }
+}
+
+// Sets a leaf's gradient, parameter and update.
+void ReadArrays(const Call& call, size_t k, Leaf& leaf) {
+  const AnyBuffer &g = call.operands[call.grads + k], &p = call.operands[call.params + k];
+  Check(IsReal(g) && IsReal(p) && p.element_count() == g.element_count(),
+        "a gradient and a parameter of other dtypes or sizes");
+  Check(!call.bits || IsBfloat16(p), "a weight of another dtype than bfloat16");
+  leaf.size = static_cast<int64_t>(g.element_count());
+  leaf.g = {g.untyped_data(), IsBfloat16(g)};
+  leaf.moves = call.moves;
+  if (call.reads_params) leaf.p = {p.untyped_data(), IsBfloat16(p)};
+  if (call.moves) leaf.p.data = InPlace(call.results[call.moved + k], p);
+  if (call.returns) {
+    const AnyBuffer& u = call.results[call.updates + k];
+    Check(Is(u, call.bits ? DataType::F32 : g.element_type(), g.element_count()),
+          "an update unlike its gradient");
+    leaf.u = {u.untyped_data(), IsBfloat16(u)};
+  }
+}
+
+Group ReadGroup(const Call& call) {
+  Check(call.leaves > 0, "another number of leaves");
+  Check(call.operands.size() == call.params + call.leaves &&
+            call.results.size() == call.moved + (call.moves ? call.leaves : 0),
+        "another number of operands or results");
+  const AnyBuffer &count = call.operands[1], &indices = call.operands[2];
+  Check(Is(count, DataType::S32, 1) && Is(indices, DataType::U32, 2 * call.leaves), "other scalars");
 
   Group group{};
-  const auto* vector = static_cast<const float*>(operands[0].untyped_data());
-  for (size_t i = 0; i < kScalars; ++i) {
-    if (places[i] >= static_cast<int64_t>(operands[0].element_count())) return Wrong("other scalars");
-    if (places[i] >= 0) group.scalars.value[i] = vector[places[i]];
-  }
-  if (group.scalars[kTaken] == 0) {
-    for (size_t i = 0; i < updates; ++i) {
-      const ffi::AnyBuffer& g = operands[first + i];
-      std::memset(kept[moments + i], 0, bits ? 4 * g.element_count() : g.size_bytes());
-    }
-    return ffi::Error::Success();
-  }
-  std::memcpy(&group.count, operands[1].untyped_data(), sizeof group.count);
-  const auto* numbers = static_cast<const uint32_t*>(operands[2].untyped_data());
-  group.format = format;
-  group.bits = bits;
-  group.form = places[kAngleFactor] >= 0 ? Form::kAngle
-               : places[kAhead] >= 0      ? Form::kNesterov
-                                          : Form::kRatio;
-  group.decays = decays;
-  size_t together = 0;  // elements of packed leaves so far
+  group.scalars = ReadScalars(call.operands[0], call.places);
+  group.count = *static_cast<const int32_t*>(count.untyped_data());
+  group.format = call.format;
+  group.bits = call.bits;
+  group.form = call.places[kAngleFactor] >= 0 ? Form::kAngle
+               : call.places[kAhead] >= 0     ? Form::kNesterov
+                                              : Form::kRatio;
+  group.decays = call.decays;
   size_t next_axes = 0;
-  for (size_t k = 0; k < leaves; ++k) {
-    const ffi::AnyBuffer& g = operands[first + k];
-    const ffi::AnyBuffer& p = operands[first + (has_params ? leaves : 0) + k];
-    const size_t size = g.element_count();
-    if (!IsParameter(g) || !IsParameter(p) || p.element_count() != size) {
-      return Wrong("a gradient and a parameter of other dtypes or sizes");
-    }
-    if (format == kEightBit && (blocks[k] < 1 || blocks[k] > kLargestBlock)) {
-      return Wrong("a block of another size");
-    }
-    const auto shape = g.dimensions();
+  for (size_t k = 0; k < call.leaves; ++k) {
     Leaf leaf{};
-    leaf.g = g.untyped_data();
-    leaf.u = returns ? kept[moments + k] : nullptr;
-    leaf.p = moves ? kept[moments + updates + k] : has_params ? p.untyped_data() : nullptr;
-    leaf.moves = moves;
-    leaf.g_is_narrow = IsNarrow(g);
-    leaf.p_is_narrow = IsNarrow(p);
-    leaf.u_is_narrow = leaf.g_is_narrow && !bits;
-    if (bits && !leaf.p_is_narrow) return Wrong("a weight of another dtype than bfloat16");
-    leaf.number = numbers[2 * k];
-    leaf.first = numbers[2 * k + 1];
-    if (!ReadAxes(axes, next_axes, size, leaf.axes)) return Wrong("other axes");
-    leaf.size = static_cast<int64_t>(size);
-    leaf.row = format == kEightBit && shape.size() ? shape[shape.size() - 1] : leaf.size;
-    leaf.tile = format == kEightBit ? blocks[k] : kTile;
-    leaf.first_tile = group.tiles;
-    const int64_t tiles =
-        size ? leaf.size / leaf.row * ((leaf.row + leaf.tile - 1) / leaf.tile) : 0;
-    if (packed) {
-      if (operands[3].element_count() < together + size) break;  // said below
-      leaf.mu = static_cast<float*>(kept[0]) + together;
-      leaf.nu = static_cast<float*>(kept[1]) + together;
-      together += size;
-    } else {
-      const size_t own = k * kinds;
-      for (size_t i = 0; i < kinds; ++i) {
-        const bool codes = i < 2 || (bits > 16 && i == kinds - 1);
-        if (!is(3 + own + i, types[i], codes ? size : static_cast<size_t>(tiles))) {
-          return Wrong("moments of another dtype or size than their leaf");
-        }
-      }
-      leaf.mu = kept[own];
-      leaf.nu = kept[own + 1];
-      leaf.correction = bits > 16 ? kept[own + kinds - 1] : nullptr;
-      if (format == kEightBit) {
-        leaf.blocks = {static_cast<float*>(kept[own + 2]), static_cast<float*>(kept[own + 3]),
-                       static_cast<int32_t*>(kept[own + 4])};
-      }
+    ReadArrays(call, k, leaf);
+    leaf.index = static_cast<const uint32_t*>(indices.untyped_data())[2 * k];
+    leaf.first = static_cast<const uint32_t*>(indices.untyped_data())[2 * k + 1];
+    leaf.axes = ReadAxes(call.axes, next_axes, static_cast<size_t>(leaf.size));
+    leaf.row = leaf.size;
+    leaf.tile = kTile;
+    if (call.format == kEightBit) {
+      Check(call.blocks[k] >= 1 && call.blocks[k] <= kLargestBlock, "a block of another size");
+      const auto shape = call.operands[call.grads + k].dimensions();
+      if (shape.size()) leaf.row = shape[shape.size() - 1];
+      leaf.tile = call.blocks[k];
     }
-    if (size) group.leaves.push_back(std::move(leaf));
+    const int64_t tiles =
+        leaf.size ? leaf.size / leaf.row * ((leaf.row + leaf.tile - 1) / leaf.tile) : 0;
+    ReadKept(call, k, tiles, leaf);
+    leaf.first_tile = group.tiles;
     group.tiles += tiles;
+    if (tiles) group.leaves.push_back(std::move(leaf));
   }
-  if (packed && (!is(3, types[0], together) || !is(4, types[1], together))) {
-    return Wrong("moments of another dtype or size than their leaves");
-  }
-  if (group.tiles == 0) return ffi::Error::Success();
+  return group;
+}
 
-  const int64_t threads =
-      std::clamp<int64_t>(group.tiles / kTilesPerThread, 1, std::max<int64_t>(pool.num_threads(), 1));
-  const auto tasks = std::make_shared<Tasks>(std::move(group), threads);
+void Run(ffi::ThreadPool& pool, Group group) {
+  if (group.scalars[kGate] == 0) {
+    for (const Leaf& leaf : group.leaves) {
+      if (leaf.u.data) std::memset(leaf.u.data, 0, leaf.size * (leaf.u.is_bfloat16 ? 2 : 4));
+    }
+    return;
+  }
+  if (group.tiles == 0) return;
+  const int64_t threads = std::clamp<int64_t>(group.tiles / kTilesPerThread, 1,
+                                              std::max<int64_t>(pool.num_threads(), 1));
+  const auto tasks = std::make_shared<Tasks>(std::move(group), ChosenKernels(), threads);
   for (int64_t i = 1; i < threads; ++i) pool.Schedule([tasks] { tasks->Work(); });
   tasks->Work();
   tasks->Wait();
-  return ffi::Error::Success();
+}
+
+ffi::Error Handle(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets returned,
+                  int32_t format, int32_t bits, bool moves, bool returns, Integers places,
+                  Integers blocks, Integers axes) {
+  std::vector<AnyBuffer> operands, results;
+  for (size_t i = 0; i < arguments.size(); ++i) operands.push_back(*arguments.get<AnyBuffer>(i));
+  for (size_t i = 0; i < returned.size(); ++i) results.push_back(**returned.get<AnyBuffer>(i));
+  try {
+    Check(places.size() == kScalars, "another number of scalars");
+    Run(pool, ReadGroup({std::move(operands), std::move(results), format, bits, moves, returns, places,
+                         blocks, axes}));
+    return ffi::Error::Success();
+  } catch (const std::exception& wrong) {
+    return ffi::Error::InvalidArgument(std::string("adamfn: a call of a program got ") +
+                                       wrong.what() + ".");
+  }
 }
 
 }  // namespace
 }  // namespace adamfn
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(adamfn_step, adamfn::Run,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int32_t>("format")
-                                  .Attr<int32_t>("bits")
-                                  .Attr<bool>("packed")
-                                  .Attr<bool>("moves")
-                                  .Attr<bool>("returns")
-                                  .Attr<xla::ffi::Span<const int64_t>>("scalars")
-                                  .Attr<xla::ffi::Span<const int64_t>>("blocks")
-                                  .Attr<xla::ffi::Span<const int64_t>>("axes"));
+// The version of XLA's interface that this was compiled for.
+extern "C" [[gnu::visibility("default")]] int adamfn_ffi_version() {
+  return 1000 * XLA_FFI_API_MAJOR + XLA_FFI_API_MINOR;
+}
+
+extern "C" [[gnu::visibility("default")]] XLA_FFI_Error* adamfn_step(XLA_FFI_CallFrame* frame);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    adamfn_step, adamfn::Handle,
+    xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>().RemainingArgs().RemainingRets()
+        .Attr<int32_t>("format").Attr<int32_t>("bits").Attr<bool>("moves").Attr<bool>("returns")
+        .Attr<adamfn::Integers>("scalars").Attr<adamfn::Integers>("blocks")
+        .Attr<adamfn::Integers>("axes"));

@@ -1,67 +1,51 @@
-// One step of Adam on a run of float32 numbers, in place.
-//
-// The formulas are those of adamfn's formulas.py, one after the other. tests/test_native.py
-// holds this file to them.
+// One step of Adam on a run of float32 numbers, in place: the formulas of core/formulas.py, one after
+// the other. tests/test_native.py compares.
 
-#ifndef ADAMFN_STEP_H_
-#define ADAMFN_STEP_H_
+#pragma once
 
 #include <algorithm>
 #include <cmath>
-#include <cstddef>
 #include <cstdint>
-#include <cstring>
 
-#include "angle.h"
+#include "group.h"
 #include "rounding.h"
 
-namespace adamfn {
-
-// The scalars of a step, in the order of adamfn.backends.cpu.scalar_places.
-enum Scalar : size_t {
-  kComplement1,  // 1 - b1
-  kComplement2,  // 1 - b2
-  kRate1,        // b1, or 1 where it is known to be at least 1/2
-  kRate2,        // b2, likewise
-  kEps,          // eps sqrt(c2)
-  kEpsRoot,      // eps_root c2
-  kAhead,        // c1(t) / c1(t + 1), of Nesterov's form
-  kCorrection,   // sqrt(c2) / c1
-  kWeightDecay,
-  kFactor,       // minus the learning rate
-  kGradientFactor,     // of clipping by the norm
-  kWeightDecayAgainst,  // the decay of what the update makes larger
-  kTaken,               // 0 in a step that is held back
-  kAngleFactor,         // a and b of Adam-atan2, which has no eps
-  kRootFactor,
-  kScalars
-};
-
-struct Scalars {
-  float value[kScalars] = {0, 0, 1, 1, 0, 0, 1, 1, 0, 1, 1, 0, 1, 1, 1};  // of those that a program lacks
-  float operator[](Scalar scalar) const { return value[scalar]; }
-};
+namespace adamfn::ADAMFN_VARIANT {
 
 inline float Average(float old, float fresh, float complement, float rate) {
   const bool fast = rate < 0.5f;
   return (fast ? fresh : old) + (fast ? -rate : complement) * (fresh - old);
 }
 
-inline float Bounded(float g) {  // finite and larger than 2^48: that, with its sign
+// A finite g larger than 2^48 becomes that, with its sign.
+inline float Bounded(float g) {
   constexpr int32_t kLargest = (127 + 48) << 23, kLeastNegative = 0x00800000;
-  uint32_t word;
-  std::memcpy(&word, &g, sizeof word);
+  const uint32_t bits = BitsOf(g);
   // Raised, infinity and NaN are negative.
-  const int32_t raised = static_cast<int32_t>((word & 0x7FFFFFFF) + kLeastNegative);
+  const int32_t raised = static_cast<int32_t>((bits & 0x7FFFFFFF) + kLeastNegative);
   const int32_t held = std::min(raised, kLargest + kLeastNegative);
-  const uint32_t bounded = (static_cast<uint32_t>(held) - kLeastNegative) | (word & 0x80000000);
-  return FloatOf(static_cast<int32_t>(bounded));
+  return FloatOf((static_cast<uint32_t>(held) - kLeastNegative) | (bits & 0x80000000));
 }
 
-// What becomes of the moments: their ratio, that of Nesterov's form, or their angle.
-enum class Form { kRatio, kNesterov, kAngle };
+// atan2(opposite, adjacent) of numbers at least 0; 0 where both are: core/angle.py.
+[[gnu::always_inline]] inline float Angle(float opposite, float adjacent) {
+  constexpr float kQuarter = 1.57079633f, kSteep = 0.414213562f;  // pi / 2, tan(pi / 8)
+  const float shorter = opposite > adjacent ? adjacent : opposite;
+  const float longer = opposite > adjacent ? opposite : adjacent;
+  // Both infinite, or both zero: as XLA has it, an eighth of the circle, and 0.
+  const float ratio = shorter / longer, equal = longer > 0 ? 1 : 0;
+  const float t = shorter == longer ? equal : ratio;
+  // No division waits for a comparison: compilers would not make vectors of them.
+  const float turned = (t - 1) / (t + 1), eighth = kQuarter / 2;
+  const float x = t > kSteep ? turned : t, start = t > kSteep ? eighth : 0;
+  const float z = x * x;
+  float series = 8.05374449538e-2f * z - 1.38776856032e-1f;
+  series = (series * z + 1.99777106478e-1f) * z - 3.33329491539e-1f;  // Cephes, atanf
+  const float found = series * z * x + x + start, rest = kQuarter - found;
+  return opposite > adjacent ? rest : found;
+}
 
-// What is decayed: nothing, all alike, or what the update makes larger in its own way.
+// What is decayed: nothing, all alike, or more where the decay has the sign of the update.
 enum class Decay { kNone, kAlike, kCautious };
 
 // A part of the loop below, which a call would keep from running in vectors.
@@ -101,30 +85,27 @@ void StepRun(const Scalars& s, int64_t size, const float* g, float* mu, float* n
   }
 }
 
-template <Form kForm, Decay kDecay>
-void StepRun(const Scalars& s, int64_t size, const float* g, float* mu, float* nu, float* p,
-             float* u) {
-  (u ? StepRun<kForm, kDecay, false> : StepRun<kForm, kDecay, true>)(s, size, g, mu, nu, p, u);
-}
-
+// Of StepRun, the one for these.
 template <Form kForm>
-void StepRun(const Scalars& s, bool decays, int64_t size, const float* g, float* mu, float* nu,
-             float* p, float* u) {
-  const bool alike = s[kWeightDecay] == s[kWeightDecayAgainst];
-  const auto run = !decays ? StepRun<kForm, Decay::kNone>
-                   : alike ? StepRun<kForm, Decay::kAlike>
-                           : StepRun<kForm, Decay::kCautious>;
-  run(s, size, g, mu, nu, p, u);
+auto Choose(Decay decay, bool moves) {
+  if (decay == Decay::kNone) {
+    return moves ? StepRun<kForm, Decay::kNone, true> : StepRun<kForm, Decay::kNone, false>;
+  }
+  if (decay == Decay::kAlike) {
+    return moves ? StepRun<kForm, Decay::kAlike, true> : StepRun<kForm, Decay::kAlike, false>;
+  }
+  return moves ? StepRun<kForm, Decay::kCautious, true> : StepRun<kForm, Decay::kCautious, false>;
 }
 
-inline void StepRun(const Scalars& s, Form form, bool decays, int64_t size, const float* g,
-                    float* mu, float* nu, float* p, float* u) {
-  const auto run = form == Form::kAngle      ? StepRun<Form::kAngle>
-                   : form == Form::kNesterov ? StepRun<Form::kNesterov>
-                                             : StepRun<Form::kRatio>;
-  run(s, decays, size, g, mu, nu, p, u);
+// Moves p if u is null.
+inline void StepRun(const Group& group, int64_t size, const float* g, float* mu, float* nu, float* p,
+                    float* u) {
+  const bool alike = group.scalars[kWeightDecay] == group.scalars[kWeightDecayAgainst];
+  const Decay decay = !group.decays ? Decay::kNone : alike ? Decay::kAlike : Decay::kCautious;
+  const auto run = group.form == Form::kAngle      ? Choose<Form::kAngle>(decay, !u)
+                   : group.form == Form::kNesterov ? Choose<Form::kNesterov>(decay, !u)
+                                                   : Choose<Form::kRatio>(decay, !u);
+  run(group.scalars, size, g, mu, nu, p, u);
 }
 
-}  // namespace adamfn
-
-#endif  // ADAMFN_STEP_H_
+}  // namespace adamfn::ADAMFN_VARIANT

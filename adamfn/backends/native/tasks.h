@@ -1,7 +1,6 @@
 // The tiles of a group as tasks that threads share.
 
-#ifndef ADAMFN_TASKS_H_
-#define ADAMFN_TASKS_H_
+#pragma once
 
 #include <algorithm>
 #include <atomic>
@@ -17,28 +16,22 @@ namespace adamfn {
 // Tiles whose step takes about as long as a thread takes to begin.
 inline constexpr int64_t kTilesPerThread = 256;
 
-// Tiles that a thread takes at a time: many, for memory is read faster in long runs, but so few that
-// the threads end together.
-inline int64_t TilesPerTask(int64_t tiles, int64_t threads) {
-  return std::clamp<int64_t>(tiles / (16 * threads), 64, 512);
-}
-
 // Tasks that the calling thread and those of XLA's pool take one after another. The calling thread
 // can finish them alone, so a pool that is busy, or gone after a fork, stops nothing; a pool thread
 // that comes late finds none left, and touches nothing but this.
 class Tasks {
  public:
-  Tasks(Group group, int64_t threads)
+  Tasks(Group group, Kernels* kernels, int64_t threads)
       : group_(std::move(group)),
-        tiles_(TilesPerTask(group_.tiles, threads)),
-        number_((group_.tiles + tiles_ - 1) / tiles_) {}
-
-  int64_t number() const { return number_; }
+        kernels_(kernels),
+        // Many, for memory is read faster in long runs, but so few that the threads end together.
+        tiles_(std::clamp<int64_t>(group_.tiles / (16 * threads), 64, 512)),
+        count_((group_.tiles + tiles_ - 1) / tiles_) {}
 
   void Work() {
-    for (int64_t task; (task = next_.fetch_add(1)) < number_;) {
-      StepTiles(group_, task * tiles_, std::min((task + 1) * tiles_, group_.tiles));
-      if (done_.fetch_add(1) + 1 == number_) {
+    for (int64_t task; (task = next_.fetch_add(1)) < count_;) {
+      kernels_(group_, task * tiles_, std::min((task + 1) * tiles_, group_.tiles));
+      if (done_.fetch_add(1) + 1 == count_) {
         const std::lock_guard<std::mutex> lock(mutex_);
         all_done_.notify_all();
       }
@@ -47,17 +40,16 @@ class Tasks {
 
   void Wait() {
     std::unique_lock<std::mutex> lock(mutex_);
-    all_done_.wait(lock, [this] { return done_.load() == number_; });
+    all_done_.wait(lock, [this] { return done_.load() == count_; });
   }
 
  private:
   const Group group_;
-  const int64_t tiles_, number_;
+  Kernels* const kernels_;
+  const int64_t tiles_, count_;
   std::atomic<int64_t> next_{0}, done_{0};
   std::mutex mutex_;
   std::condition_variable all_done_;
 };
 
 }  // namespace adamfn
-
-#endif  // ADAMFN_TASKS_H_

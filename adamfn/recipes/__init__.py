@@ -1,1 +1,0 @@
-"""Recipes: optimizers as chains that read as their formulas."""

@@ -1,0 +1,128 @@
+"""Weight decay: decoupled or not by its place in the chain, independent, cautious or corrected."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from adamfn.chains.chain import from_stage
+from adamfn.chains.contradictions import INDEPENDENT
+from adamfn.chains.transform import GradientTransformation
+from adamfn.core.formulas import add_agreeing_multiple, add_multiple
+from adamfn.core.hyperparameters import ScalarOrSchedule, scalar, scheduled, value_at
+from adamfn.core.masks import Mask
+from adamfn.core.stage import Scalars, Stage
+from adamfn.stages.learning_rate import rate_at
+
+
+def add_decayed_weights(
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: Mask = None,
+    *,
+    independent: bool = False,
+    cautious: bool = False,
+) -> GradientTransformation:
+    r"""Adds a multiple of the parameters to the updates.
+
+    $$ u \leftarrow u + \lambda \theta $$
+
+    Just before `scale_by_lr` it is AdamW's decoupled decay, which shrinks parameters by
+    $\alpha\lambda$ a step. Before `scale_by_moments` it is an L2 penalty, as in torch's
+    `Adam(weight_decay=...)`. After `scale_by_lr` it would make parameters grow, and is refused.
+
+    An independent decay, $u \leftarrow u - \lambda \theta$, stands after `scale_by_lr`, so that no
+    rate multiplies it. It is the decay of the paper, which only its schedule scales.
+
+    A cautious decay, $u \leftarrow u + \lambda \mathbb 1(u \theta \ge 0)\, \theta$, shrinks only
+    the elements that the update shrinks too. It compares signs, and so stands before `scale_by_lr`,
+    which turns them around.
+
+    Sources: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2
+    (arXiv 1711.05101); Chen et al., Cautious Weight Decay, 2025, algorithm 1 (arXiv 2510.12402).
+    Complex numbers agree if their angle is at most a right one.
+
+    Args:
+      weight_decay: $\lambda$: a number at least 0, a scalar array, or a function of the number of
+        steps taken so far, such as any optax schedule.
+      mask: which parameters decay, None for all: a tree of bools of the parameters' structure or a
+        prefix of it, or a function of the parameters that makes one: `adamfn.masks.matrices()`.
+      independent: make the decay independent of the rate.
+      cautious: leave out elements that the update moves away from zero.
+
+    Raises:
+      TypeError, ValueError: not a decay; independent and cautious at once; at `update`, `params`
+        missing or unlike the updates, or a mask that does not fit.
+
+    >>> import adamfn, jax.numpy as jnp
+    >>> tx = adamfn.add_decayed_weights(0.5, mask=lambda p: {"w": True, "b": False})
+    >>> params = {"w": jnp.array([2.0]), "b": jnp.array([2.0])}
+    >>> updates, state = tx.update({"w": jnp.zeros(1), "b": jnp.zeros(1)}, tx.init(params), params)
+    >>> print(updates["w"], updates["b"])
+    [1.] [0.]
+    """
+    configured = scheduled("weight_decay", weight_decay)
+    if independent and cautious:
+        raise ValueError(
+            "add_decayed_weights: both independent and cautious are True; expected one of them: a"
+            " cautious decay compares signs, which the rate before an independent one turns around."
+        )
+
+    def scalars(count: jax.Array, *_: Any) -> Scalars:
+        rate = value_at("weight_decay", configured, count - 1)
+        return (jnp.negative(rate) if independent else rate,), {}
+
+    name = INDEPENDENT if independent else "add_decayed_weights"
+    formula = add_agreeing_multiple if cautious else add_multiple
+    return from_stage(Stage(name, formula, reads=("params",), scalars=scalars, mask=mask))
+
+
+def add_corrected_decay(
+    weight_decay: ScalarOrSchedule,
+    learning_rate: ScalarOrSchedule,
+    peak: chex.Numeric,
+    mask: Mask = None,
+) -> GradientTransformation:
+    r"""Adds a multiple of the parameters that falls with the learning rate: AdamC's decay.
+
+    With the rate $\alpha_t$ of this step and the largest of the run:
+
+    $$ u \leftarrow u + \lambda \frac{\alpha_t}{\alpha_\text{max}} \theta $$
+
+    Before `scale_by_lr` with the same rate it shrinks parameters by
+    $\lambda \alpha_t^2 / \alpha_\text{max}$ a step. The scale of weights before a normalization
+    does not matter. Their size settles where update and decay balance, with AdamW at
+    $\sqrt{\alpha / \lambda}$, so that gradients grow as the rate falls; here the balance stays.
+    Source: Defazio, Why Gradients Rapidly Increase Near the End of Training, 2025, algorithm 2
+    (arXiv 2506.02285). timm decays all parameters so, with the first rate as the peak.
+
+    Args:
+      weight_decay: $\lambda$, as in `add_decayed_weights`.
+      learning_rate: the same as in `scale_by_lr`. `update(..., learning_rate=x)` wins over both.
+      peak: $\alpha_\text{max}$, the largest rate of the schedule, above 0.
+      mask: which parameters decay: in the paper, the weights of normalized layers. An output layer
+        without one decays as in AdamW, by an `add_decayed_weights` with the opposite mask.
+
+    >>> import adamfn, jax.numpy as jnp
+    >>> tx = adamfn.add_corrected_decay(0.5, lambda count: 0.1 / (1 + count), peak=0.1)
+    >>> params = jnp.array([2.0])
+    >>> state = tx.init(params)
+    >>> for _ in range(2):
+    ...     updates, state = tx.update(jnp.zeros(1), state, params)
+    ...     print(updates)
+    [1.]
+    [0.5]
+    """
+    decay, rate = scheduled("weight_decay", weight_decay), scheduled("learning_rate", learning_rate)
+    peak = scalar("peak", peak)
+    if isinstance(peak, float) and not peak:
+        raise ValueError("peak is 0; expected the largest rate of the schedule, above 0.")
+
+    def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
+        share = rate_at(rate, count, extra) / peak
+        return (value_at("weight_decay", decay, count - 1) * share,), {}
+
+    name, takes = "add_corrected_decay", ("learning_rate",)
+    stage = Stage(name, add_multiple, ("params",), scalars=scalars, takes=takes, mask=mask)
+    return from_stage(stage)
