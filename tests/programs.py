@@ -22,7 +22,7 @@ def call_of(tx, g, p):
     (whole,) = segment.segments_of(stages)
     program = segment.program_of(step, whole, leaf, wanted)
     places = tuple(place for place in whole if leaf.active[place])
-    kept = [step.state_of(leaf, places)]
+    kept = [[leaf.kept[place] for place in places]]
     arrays = [jnp.zeros((1, 2), jnp.uint32), *jax.tree.leaves(kept), g, p]
     call = Call(program, 1, jax.tree.structure(kept))
     return call, [step.vector(places, program.dtype), count, *arrays]
