@@ -18,7 +18,7 @@ from programs import call_of
 import adamfn
 from adamfn.backends import cpu
 from adamfn.backends.native import loader
-from adamfn.backends.primitive import bind
+from adamfn.backends.primitive import bind_primitive as bind
 from adamfn.backends.xla import run_call
 from adamfn.formats import EightBit, get
 
