@@ -1,7 +1,7 @@
 """Calls of programs: which leaves share a call, and how a call is made."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from adamfn.backends.primitive import Backend, bind
 from adamfn.backends.shards import run_on_shards
 from adamfn.backends.xla import run_call, run_whole
 from adamfn.core.leaf import Kept, Leaf, with_empty, without_empty
-from adamfn.core.placement import Shards
+from adamfn.core.placement import Shards, split_like
 from adamfn.core.program import Call, Program
 from adamfn.core.stage import Stage
 from adamfn.core.varying import axes_of
@@ -64,7 +64,8 @@ def run_segment(
     """Runs the program of every leaf in one segment, and puts its results into the leaf."""
     for program, places, own in _together(step, programs, leaves, segment):
         run = _run_fused if program.fused else _run_whole
-        for leaf, (rows, moved) in zip(own, run(step, program, places, own), strict=True):
+        last = segment.stop == len(step.stages)
+        for leaf, (rows, moved) in zip(own, run(step, program, places, own, last), strict=True):
             for place, row in zip(places, rows, strict=True):
                 leaf.kept[place] = with_empty(row, leaf.kept[place])
             if program.update_dtype is not None:
@@ -101,7 +102,7 @@ def _together(
 
 
 def _run_fused(
-    step: Step, program: Program, places: tuple[int, ...], leaves: Sequence[Leaf]
+    step: Step, program: Program, places: tuple[int, ...], leaves: Sequence[Leaf], last: bool
 ) -> list[Results]:
     """The results of an elementwise program on some leaves, by any backend."""
     rows = [step.state_of(leaf, places) for leaf in leaves]
@@ -113,22 +114,32 @@ def _run_fused(
     operands = [vector, step.count, indices, *jax.tree.leaves(rows), *grads, *params]
     if not program.known:
         jax.eval_shape(partial(run_call, call), *operands)  # mistakes show now, not when it lowers
-    results = _bound(call, step.backend, leaves[0].shards, operands)
+    shards = leaves[0].shards
+    if shards is not None and not last:
+        shards = replace(shards, home=shards.axes)  # updates stay split until the last segment
+    results = _bound(call, step.backend, shards, operands)
     kept, moved = results[: call.arrays_kept], results[call.arrays_kept :]
     columns = [moved[k :: len(leaves)] for k in range(len(leaves))]
     return list(zip(jax.tree.unflatten(call.kept, kept), columns, strict=True))
 
 
 def _run_whole(
-    step: Step, program: Program, places: tuple[int, ...], leaves: Sequence[Leaf]
+    step: Step, program: Program, places: tuple[int, ...], leaves: Sequence[Leaf], last: bool
 ) -> list[Results]:
     """The results of any program on a whole leaf, by XLA."""
     (leaf,) = leaves
     given: list[Any] = step.state_of(leaf, [place for place, _ in program.given])
-    given += [leaf.seen] if program.given_grads else []
-    arrays = leaf.update, leaf.param if program.reads_params else None, step.state_of(leaf, places)
+    rows = step.state_of(leaf, places)
+    arrays = leaf.update, leaf.param if program.reads_params else None, leaf.seen
+    # Gradient, parameter and moments may be split unlike each other: all as the moments at first.
+    kept = [x for x in jax.tree.leaves((rows, given, arrays)) if x.shape == leaf.grad.shape]
+    u, p, seen = (x if x is None else split_like(x, kept[0]) for x in arrays)
+    given += [seen] if program.given_grads else []
     vector, index = step.vector(places, program.dtype), np.uint32(leaf.index)
-    return [run_whole(program, vector, step.count, index, arrays, given)]
+    new, moved = run_whole(program, vector, step.count, index, (u, p, rows), given)
+    homes = [] if program.update_dtype is None else [leaf.grad if last else u]
+    homes += [leaf.param] if program.moves else []
+    return [(jax.tree.map(split_like, new, rows), list(map(split_like, moved, homes)))]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adamfn.core.varying import vary_together
 from adamfn.trees import PyTree, describe
@@ -33,8 +33,8 @@ class Shards:
     mesh: Mesh | AbstractMesh
     axes: Axes
     """The mesh axes that split each dimension of its moments."""
-    home: Axes | None = None
-    """Likewise of the parameter, where results belong; None for the place of their operands."""
+    home: Axes
+    """Likewise of the updates. So are parameters, unless explicit axes split them otherwise."""
 
 
 def size(names: Sequence[str], mesh: Mesh | AbstractMesh) -> int:
@@ -135,6 +135,13 @@ def axes_of_spec(spec: PartitionSpec, dimensions: int) -> Axes:
     """The inverse of `spec_of`, for an array with so many dimensions."""
     names = tuple(spec) + (None,) * (dimensions - len(spec))
     return tuple((n,) if isinstance(n, str) else tuple(n or ()) for n in names)
+
+
+def split_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """The array, split as another one whose type names explicit axes of a mesh."""
+    theirs = jax.typeof(like).sharding
+    is_explicit = AxisType.Explicit in theirs.mesh.axis_types
+    return jax.sharding.reshard(x, theirs) if is_explicit else x
 
 
 def zeros_beside(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
