@@ -1,14 +1,23 @@
 """Walking pytrees leaf by leaf, and saying which leaf is wrong when one is."""
 
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeAlias, cast
+from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 PyTree: TypeAlias = Any
 """Any nest of containers that JAX knows, with arrays at its leaves."""
+
+_T = TypeVar("_T", bound=type[Any])
+
+
+def exported(state: _T) -> _T:
+    """Decorates a named tuple in a state, so that `jax.export` can serialize it."""
+    export.register_namedtuple_serialization(state, serialized_name=f"adamfn.{state.__name__}")
+    return state
 
 
 def wide_dtype(dtype: Any) -> jnp.dtype[Any]:

@@ -37,7 +37,7 @@ def accelerators_gpu() -> str:
 
 
 def accelerators_mesh() -> str:
-    """What a chip of a mesh holds, needs and collects, beside float32."""
+    """State, memory and collectives of one chip of a mesh, for each format."""
     recorded = _recorded()
     lines = []
     found = [
@@ -63,13 +63,13 @@ def accelerators_mesh() -> str:
             )
     head = (
         "| mesh | split | moments | state, MiB | arguments, MiB | temporaries, MiB |"
-        " arguments and temporaries, of float32's | collectives | compiled in, s |"
+        " arguments + temporaries, relative to float32 | collectives | compile time, s |"
     )
     return "\n".join([head, "|---" * 9 + "|", *lines])
 
 
 def accelerators_versions() -> str:
-    """What compiled them."""
+    """The machines and the compilers' versions."""
     machines = _recorded()["machines"]
     libraries = {k: v for row in machines.values() for k, v in row.items() if k != "name"}
     names = sorted({row["name"] for row in machines.values()})
@@ -77,7 +77,7 @@ def accelerators_versions() -> str:
 
 
 def _by_machine(way: str, machines: tuple[str, ...]) -> str:
-    """One large float32 matrix: bytes moved and of temporaries, of each parameter."""
+    """One large float32 matrix: bytes moved and temporary bytes per parameter."""
     recorded = _recorded()
     found = {m: recorded["updates"].get(m, {}).get(LARGE, {}).get("float32") for m in machines}
     found = {m: rows for m, rows in found.items() if rows}
@@ -89,11 +89,13 @@ def _by_machine(way: str, machines: tuple[str, ...]) -> str:
         cells = " | ".join(map(_cell, rows))
         lines.append(f"| {_title(name)} | {least[0] if least else ''} | {cells} |")
     head = " | ".join(recorded["machines"][machine]["name"] for machine in found)
-    return "\n".join([f"| Adam by | must move | {head} |", "|---" * (2 + len(found)) + "|", *lines])
+    return "\n".join(
+        [f"| Adam implementation | minimum | {head} |", "|---" * (2 + len(found)) + "|", *lines]
+    )
 
 
 def _by_tree(machine: str) -> str:
-    """Bytes moved and of temporaries, of each parameter of every tree, by `step`."""
+    """Every tree by `step`: bytes moved and temporary bytes per parameter."""
     names = [OPTAX, *(f"step {moments}" for moments in FORMATS), FLASHOPTIM]
     lines = [
         f"| {tree}, {dtype} | {' | '.join(_cell(rows.get(name)) for name in names)} |"

@@ -12,7 +12,7 @@ PEERS = ("flashoptim-jax", "torch fused", "flashoptim", "torchao 8bit", "bitsand
 
 
 def gpu_speed() -> str:
-    """Milliseconds of an update of each tree, and its share of a copy's bandwidth."""
+    """Time of an update of each tree, and its bandwidth relative to a copy."""
     recorded = gpu_recorded()
     copied = recorded["copy_bytes_a_second"]
     columns = [
@@ -25,15 +25,17 @@ def gpu_speed() -> str:
         for name in (*NAMES, *PEERS)
     ]
     head = " | ".join(title for title, _ in columns)
-    return "\n".join([f"| Adam by | {head} |", "|---" * (1 + len(columns)) + "|", *lines])
+    return "\n".join(
+        [f"| Adam implementation | {head} |", "|---" * (1 + len(columns)) + "|", *lines]
+    )
 
 
 def gpu_measured_on() -> str:
-    """The card, what its copy moves, and the versions."""
+    """The card, the bandwidth of a copy, and the versions."""
     recorded = gpu_recorded()
     libraries = ", ".join(f"{name} {version}" for name, version in recorded["versions"].items())
     copied = recorded["copy_bytes_a_second"] / 1e12
-    return f"On {recorded['card']}, whose copy moves {copied:.2f} TB/s; {libraries}."
+    return f"{recorded['card']}; a copy runs at {copied:.2f} TB/s; {libraries}."
 
 
 def gpu_recorded() -> dict[str, Any]:
@@ -43,7 +45,7 @@ def gpu_recorded() -> dict[str, Any]:
 def _title(name: str) -> str:
     way, _, moments = name.partition(" ")
     if name == BITS:
-        return '`"8bit"`, bfloat16 weights of 24 bits'
+        return '`"8bit"`, bfloat16 weights with `round_weights(24)`'
     if way in ("step", "update"):
         return f'`"{moments}"`' + (", by `update`" if way == "update" else "")
     return name

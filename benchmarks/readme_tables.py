@@ -49,7 +49,7 @@ def exactness() -> str:
     """Each library's largest error."""
     recorded = json.loads((RESULTS / "exactness.json").read_text())
     rows = [f"| {name} | {max(errors):.1e} |" for name, errors in recorded["errors"].items()]
-    return "\n".join(["| Adam by | largest error of an update |", "|---|---|", *rows])
+    return "\n".join(["| Adam implementation | largest update error |", "|---|---|", *rows])
 
 
 def trace_cost() -> str:
@@ -66,14 +66,14 @@ def trace_cost() -> str:
             f" {compiling['adamfn']:.1f} s |"
         )
     head = (
-        "| one training update over | optax, trace + lower | adamfn, trace + lower | ratio |"
+        "| training update of | optax, trace + lower | adamfn, trace + lower | speedup |"
         " optax, compile | adamfn, compile |"
     )
     return "\n".join([head, "|---|---|---|---|---|---|", *rows])
 
 
 def lean_quality() -> str:
-    """Validation losses, and how far they lie from float32's of the same seed."""
+    """Validation losses, and their change from float32 with the same seed."""
     runs = json.loads((RESULTS / "lean_quality.json").read_text())["runs"]
     losses = {(run["moments"], run["seed"]): run["validation_loss"] for run in runs}
     rows = []
@@ -84,12 +84,12 @@ def lean_quality() -> str:
         rows.append(
             f'| `"{name}"` | {own[0]["bytes_a_parameter"]:.2f} | {shown} | {mean(beside):+.2%} |'
         )
-    head = "| moments | bytes a parameter | validation loss of each seed | beside float32's, mean |"
+    head = "| moments | bytes per parameter | validation loss, by seed | mean change from float32 |"
     return "\n".join([head, "|---|---|---|---|", *rows])
 
 
 def lean_fidelity() -> str:
-    """Cosine, relative length and largest entry of an update, for each spread."""
+    """Cosine, relative length and largest element of an update, for each spread."""
     rows = json.loads((RESULTS / "lean_fidelity.json").read_text())["rows"]
     spreads = list(next(iter(rows.values()))["spreads"])
     lines = []
@@ -100,7 +100,7 @@ def lean_fidelity() -> str:
         )
         lines.append(f"| {name} | {row['bytes_a_parameter']:.2f} | {cells} |")
     head = (
-        "| moments by | bytes | "
+        "| moments | bytes per parameter | "
         + " | ".join(f"{d} decade{'s' * (d != '1')}" for d in spreads)
         + " |"
     )
@@ -120,12 +120,12 @@ def lean_scales() -> str:
             for c in row["scales"].values()
         )
         lines.append(f"| {name} | {cells} |")
-    head = "| moments by | " + " | ".join(f"{float(scale):g}" for scale in scales) + " |"
+    head = "| moments | " + " | ".join(f"{float(scale):g}" for scale in scales) + " |"
     return "\n".join([head, "|---" * (1 + len(scales)) + "|", *lines])
 
 
 def weights_quality() -> str:
-    """Validation losses by how weights are kept, and the bytes of a parameter."""
+    """Validation losses for each storage of the weights, and bytes per parameter."""
     recorded = json.loads((RESULTS / "weights_quality.json").read_text())
     runs, held = recorded["runs"], recorded["bytes_a_parameter"]
     losses = {(run["weights"], run["seed"]): run["validation_loss"] for run in runs}
@@ -139,8 +139,8 @@ def weights_quality() -> str:
             f"| {name} | {sizes} | {shown} |"
             f" {mean(beside):+.2%} ({min(beside):+.2%} to {max(beside):+.2%}) |"
         )
-    uses = " | ".join(next(iter(held.values())))
-    head = f"| weights | {uses} | in all | validation loss of each seed | beside float32's: mean |"
+    uses = " | ".join(f"{use}, bytes" for use in next(iter(held.values())))
+    head = f"| weights | {uses} | total | validation loss, by seed | change from float32: mean |"
     return "\n".join([head, "|---" * 8 + "|", *rows])
 
 
@@ -152,12 +152,12 @@ def lean_speed() -> str:
         f" ({r['ratio_to_float32']['min']:.2f} to {r['ratio_to_float32']['max']:.2f}) |"
         for name, r in results.items()
     ]
-    head = "| Adam by | ms, median | times adamfn's float32 |"
+    head = "| Adam implementation | median time, ms | relative to adamfn float32 |"
     return "\n".join([head, "|---|---|---|", *rows])
 
 
 def recipes_effect() -> str:
-    """Validation losses, and how far they lie from AdamW's of the same seed."""
+    """Validation losses, and their difference from AdamW with the same seed."""
     runs = json.loads((RESULTS / "recipes_effect.json").read_text())["runs"]
     losses = {(run["recipe"], run["seed"]): run["validation_loss"] for run in runs}
     rows = []
@@ -168,19 +168,19 @@ def recipes_effect() -> str:
         rows.append(
             f"| {name} | {shown} | {mean(beside):+.3f} ({min(beside):+.3f} to {max(beside):+.3f}) |"
         )
-    head = "| recipe | validation loss of each seed | above AdamW's: mean, least and most |"
+    head = "| recipe | validation loss, by seed | difference from AdamW: mean (range) |"
     return "\n".join([head, "|---|---|---|", *rows])
 
 
 def stage_cost() -> str:
-    """A step with each stage, in times of AdamW's."""
+    """A step with each stage, relative to AdamW's step."""
     results = json.loads((RESULTS / "stage_cost.json").read_text())["results"]
     rows = [
         f"| `{name}` | {r['ratio']['median']:.2f} ({r['ratio']['min']:.2f} to"
         f" {r['ratio']['max']:.2f}) | {r['temporary_bytes_a_parameter']:.1f} |"
         for name, r in results.items()
     ]
-    head = "| AdamW with | times AdamW's step | temporary bytes a parameter |"
+    head = "| AdamW with | time relative to AdamW | temporary bytes per parameter |"
     return "\n".join([head, "|---|---|---|", *rows])
 
 

@@ -11,7 +11,7 @@ STEP_BFLOAT16, STEP_8BIT, STEP_XLA = (f"{STEP}, {more}" for more in ("bfloat16",
 
 
 class Goal(NamedTuple):
-    """How many times as fast, or as cheap, one is to be as another."""
+    """A target: how many times as fast, or as cheap, one candidate must be as another."""
 
     ratio: float
     base: str
@@ -19,7 +19,7 @@ class Goal(NamedTuple):
     cost: str = ""
     """The stages to compare before the first step; none for the step itself."""
     trees: tuple[str, ...] = ()
-    """All but whole training steps, if none is named."""
+    """If none is named: all but whole training steps."""
 
 
 GOALS = (
@@ -35,31 +35,31 @@ GOALS = (
 
 
 def step_speed() -> str:
-    """How many times as fast as optax's an update is."""
+    """Speed of an update relative to optax."""
     recorded = _recorded()
     names = (TORCH, UPDATE, STEP, PACKED)
     lines = []
     for tree, rows in recorded["updates"].items():
         cells = " | ".join(_ratio(rows, name, OPTAX) for name in names)
         lines.append(f"| {tree} | {1e3 * rows[OPTAX]['seconds']:.2f} ms | {cells} |")
-    head = "| one update of | optax takes | " + " | ".join(names) + " |"
+    head = "| update of | optax time | " + " | ".join(names) + " |"
     return "\n".join([head, "|---" * (2 + len(names)) + "|", *lines])
 
 
 def step_variants() -> str:
-    """The step with other moments and through XLA, in times of optax's speed."""
+    """The step with other formats and through XLA: speed relative to optax."""
     recorded = _recorded()
     names = (STEP_BFLOAT16, STEP_8BIT, STEP_XLA)
     lines = [
         f"| {tree} | {' | '.join(_ratio(rows, name, OPTAX) for name in names)} |"
         for tree, rows in recorded["updates"].items()
     ]
-    head = "| one update of | " + " | ".join(names) + " |"
+    head = "| update of | " + " | ".join(names) + " |"
     return "\n".join([head, "|---" * (1 + len(names)) + "|", *lines])
 
 
 def step_limits() -> str:
-    """The step beside what limits it."""
+    """The step compared with the limits of the machine."""
     lines = []
     for tree, rows in _recorded()["updates"].items():
         if STREAMS in rows or EMPTY in rows:
@@ -68,7 +68,7 @@ def step_limits() -> str:
                 f"| {tree} | {1e3 * rows[STEP]['seconds']:.3f} ms |"
                 f" {_ratio(rows, STEP, STREAMS)} | {empty} |"
             )
-    head = "| one update of | adamfn step | beside seven streams | an empty call |"
+    head = "| update of | adamfn step | speed relative to seven streams | empty call |"
     return "\n".join([head, "|---|---|---|---|", *lines])
 
 
@@ -86,14 +86,14 @@ def step_cost() -> str:
                 f" {'' if memory is None else f'{memory / 2**10:.1f} KiB'} |"
             )
     head = (
-        "| over | Adam by | trace + lower | times cheaper than optax | compile | first step |"
-        " temporary memory |"
+        "| update of | Adam implementation | trace + lower | times cheaper than optax | compile |"
+        " first step | temporary memory |"
     )
     return "\n".join([head, "|---|---|---|---|---|---|---|", *lines])
 
 
 def step_goals() -> str:
-    """What was aimed at, and what was measured."""
+    """Targets and measurements."""
     recorded, lines = _recorded(), []
     for goal in GOALS:
         updates = [tree for tree in recorded["updates"] if not tree.endswith("training step")]
@@ -102,12 +102,12 @@ def step_goals() -> str:
             if found is None:
                 continue
             short = 1 - found["median"] / goal.ratio
-            what = goal.cost.replace("_and_", " and ") + " " * bool(goal.cost)
+            cost = f", {goal.cost.replace('_and_', ' and ')}," if goal.cost else ""
             lines.append(
-                f"| {goal.name}, {what}beside {goal.base}: {tree} | {goal.ratio} |"
+                f"| {goal.name}{cost} vs {goal.base}: {tree} | {goal.ratio} |"
                 f" {_spread(found)} | {'yes' if short <= 0 else f'no, {short:.0%} short'} |"
             )
-    head = "| times as fast | at least | measured | reached |"
+    head = "| relative speed | target | measured | reached |"
     return "\n".join([head, "|---|---|---|---|", *lines])
 
 

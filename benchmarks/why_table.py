@@ -1,7 +1,6 @@
-"""The README's table: each claim, its figure, the peers' figures, and where the evidence is.
+"""The README's table: each claim, adamfn's figure, the peers' figures, and a link to the evidence.
 
-Figures are those of `benchmarks/results/`. Two rows have none there: the tests that their comments
-name hold them.
+Figures come from `benchmarks/results/`. Two rows have tests instead, named in comments.
 """
 
 import json
@@ -31,7 +30,7 @@ def why() -> str:
 def exact() -> tuple[str, ...]:
     errors = {name: max(found) for name, found in _recorded("exactness")["errors"].items()}
     return (
-        "**Exact**: the largest error of an update, over gradients of nine decades",
+        "**Exact**: largest update error, for gradients over nine decades",
         f"{errors['adamfn.adam']:.1e}",
         f"optax {errors['optax.adam']:.1e}, torch {errors['torch.optim.Adam']:.1e}",
         "[exactness](docs/benchmarks.md#exactness)",
@@ -44,7 +43,7 @@ def fast() -> tuple[str, ...]:
         rows[name]["times_as_fast_as"]["optax"]["median"] for name in ("adamfn step", "torch fused")
     )
     return (
-        "**Fast**: a step of GPT-2 small's parameters, in times of optax's speed",
+        "**Fast**: speed of one step of GPT-2 small on CPU, relative to optax",
         f"{step:.2f}",
         f"optax 1, torch's fused kernel {torch:.2f}",
         "[speed](docs/benchmarks.md#speed)",
@@ -55,7 +54,7 @@ def traced() -> tuple[str, ...]:
     seconds = _recorded("trace_cost")["results"]["1000 leaves"]["seconds"]
     ours, theirs = (seconds[who]["trace"] + seconds[who]["lower"] for who in ("adamfn", "optax"))
     return (
-        "**Quick to begin**: tracing and lowering an update of 1000 leaves",
+        "**Quick to start**: time to trace and lower an update of 1000 leaves",
         f"{ours:.2f} s",
         f"optax {theirs:.2f} s",
         "[tracing](docs/benchmarks.md#tracing-and-compiling)",
@@ -69,11 +68,11 @@ def faithful() -> tuple[str, ...]:
         for who in ("adamfn", "bitsandbytes", "torchao")
     )
     return (
-        "**Lean**: the cosine between an update with moments in 8 bits and float32's, where"
-        " scales spread over four decades",
+        "**Lean**: cosine between an update with 8-bit moments and the float32 update, when"
+        " gradient scales span four decades",
         ours,
         f"bitsandbytes {bitsandbytes}, torchao {torchao}",
-        "[lean moments](docs/lean_moments.md#why-they-hold)",
+        "[lean moments](docs/lean_moments.md#why-they-work)",
     )
 
 
@@ -85,10 +84,10 @@ def trained() -> tuple[str, ...]:
         for key in ("validation_loss", "bytes_a_parameter")
     )
     return (
-        "**and trains as well**: validation loss of a character transformer, mean of"
+        "**Trains as well**: validation loss of a character transformer, mean of"
         f" {len(lean)} seeds",
-        f"{loss[0]:.3f} with {bytes_each[0]:.2f} bytes a parameter",
-        f"{loss[1]:.3f} in float32, with {bytes_each[1]:.2f}",
+        f"{loss[0]:.3f} in 8 bits, {bytes_each[0]:.2f} bytes per parameter",
+        f"{loss[1]:.3f} in float32, {bytes_each[1]:.2f} bytes",
         "[lean moments](docs/benchmarks.md#lean-moments)",
     )
 
@@ -101,12 +100,12 @@ def on_accelerators() -> tuple[str, ...]:
         for name in ("step 8bit", "optax", "flashoptim", "torch fused")
     )
     return (
-        "**on GPU and TPU too**: an 8-bit step of 268M float32 parameters, by the clock on H100;"
-        " and the bytes that it moves for each on TPU v5e",
-        f"{ours}; {moved['step 8bit']['moved']:.1f}",
-        f"optax, in float32, {optax}; {moved['optax']['moved']:.1f}. torch's fused kernel {fused},"
-        f" flashoptim, in 8 bits, {flashoptim}",
-        "[accelerators](docs/accelerators.md#by-the-clock)",
+        "**On GPU and TPU too**: an 8-bit step of 268M float32 parameters: time on H100, and bytes"
+        " moved per parameter on TPU v5e",
+        f"{ours} and {moved['step 8bit']['moved']:.1f} bytes",
+        f"float32: optax {optax} and {moved['optax']['moved']:.1f} bytes, torch's fused kernel"
+        f" {fused}; 8 bits: flashoptim {flashoptim}",
+        "[accelerators](docs/accelerators.md#timings)",
     )
 
 
@@ -114,9 +113,8 @@ def narrow_weights() -> tuple[str, ...]:
     # tests/test_round_weights.py: test_a_weight_moves_as_far_as_it_should, of 24 bits and a rate of
     # 1e-6, and test_optaxs_own_bfloat16_stays_where_it_was.
     return (
-        "**Weights in 16 bits that train**: where a weight of 1 is after 2000 steps of 1e-6;"
-        " 0.998 is right",
-        "0.998, with a byte beside each",
+        "**16-bit weights that train**: a weight of 1 after 2000 steps of 1e-6; 0.998 is correct",
+        "0.998, with one extra byte per weight",
         "optax 1.000",
         "[weights in 16 bits](docs/sixteen_bit_weights.md)",
     )
@@ -125,10 +123,9 @@ def narrow_weights() -> tuple[str, ...]:
 def taken_over() -> tuple[str, ...]:
     # tests/test_interop_torch.py: test_a_torch_run_goes_on.
     return (
-        "**Portable**: how far parameters are from torch's own after 40 steps of its Adam and 40"
-        " taken over",
-        "1e-6 of the largest, at most",
-        "optax reads no torch state",
+        "**Portable**: distance from torch's parameters after 40 steps in torch and 40 in adamfn",
+        "at most 1e-6 of the largest",
+        "optax cannot read torch state",
         "[taking over a run](docs/taking_over_runs.md)",
     )
 

@@ -1,8 +1,8 @@
 """Train a small character transformer on the text of Python's standard library.
 
-The text is the machine's own: the top-level modules of its standard library, every tenth held out.
-0.6M parameters in plain JAX; AdamW with an optax schedule, many steps in one jitted scan that
-donates its parameters and its state. `--moments` picks how Adam's two moments are stored.
+The text is the installed standard library: its top-level modules, with every tenth held out.
+The model has 0.6M parameters in plain JAX. AdamW with an optax schedule takes many steps in one
+jitted scan that donates parameters and state. `--moments` selects the format of Adam's moments.
 
     python examples/char_lm.py
     python examples/char_lm.py --moments 4bit --steps 400 --seed 1 --chars 1000
@@ -48,7 +48,7 @@ console = Console()
 
 
 class Run(NamedTuple):
-    """What a training run leaves."""
+    """The result of a training run."""
 
     validation_loss: float
     state: Any
@@ -69,7 +69,7 @@ def load() -> tuple[np.ndarray, np.ndarray]:
 
 
 def init(key: jax.Array, layers: int = LAYERS) -> dict:
-    """Weights of standard deviation 1 / sqrt(inputs); the embedding is the last layer's too."""
+    """Weights of standard deviation 1 / sqrt(inputs); the last layer shares the embedding."""
     keys = iter(jax.random.split(key, 1 + 4 * layers))
 
     def dense(inputs: int, outputs: int) -> jax.Array:
@@ -97,7 +97,7 @@ def normalize(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def rotate(x: jax.Array) -> jax.Array:
-    """Turns pairs of entries by their position, so that products know how far apart they are."""
+    """Rotates pairs of elements by their position, so that products depend on the distance."""
     (length, _, size), half = x.shape[1:], x.shape[3] // 2
     angles = jnp.arange(length)[:, None] * 100.0 ** -(2 * jnp.arange(half) / size)
     sin, cos = jnp.sin(angles)[:, None], jnp.cos(angles)[:, None]
@@ -118,7 +118,7 @@ def layer(block: dict, x: jax.Array) -> jax.Array:
 def logits_of(params: dict, codes: jax.Array) -> jax.Array:
     """Scores of the next character, (n, length, CHARACTERS), for codes of shape (n, length).
 
-    Computed in float32, whatever the weights are kept in.
+    Computed in float32, whatever the dtype of the weights.
     """
     params = jax.tree.map(lambda weight: weight.astype(jnp.float32), params)
     x = params["characters"][codes]
@@ -150,12 +150,13 @@ def train(
     """Trains a new model.
 
     Args:
-      moments: how Adam's moments are stored, one of `MOMENTS`.
+      moments: the format of Adam's moments, one of `MOMENTS`.
       steps: training steps.
       seed: of weights and batches.
-      progress: called with the steps made so far and the loss of the last ones.
+      progress: called with the number of steps taken and the loss of the last ones.
       recipe: makes the optimizer from the learning rate's schedule; None for AdamW.
-      evaluated: what is validated, from state and parameters; None for the parameters.
+      evaluated: computes the validated weights from state and parameters; None for the
+        parameters.
       dtype: of the weights and of their gradients.
     """
     key, batches = jax.random.split(jax.random.key(seed))
@@ -209,7 +210,7 @@ def sample(params: dict, length: int, seed: int, temperature: float = 0.8) -> st
     @jax.jit
     def write(window):
         def step(carry, key):
-            window, last = carry  # what stands after `last` is not looked at
+            window, last = carry  # characters after `last` are ignored
             logits = logits_of(params, window[None])[0, last] / temperature
             code = jax.random.categorical(key, logits)
             full = last == CONTEXT - 1

@@ -1,7 +1,7 @@
 """A chain in optax's style: clipped gradients, and a rate that warms up and decays.
 
 The model is logistic regression on scikit-learn's breast cancer data; its parameters are a plain
-dict. The rate is read from the optimizer's state, where `scale_by_lr` keeps the one it last used.
+dict. The optimizer's state contains the rate of the last step, from `scale_by_lr`.
 
     python examples/clip_and_schedule.py --steps 200
 """

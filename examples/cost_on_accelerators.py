@@ -1,13 +1,13 @@
-"""What the optimizer will cost on each chip of a TPU or GPU that is not at hand, in every format.
+"""Report the cost of the optimizer on each chip of a TPU or GPU, without the device.
 
-The accelerator's own compiler says so, on any machine; nothing runs. It is installed by
+The accelerator's compiler reports it for every format, on any machine; nothing runs. Install it by
 `pip install "jax[tpu]"`, or by `pip install "jax[cuda12-local]" nvidia-cuda-nvcc-cu12`.
 
     python examples/cost_on_accelerators.py --model gpt2-small --topology v5e
     python examples/cost_on_accelerators.py --model llama-8b --topology h100:8 --mesh data=4,model=2
 
-A model of your own is `--model module:function`, of a function without arguments that returns its
-parameters or their shapes, or these and a tree of `PartitionSpec`s for them:
+For your own model, pass `--model module:function`. The function takes no arguments and returns the
+parameters or their shapes, or a pair of these and a tree of `PartitionSpec`s:
 
     def shapes():
         return jax.eval_shape(lambda: nnx.as_pure(nnx.state(Model(nnx.Rngs(0)), nnx.Param)))
@@ -31,7 +31,7 @@ def interrupted(*_: object) -> None:
 
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.append(str(BENCHMARKS))  # what reads a compiled program
+sys.path.append(str(BENCHMARKS))  # it analyses compiled programs
 from ahead_of_time import environment
 
 if __name__ == "__main__":  # before the imports, which take seconds
@@ -126,10 +126,10 @@ def placed(params: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def measured(args: argparse.Namespace) -> dict[str, cost.Cost | str]:
-    """The cost in each format, or what the compiler says against it.
+    """The cost in each format, or the compiler's error.
 
     Raises:
-      ValueError, TypeError: the model, the machine, the mesh or the shardings will not do.
+      ValueError, TypeError: the model, the machine, the mesh or the shardings do not work.
     """
     params, specs = parameters(args.model, args.dtype)
     machine = machines.machine(args.topology)
@@ -165,7 +165,7 @@ def mib(size: float) -> str:
 
 
 def show(found: dict[str, cost.Cost | str]) -> None:
-    """A table, and what each format keeps and needs as bars."""
+    """A table, and bars of the memory that each format needs."""
     table = Table("moments", title="MiB on each chip", title_justify="left", box=SIMPLE_HEAD)
     for name in ("state", "temporary", "in all", "moved", "at least"):
         table.add_column(name, justify="right")
@@ -186,13 +186,13 @@ def show(found: dict[str, cost.Cost | str]) -> None:
     console.print(
         f"{'':>10} [{BLUE}]state[/], [{ORANGE}]temporary memory[/]\n\n"
         "In all: parameters, gradients, state and temporary memory.\n"
-        "Moved: what kernels read from the chip's memory and write to it.\n"
-        "These are the compiler's figures: nothing ran."
+        "Moved: bytes that kernels read from the chip's memory and write to it.\n"
+        "The compiler reported these figures; nothing ran."
     )
 
 
 def draw(found: dict[str, cost.Cost | str], title: str, path: Path) -> None:
-    """What a chip holds, and what an update moves, for each format."""
+    """The memory of a chip and the memory traffic of an update, for each format."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> dict[str, cost.Cost | str]:
     parser.add_argument("--model", default="gpt2-small", help=f"{models} or module:function")
     parser.add_argument("--topology", default="v5e", help=f"such as {machines.EXAMPLES} (v5e)")
     parser.add_argument("--mesh", type=axes_of, help="axes, such as data=16,model=16 (one chip)")
-    parser.add_argument("--zero-axis", help="the axis that the state is split along further")
+    parser.add_argument("--zero-axis", help="a further axis that splits the state")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters")
     parser.add_argument("--moments", nargs="+", default=candidates.FORMATS, help="(every format)")
     parser.add_argument("--by", choices=WAYS, default="step", help="(step)")

@@ -1,8 +1,8 @@
 """Train a small convolutional network on handwritten digits, with adamfn and with optax.
 
-scikit-learn's bundled digits, 8 by 8 pixels; a Flax NNX model; AdamW inside one jitted step that
-donates its model and its optimizer; an optax schedule. The same run is made twice, with
-`adamfn.adamw` and with `optax.adamw`, and both are drawn to `out/digits.png`.
+It uses scikit-learn's bundled digits of 8 by 8 pixels, a Flax NNX model, an optax schedule, and
+AdamW inside one jitted step that donates model and optimizer. It trains twice, with
+`adamfn.adamw` and with `optax.adamw`, and draws both runs to `out/digits.png`.
 
     python examples/digits.py                    # or: make demo
     python examples/digits.py --steps 200 --seed 1 --out pictures
@@ -43,7 +43,7 @@ import adamfn
 from adamfn.interop.flax import Optimizer
 
 BATCH, EVALUATE_EVERY, PEAK_RATE, WEIGHT_DECAY = 64, 20, 4e-3, 1e-2
-MATRICES = adamfn.masks.matrices()  # what decays
+MATRICES = adamfn.masks.matrices()  # weight decay applies to these
 console = Console()
 
 
@@ -55,7 +55,7 @@ class Digits(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What one optimizer's run recorded."""
+    """The recorded run of one optimizer."""
 
     losses: list[float]
     evaluated_at: list[int]
@@ -112,8 +112,8 @@ def train(
 ) -> Run:
     """Trains a new network with `tx` and records how it goes."""
     model = Network(nnx.Rngs(seed))
-    # nnx.Optimizer is made and used alike. This one moves the weights in the same pass over memory
-    # as the moments; what optax makes does in it what it does in flax's.
+    # It is used like nnx.Optimizer, but updates weights and moments in one pass over memory.
+    # Optax's transformations behave as they do in flax's.
     optimizer = Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit(donate_argnums=(0, 1))
@@ -158,7 +158,7 @@ def train(
 
 
 def rate_in(state: Any, schedule: Any) -> float:
-    """The rate of the last step: adamfn's state has it, optax's has only the count."""
+    """The rate of the last step: adamfn's state contains it, optax's only the count."""
     rate = optax.tree.get(state, "learning_rate")
     if rate is None:
         counts = [count for _, count in optax.tree.get_all_with_path(state, "count")]
@@ -174,7 +174,7 @@ def smooth(losses: list[float], window: int = 15) -> np.ndarray:
 
 
 def draw(runs: dict[str, Run], test_set: Digits, path: Path) -> None:
-    """Draws loss, accuracy and some test digits with what the first run's network says."""
+    """Draws loss, accuracy and some test digits with the first network's predictions."""
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 

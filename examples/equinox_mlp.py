@@ -1,4 +1,4 @@
-"""Equinox: a sine curve, with the model's arrays filtered from its functions.
+"""Equinox: fit a sine curve; the optimizer sees only the model's arrays.
 
 python examples/equinox_mlp.py --steps 500
 """

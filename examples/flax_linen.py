@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from sklearn.datasets import load_diabetes
 
 import adamfn
-from adamfn.interop.flax import TrainState  # or flax.training.train_state's, in more passes
+from adamfn.interop.flax import TrainState  # flax.training.train_state's works too, in more passes
 
 
 class Regressor(nn.Module):

@@ -1,4 +1,4 @@
-"""Flax NNX: a classifier of irises, with adamfn.adamw in an Optimizer of one pass over memory.
+"""Flax NNX: classify irises, with adamfn.adamw in an Optimizer that takes one-pass steps.
 
 python examples/flax_nnx.py --steps 300
 """
@@ -12,7 +12,7 @@ from flax import nnx
 from sklearn.datasets import load_iris
 
 import adamfn
-from adamfn.interop.flax import Optimizer  # or nnx.Optimizer, in more passes
+from adamfn.interop.flax import Optimizer  # nnx.Optimizer works too, in more passes
 
 
 class Classifier(nnx.Module):

@@ -1,7 +1,7 @@
 """One rate for each group of parameters, with optax.partition.
 
-A regression whose features come from a fixed first layer that is only fine-tuned: its rate is a
-hundredth of the head's, and the head's bias does not decay.
+A regression that only fine-tunes its first layer: the layer's rate is a hundredth of the head's.
+The head's bias has no weight decay.
 
     python examples/per_group_rates.py --steps 300
 """

@@ -1,11 +1,11 @@
-"""Train, be killed at any moment, and go on bit for bit.
+"""Train, be killed at any moment, and continue bit for bit.
 
-A small network on scikit-learn's digits, with a checkpoint of parameters and state every few steps.
-Stop it by Ctrl-C or by kill -9 and start it again: it goes on from its last whole checkpoint, and
-ends with the very bits of a run that nothing stopped. A step's batch follows from the step's
-number, so that is all there is to know of the data.
+Trains a small network on scikit-learn's digits and saves parameters and state every few steps.
+Stop it with Ctrl-C or kill -9 and start it again: it continues from its last complete checkpoint,
+and ends with the same bits as an uninterrupted run. The step determines its batch, so there is no
+other state of the data.
 
-    python examples/resume.py                            # again and again, until it is done
+    python examples/resume.py                            # repeat until it is done
     python examples/resume.py --moments 8bit --bits 24 --steps 2000 --out out/resume_lean
 """
 
@@ -51,7 +51,7 @@ def optimizer(moments: str, bits: int | None) -> adamfn.GradientTransformation:
 
 
 def start(tx: adamfn.GradientTransformation, bits: int | None) -> dict[str, Any]:
-    """All that a checkpoint holds, before the first step."""
+    """The content of a checkpoint, before the first step."""
     first, second = jax.random.split(jax.random.key(0))
     params = {
         "hidden": jax.random.normal(first, (64, HIDDEN)) / 8,
@@ -81,7 +81,7 @@ def train_step(
 
 
 def restore(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
-    """The checkpoint of a step; or an error that says in what it is not like this run."""
+    """The checkpoint of a step, or an error with its differences from this run."""
     check_saved(manager.item_metadata(step), like)
     return manager.restore(step, args=ocp.args.StandardRestore(like))
 
@@ -94,18 +94,18 @@ def train(
     every: int,
     progress: Callable[[int, float], None] | None = None,
 ) -> tuple[int, dict]:
-    """Goes on with the run in a folder, or begins it.
+    """Continues the run in a folder, or begins it.
 
     Args:
-      folder: where its checkpoints are.
-      moments: how Adam's moments are stored, one of `MOMENTS`.
-      bits: how many bits of bfloat16 weights are kept, one of `BITS`; None for float32 weights.
+      folder: the folder of its checkpoints.
+      moments: the format of Adam's moments, one of `MOMENTS`.
+      bits: bits stored of bfloat16 weights, one of `BITS`; None for float32 weights.
       steps: training steps in all.
       every: steps from one checkpoint to the next.
-      progress: called with the steps made so far and the loss of the last one.
+      progress: called with the number of steps taken and the loss of the last one.
 
     Returns:
-      The step it went on from, and the parameters and state at the end.
+      The step it continued from, and the parameters and state at the end.
     """
     tx = optimizer(moments, bits)
     images, labels = map(jnp.asarray, load_digits(return_X_y=True))

@@ -1,7 +1,7 @@
-"""See inside a training run: the character transformer with a planted fault, and what finds it.
+"""See inside a training run: find a deliberate fault in the character transformer.
 
-A live table of every layer while it trains, the worst first, with a word for what is wrong; at the
-end a picture of the run. `--fault none` shows what a healthy run looks like.
+Shows a live table of all layers during training, worst first, with a word for each fault, and draws
+a picture of the run at the end. `--fault none` shows a healthy run.
 
     python examples/see_inside.py --fault exploding
     python examples/see_inside.py --fault rounding --steps 100 --out out
@@ -42,7 +42,7 @@ EVERY, RATE = 10, 3e-3
 
 
 class Fault(NamedTuple):
-    """What is done to a run: to one layer, or to all by the optimizer."""
+    """A fault: in one layer, or in all layers through the optimizer."""
 
     says: str
     grads: Callable[[Any], Any] = lambda grads: grads
@@ -51,7 +51,7 @@ class Fault(NamedTuple):
 
 
 def one_layer(change: Callable[[jax.Array], jax.Array]) -> Callable[[Any], Any]:
-    """Changes the middle block's `up`, and nothing else."""
+    """Changes only the middle block's `up`."""
 
     def changed(path: Any, leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -81,7 +81,7 @@ def batch(text: jax.Array, number: jax.Array) -> jax.Array:
 
 
 def plain(fault: Fault, steps: int) -> Iterator[tuple[jax.Array, monitor.Observation]]:
-    """The loss of each step, and what was seen of it."""
+    """The loss and the observation of each step."""
     tx = fault.tx()
     text = jnp.asarray(char_lm.load()[0])
     params = fault.params(char_lm.init(jax.random.key(0)))

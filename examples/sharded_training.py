@@ -1,8 +1,8 @@
 """Train the character transformer on eight devices: a mesh of data and tensor axes, and ZeRO.
 
-The devices are this machine's CPU, cut in eight by an XLA flag; on a machine with eight of its own,
-leave the flag out. Batches are split along the axis `data`, the large matrices along `model`, and
-Adam's moments along both. Shows where a moment lies and what the state takes on each device.
+An XLA flag makes eight devices of this machine's CPU; on a machine with eight devices, leave the
+flag out. Batches are split along the axis `data`, the large matrices along `model`, and
+Adam's moments along both. Shows the placement of a moment and the bytes of the state per device.
 
     python examples/sharded_training.py
     python examples/sharded_training.py --moments 8bit --steps 200 --data 2 --model 4
@@ -40,7 +40,7 @@ import adamfn
 from adamfn.sharding import sharded, state_shardings, whole_blocks
 
 RATE, BATCH = 3e-3, 16
-SPLIT = {  # of each matrix, what goes to which device along `model`
+SPLIT = {  # how each matrix is split along `model`
     "qkv": jax.P(None, "model"),
     "out": jax.P("model", None),
     "up": jax.P(None, "model"),
@@ -50,7 +50,7 @@ console = Console()
 
 
 class Run(NamedTuple):
-    """What a run leaves."""
+    """The result of a run."""
 
     losses: list[float]
     state: Any
@@ -65,7 +65,7 @@ def parameter_shardings(params: dict, mesh: jax.sharding.Mesh) -> dict:
 
 
 def bytes_on_a_device(tree: Any, shardings: Any) -> int:
-    """What a tree takes on each device, by its shapes alone."""
+    """Bytes of a tree on each device, computed from shapes."""
     sizes = jax.tree.map(
         lambda x, s: int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize, tree, shardings
     )
@@ -82,7 +82,7 @@ def train(moments: str, steps: int, data: int, model: int) -> Run:
     tx = sharded(adamfn.adamw(RATE, moments=formats), placed, zero_axis="data")
     state_placed = state_shardings(tx, shapes, placed, zero_axis="data")
 
-    # Made where they belong: no device ever holds all of them.
+    # Created in place: no device ever holds all of them.
     params = jax.jit(init, out_shardings=placed)()
     state = tx.init(params)
     batches = NamedSharding(mesh, jax.P("data"))
@@ -126,7 +126,7 @@ def train(moments: str, steps: int, data: int, model: int) -> Run:
         "and along data, by ZeRO": bytes_on_a_device(abstract, state_placed),
     }
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
-    assert held == sizes["and along data, by ZeRO"]  # what is counted is what is there
+    assert held == sizes["and along data, by ZeRO"]  # the computed bytes are the actual bytes
     return Run(losses, state, sizes)
 
 
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> Run:
     run = train(args.moments, args.steps, args.data, args.model)
     moment = jax.tree.leaves(run.state[0].mu["blocks"][0]["up"])[0]
     console.print(
-        f"\nThe first moment of a matrix, {moment.dtype}{list(moment.shape)}, lies so on its"
+        f"\nThe first moment of a matrix, {moment.dtype}{list(moment.shape)}, is placed on its"
         f" {args.data * args.model} devices ({moment.sharding.spec}):"
     )
     jax.debug.visualize_array_sharding(moment, scale=0.5)

@@ -1,20 +1,20 @@
 """Train with the optimizer's step inside the backward pass: one layer's gradients at a time.
 
-The layers of a character transformer lie in one array and are scanned. The backward pass is a loop
+The layers of a character transformer are stacked in one array and scanned. The backward pass loops
 over them from the last to the first: it computes a layer's gradients, takes the layer's step, and
-forgets the gradients. It says how many bytes that saves, and trains.
+frees the gradients. The program prints how many bytes this saves, and trains.
 
     python examples/step_in_backward.py
     python examples/step_in_backward.py --lean     # bfloat16 weights in 24 bits, 8-bit moments
 
-The loop carries weights and state, and writes those of each layer in place. The shorter way, a
-`jax.custom_vjp` around the layer whose "gradients" are the moved weights and moments, keeps the old
-ones beside the new until its scan ends, and these take more than gradients do. Besides, integers
-have no gradients: codes, corrections and counts.
+The loop carries weights and state, and writes each layer in place. A `jax.custom_vjp` around the
+layer whose "gradients" are the new weights and moments would be shorter. But it keeps old and new
+values until its scan ends, which takes more memory than gradients. Also, integers have no
+gradients: codes, corrections and counts.
 
-What needs all gradients before the first step cannot be had: clipping by the global norm (in `tx`
-it clips each layer by its own), skipping a step when any gradient is not finite, averages over
-several batches.
+Operations that need all gradients before the first step do not work: clipping by the global norm
+(in `tx` it clips each layer by the layer's norm), skipping a step if any gradient is not finite,
+averages over several batches.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def optimizer(lean: bool) -> adamfn.GradientTransformation:
 
 
 def init(key: jax.Array, layers: int, dtype: Any) -> dict:
-    """All layers' weights in one array, and apart from them what stands before and after."""
+    """The weights of all layers in one array; separately, the weights before and after them."""
     params = char_lm.init(key, layers)
     params["blocks"] = jax.tree.map(lambda *weights: jnp.stack(weights), *params["blocks"])
     params = jax.tree.map(lambda weight: weight.astype(dtype), params)
@@ -60,14 +60,14 @@ def layer(x: jax.Array, block: dict) -> jax.Array:
 
 
 def loss_of_last(ends: dict, x: jax.Array, windows: jax.Array) -> jax.Array:
-    """The loss, from what the last layer returned."""
+    """The loss, from the output of the last layer."""
     ends = widened(ends)
     logits = char_lm.normalize(x, ends["norm"]) @ ends["characters"].T
     return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
 
 
 def ordinary_loss(params: dict, windows: jax.Array) -> jax.Array:
-    """The loss to differentiate; the backward pass computes a layer's activations again."""
+    """The loss to differentiate; the backward pass recomputes a layer's activations."""
     again = jax.checkpoint(layer)
     x = embed(params["ends"], windows)
     x, _ = jax.lax.scan(lambda x, block: (again(x, block), None), x, params["blocks"])
@@ -75,7 +75,7 @@ def ordinary_loss(params: dict, windows: jax.Array) -> jax.Array:
 
 
 def ordinary(tx: adamfn.GradientTransformation) -> Step:
-    """All gradients, and then the step."""
+    """Computes all gradients, then takes the step."""
 
     def train_step(params: dict, state: Any, windows: jax.Array) -> tuple[dict, Any, jax.Array]:
         loss, grads = jax.value_and_grad(ordinary_loss)(params, windows)
@@ -90,7 +90,7 @@ def init_by_layers(tx: adamfn.GradientTransformation, params: dict) -> dict:
 
 
 def in_backward(tx: adamfn.GradientTransformation) -> Step:
-    """Each layer's step as soon as its gradients are there."""
+    """Takes each layer's step as soon as its gradients exist."""
 
     def train_step(params: dict, state: dict, windows: jax.Array) -> tuple[dict, dict, jax.Array]:
         ends, blocks = params["ends"], params["blocks"]
@@ -110,7 +110,7 @@ def in_backward(tx: adamfn.GradientTransformation) -> Step:
 
         carry = jax.lax.fori_loop(0, len(inputs), one_layer, (x_grad, blocks, state["blocks"]))
         x_grad, blocks, block_states = carry
-        # The embedding is also the last layer's: its two gradients are added.
+        # The last layer shares the embedding: its two gradients are added.
         grads = jax.tree.map(jnp.add, grads, embed_backward(x_grad)[0])
         ends, end_state = adamfn.step(tx, grads, state["ends"], ends)
         return {"blocks": blocks, "ends": ends}, {"blocks": block_states, "ends": end_state}, loss
@@ -119,7 +119,7 @@ def in_backward(tx: adamfn.GradientTransformation) -> Step:
 
 
 def at(number: jax.Array, stacked: Any) -> Any:
-    """One layer of a tree of stacked ones."""
+    """One layer of a tree of stacked layers."""
     return jax.tree.map(lambda leaf: leaf[number], stacked)
 
 
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     tx, dtype = optimizer(args.lean), jnp.bfloat16 if args.lean else jnp.float32
     params = init(jax.random.key(0), args.layers, dtype)
     steps = compiled(tx, params)
-    grads = sum(leaf.nbytes for leaf in jax.tree.leaves(params))  # of their weights' dtypes
+    grads = sum(leaf.nbytes for leaf in jax.tree.leaves(params))  # in the dtypes of their weights
     plain, by_layers = (step.memory_analysis().temp_size_in_bytes for step in steps)
     print(f"All gradients take {grads:,} bytes. Besides weights and state, the ordinary step takes")
     print(f"{plain:,} bytes, the step in the backward pass {by_layers:,}: less by")

@@ -1,9 +1,9 @@
-"""Take over a torch run: a network trained in torch goes on training in JAX, and the curves meet.
+"""Take over a torch run: a network trained in torch continues in JAX, and the curves coincide.
 
 A small convolutional network learns scikit-learn's handwritten digits with torch.optim.AdamW,
-whose two groups have their own rates and decays. After 150 of 300 steps its weights and its
-optimizer's state become those of a Flax network, which takes the other 150 on the same batches;
-torch takes them too, to compare with. Both losses are drawn to `out/torch_to_jax.png`.
+with different rates and decays in its two groups. After 150 of 300 steps, its weights and the
+optimizer's state are converted for a Flax network, which takes the other 150 steps on the same
+batches. torch takes them too, for comparison. Both losses are drawn to `out/torch_to_jax.png`.
 
     python examples/torch_to_jax.py            # without torch, from a recorded checkpoint
     python examples/torch_to_jax.py --record   # train in torch and record the checkpoint anew
@@ -44,7 +44,7 @@ class Network(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        # Padded by one on each side, as torch does it: "SAME" would pad a stride of two otherwise.
+        # Padded by one on each side, like torch: "SAME" pads differently for a stride of two.
         x = nn.relu(nn.Conv(16, (3, 3), padding=1, name="conv_1")(x))
         x = nn.relu(nn.Conv(32, (3, 3), strides=2, padding=1, name="conv_2")(x))
         return nn.Dense(10, name="out")(x.mean((1, 2)))
@@ -57,14 +57,14 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
-    """The images, of shape (n, 8, 8) in [0, 1], and the labels of a step: the same for both."""
+    """The images of a step, shape (n, 8, 8) in [0, 1], and their labels: the same for both."""
     images, labels = digits()
     chosen = np.random.default_rng(step).integers(len(labels), size=BATCH)
     return (images[chosen] / 16).astype(np.float32).reshape(-1, 8, 8), labels[chosen]
 
 
 def train_in_torch() -> dict[str, np.ndarray]:
-    """Trains for all steps; returns the losses, and weights and state as they were halfway."""
+    """Trains for all steps; returns the losses, and the weights and state at halfway."""
     import torch
 
     class TorchNetwork(torch.nn.Module):
@@ -112,7 +112,7 @@ def checkpoint(weights: dict, state_dict: dict) -> dict[str, np.ndarray]:
 
 
 def read(arrays: dict[str, np.ndarray]) -> tuple[dict, dict]:
-    """What `checkpoint` made arrays of."""
+    """The reverse of `checkpoint`."""
     weights, state = {}, {}
     for name, array in arrays.items():
         if name.startswith("weights/"):
@@ -124,7 +124,7 @@ def read(arrays: dict[str, np.ndarray]) -> tuple[dict, dict]:
 
 
 def train_in_jax(weights: dict, state_dict: dict) -> list[float]:
-    """Goes on with the run; returns the losses of the remaining steps."""
+    """Continues the run; returns the losses of the remaining steps."""
     params: dict = {}
     for name, path in PATHS.items():
         layer, leaf = path.split("/")
@@ -149,7 +149,7 @@ def train_in_jax(weights: dict, state_dict: dict) -> list[float]:
 
 
 def draw(torch_losses: np.ndarray, jax_losses: list[float], path: Path) -> None:
-    """Both curves above, and below how far apart they are."""
+    """Draws both curves, and their difference below."""
     mpl.use("agg")
     import matplotlib.pyplot as plt
 
@@ -160,7 +160,7 @@ def draw(torch_losses: np.ndarray, jax_losses: list[float], path: Path) -> None:
     above.plot(steps, torch_losses, color="C0", alpha=0.4, lw=4, label="torch, all the way")
     above.plot(steps[TAKEN_OVER:], jax_losses, color="C3", lw=1.2, label="taken over by adamfn")
     above.axvline(TAKEN_OVER, color="0.5", ls=":", lw=1)
-    above.set(ylabel="loss of the step", yscale="log", title="A torch run goes on in JAX")
+    above.set(ylabel="loss of the step", yscale="log", title="A torch run continues in JAX")
     above.legend(frameon=False)
     apart = np.abs(np.asarray(jax_losses) / torch_losses[TAKEN_OVER:] - 1)
     below.plot(steps[TAKEN_OVER:], np.maximum(apart, 1e-8), color="C3", lw=1)
@@ -172,7 +172,7 @@ def draw(torch_losses: np.ndarray, jax_losses: list[float], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> tuple[np.ndarray, list[float]]:
-    """Takes the run over, prints and draws it; returns torch's losses and ours."""
+    """Takes over the run, prints and draws it; returns the losses of torch and adamfn."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", action="store_true", help="train in torch (needs torch)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="where the picture goes")

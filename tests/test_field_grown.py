@@ -135,6 +135,15 @@ def test_late_leaves_follow_the_rate_of_the_others():
     np.testing.assert_allclose(moves["k"], 0.5 * unit, rtol=1e-5, atol=1e-6)
 
 
+def test_late_leaves_follow_a_rate_that_counts_by_itself():
+    schedule = optax.linear_schedule(0.1, 0.2, STEPS + LATE)
+    tx = optax.chain(optax.scale_by_adam(), adamfn.scale_by_lr(schedule))
+    state, _ = first(tx)
+    tx, state, *_ = carry_over(tx, state, PARAMS)
+    state, _ = run(tx, PARAMS, state, later())
+    assert [part[1].learning_rate for part in state] == [schedule(STEPS + LATE - 1)] * 2
+
+
 def test_late_leaves_may_have_a_transformation_of_their_own():
     """As they must after `from_state_dict` with several groups, none of which is theirs."""
     tx = adamfn.adam(optax.constant_schedule(0.1))

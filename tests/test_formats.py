@@ -11,8 +11,8 @@ import pytest
 
 from adamfn import formats
 from adamfn.formats import FORMATS, blocks
-from adamfn.formats.base import dither, threshold
-from adamfn.formats.floats import nearest
+from adamfn.formats.bits import nearest
+from adamfn.formats.noise import dither, threshold
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import model_trees

@@ -20,7 +20,7 @@ from adamfn.backends import kernels as pallas
 from adamfn.backends.tile import factor_places
 from adamfn.backends.tpu import kernel as mosaic
 from adamfn.backends.xla import run_call
-from adamfn.formats.elements import strides_of
+from adamfn.formats.indices import strides_of
 from adamfn.stages.two_moments import ScaleByMomentsState
 
 DEVICES = {

@@ -150,7 +150,7 @@ WITH_CLIP = adamfn.chain(adamfn.scale_by_lr(1.0), adamfn.adamw(1e-3, moments="8b
         (
             "8bit",
             adamfn.formats.EightBit(128),
-            ["0/scales/1/0/scale, of the leaf at kernel", "float32[64,1]", "float32[64,2]"],
+            ["0/scales/kernel/0/scale", "float32[64,1]", "float32[64,2]"],
         ),
         ("8bit", WITH_CLIP, ["0/learning_rate", "nothing"]),
         ("8bit", adamfn.adam(moments="8bit"), ["2/learning_rate", "nothing"]),

@@ -59,7 +59,7 @@ def test_tables_and_picture_are_made_of_it(recorded, tmp_path, monkeypatch):
         assert {row.count("|") for row in rows} == {head.count("|")}
     assert step_tables.step_cost().count("| MLP |") == len(step_cost.MEASURED)
     goals = step_tables.step_goals()
-    for goal in ("beside optax: MLP |", "8bit, beside"):
+    for goal in ("vs optax: MLP |", "8bit vs"):
         assert goal in goals
     step_picture.draw(json.loads(recorded.read_text()), tmp_path / "speed.png")
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")

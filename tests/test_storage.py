@@ -150,7 +150,7 @@ def test_a_function_chooses_for_each_leaf():
     assert state[0].mu["block"][0]["kernel"].dtype == jnp.bfloat16
     assert state[0].nu["block"][0]["kernel"] is None
     bias, (kernel,), table = state[0].scales  # in the order of the leaves
-    assert isinstance(kernel[1], formats.factored.Factors)
+    assert isinstance(kernel[1], formats.means.Factors)
     assert bias == table == ()
     updates, _ = run(tx, 10)
     assert cosine(updates, exact_trail("adamw", 10)[-1]) > 0.97

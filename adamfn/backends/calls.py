@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import AxisType
 
-from adamfn.backends.primitive import Backend, bind
+from adamfn.backends.primitive import Backend, bind_primitive
 from adamfn.backends.shards import run_on_shards
 from adamfn.backends.xla import run_call, run_whole
-from adamfn.core.leaf import Kept, Leaf, with_empty, without_empty
-from adamfn.core.placement import Shards, split_like
+from adamfn.core.leaf import Leaf
+from adamfn.core.placement import Shards, split_like, split_together
 from adamfn.core.program import Call, Program
 from adamfn.core.stage import Stage
 from adamfn.core.varying import axes_of
@@ -22,11 +23,8 @@ from adamfn.core.varying import axes_of
 LARGE = 2**18
 """Leaves from here on are called alone: they outweigh the microseconds of a call."""
 
-_LEAVES = 16
+_LEAVES = 32
 """Smaller leaves that share a call."""
-
-Results = tuple[list[Kept], list[jax.Array]]
-"""The next state of a leaf for each part of its program, then its update and its parameter."""
 
 
 @dataclass
@@ -51,35 +49,17 @@ class Step:
             self._vectors[places, dtype] = jnp.stack(arrays) if arrays else jnp.zeros((1,), dtype)
         return self._vectors[places, dtype]
 
-    def state_of(self, leaf: Leaf, places: Sequence[int]) -> list[Kept]:
-        """The state of a leaf for some stages, as programs take it."""
-        return [
-            without_empty(self.stages[k], leaf.formats[k], leaf.grad, leaf.kept[k]) for k in places
-        ]
 
-
-def run_segment(
-    step: Step, programs: Sequence[Program], leaves: Sequence[Leaf], segment: range
-) -> None:
-    """Runs the program of every leaf in one segment, and puts its results into the leaf."""
-    for program, places, own in _together(step, programs, leaves, segment):
-        run = _run_fused if program.fused else _run_whole
-        last = segment.stop == len(step.stages)
-        for leaf, (rows, moved) in zip(own, run(step, program, places, own, last), strict=True):
-            for place, row in zip(places, rows, strict=True):
-                leaf.kept[place] = with_empty(row, leaf.kept[place])
-            if program.update_dtype is not None:
-                leaf.update = moved[0]
-            if program.moves:
-                leaf.param = moved[-1]
-
-
-def _together(
+def together(
     step: Step, programs: Sequence[Program], leaves: Sequence[Leaf], segment: range
 ) -> Iterator[tuple[Program, tuple[int, ...], list[Leaf]]]:
-    """The leaves of each call, alike in all but shape, and large ones alone."""
+    """The leaves of each call, with the stages of their program: alike in all but shape.
+
+    Large leaves are alone, and leaves that a segment does not change are left out.
+    """
     most = 1 if step.backend == "pallas" else _LEAVES
-    alike: dict[Any, list[Leaf]] = {}
+    is_manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+    alike: dict[Any, tuple[Program, tuple[int, ...], list[Leaf]]] = {}
     for program, leaf in zip(programs, leaves, strict=True):
         places = tuple(place for place in segment if leaf.active[place])
         if not places and not program.moves and program.update_dtype in (None, leaf.update.dtype):
@@ -90,62 +70,67 @@ def _together(
         device = None if isinstance(g, Tracer) else getattr(g, "sharding", None)
         # Inside shard_map, all results of a call vary over each axis that an operand varies over.
         alone = leaf.index if g.size >= LARGE or not program.fused else None
-        arrays = [] if alone is not None else jax.tree.leaves((g, p, leaf.kept))
+        arrays = jax.tree.leaves((g, p, leaf.kept)) if is_manual and alone is None else []
         varies = frozenset(map(axes_of, arrays))
-        key = program, places, dtypes, device, varies, leaf.shards, alone
-        alike.setdefault(key, []).append(leaf)
-    for (program, places, *_), own in alike.items():
+        # Equal programs are one object here, and a hash of them takes long.
+        key = id(program), places, dtypes, device, varies, leaf.shards, alone
+        alike.setdefault(key, (program, places, []))[-1].append(leaf)
+    for program, places, own in alike.values():
         # Leaves of one shape beside one another: calls of one signature are traced once.
         own.sort(key=lambda leaf: leaf.grad.shape)
         for start in range(0, len(own), most):
             yield program, places, own[start : start + most]
 
 
-def _run_fused(
+def run_leaves(
     step: Step, program: Program, places: tuple[int, ...], leaves: Sequence[Leaf], last: bool
-) -> list[Results]:
-    """The results of an elementwise program on some leaves, by any backend."""
-    rows = [step.state_of(leaf, places) for leaf in leaves]
-    call = Call(program, len(leaves), jax.tree.structure(rows))
-    grads = [leaf.update for leaf in leaves]
-    params = [leaf.param for leaf in leaves] if program.reads_params else []
-    indices = np.array([[leaf.index, 0] for leaf in leaves], np.uint32)
+) -> None:
+    """Runs a program on some leaves, and puts the results into them.
+
+    Updates of the last segment are split over a mesh as gradients are; those before, as moments.
+    """
+    rows = [[leaf.kept[place] for place in places] for leaf in leaves]
     vector = step.vector(places, program.dtype)
-    operands = [vector, step.count, indices, *jax.tree.leaves(rows), *grads, *params]
-    if not program.known:
-        jax.eval_shape(partial(run_call, call), *operands)  # mistakes show now, not when it lowers
-    shards = leaves[0].shards
-    if shards is not None and not last:
-        shards = replace(shards, home=shards.axes)  # updates stay split until the last segment
-    results = _bound(call, step.backend, shards, operands)
-    kept, moved = results[: call.arrays_kept], results[call.arrays_kept :]
-    columns = [moved[k :: len(leaves)] for k in range(len(leaves))]
-    return list(zip(jax.tree.unflatten(call.kept, kept), columns, strict=True))
-
-
-def _run_whole(
-    step: Step, program: Program, places: tuple[int, ...], leaves: Sequence[Leaf], last: bool
-) -> list[Results]:
-    """The results of any program on a whole leaf, by XLA."""
-    (leaf,) = leaves
-    given: list[Any] = step.state_of(leaf, [place for place, _ in program.given])
-    rows = step.state_of(leaf, places)
-    arrays = leaf.update, leaf.param if program.reads_params else None, leaf.seen
-    # Gradient, parameter and moments may be split unlike each other: all as the moments at first.
-    kept = [x for x in jax.tree.leaves((rows, given, arrays)) if x.shape == leaf.grad.shape]
-    u, p, seen = (x if x is None else split_like(x, kept[0]) for x in arrays)
-    given += [seen] if program.given_grads else []
-    vector, index = step.vector(places, program.dtype), np.uint32(leaf.index)
-    new, moved = run_whole(program, vector, step.count, index, (u, p, rows), given)
-    homes = [] if program.update_dtype is None else [leaf.grad if last else u]
-    homes += [leaf.param] if program.moves else []
-    return [(jax.tree.map(split_like, new, rows), list(map(split_like, moved, homes)))]
+    if program.fused:
+        grads = [leaf.update for leaf in leaves]
+        params = [leaf.param for leaf in leaves] if program.reads_params else []
+        call = Call(program, len(leaves), jax.tree.structure(rows))
+        indices = np.array([[leaf.index, 0] for leaf in leaves], np.uint32)
+        operands = [vector, step.count, indices, *jax.tree.leaves(rows), *grads, *params]
+        if not program.known:
+            jax.eval_shape(partial(run_call, call), *operands)  # mistakes show before it lowers
+        shards = leaves[0].shards
+        shards = shards if shards is None or last else replace(shards, home=shards.axes)
+        results = bind(call, step.backend, shards, operands)
+        rows = jax.tree.unflatten(call.kept, results[: call.arrays_kept])
+        moved = [results[call.arrays_kept :][k :: len(leaves)] for k in range(len(leaves))]
+    else:
+        (leaf,), (row,) = leaves, rows
+        given: list[Any] = [leaf.kept[place] for place, _ in program.given]
+        given += [leaf.seen] if program.given_grads else []
+        arrays = leaf.update, leaf.param if program.reads_params else None, row
+        index = np.uint32(leaf.index)
+        homes = [] if program.update_dtype is None else [leaf.grad if last else leaf.update]
+        homes += [leaf.param] if program.moves else []
+        arrays, given = split_together((arrays, given), leaf.update, row)
+        new, one = run_whole(program, vector, step.count, index, arrays, given)
+        rows, moved = [jax.tree.map(split_like, new, row)], [[*map(split_like, one, homes)]]
+    for leaf, row, own in zip(leaves, rows, moved, strict=True):
+        for place, new in zip(places, row, strict=True):
+            leaf.kept[place] = new
+        if program.update_dtype is not None:
+            leaf.update = own[0]
+        if program.moves:
+            leaf.param = own[-1]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _bound(
+def bind(
     call: Call, backend: Backend, shards: Shards | None, operands: list[jax.Array]
 ) -> list[jax.Array]:
-    if shards is None:
-        return bind(call, backend, operands)
-    return run_on_shards(call, backend, shards, operands)
+    """The results of a call: by XLA alone, on the shards of its leaves, or as a primitive."""
+    if shards is not None:
+        return run_on_shards(call, backend, shards, operands)
+    return (
+        run_call(call, *operands) if backend == "xla" else bind_primitive(call, backend, operands)
+    )

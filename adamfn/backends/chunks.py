@@ -16,8 +16,8 @@ from adamfn.backends.tile import factor_places, kernel_block, results_of
 from adamfn.backends.xla import scalars_of
 from adamfn.core.program import Call
 from adamfn.core.varying import vary_together
-from adamfn.formats.elements import numbers_of
-from adamfn.formats.seeds import Seeds
+from adamfn.formats.indices import indices_of
+from adamfn.formats.noise import Seeds
 
 ELEMENTS = 2**20
 """In a piece, as long as a row is no longer: with 60 temporary bytes for each, 60 MiB."""
@@ -94,7 +94,7 @@ def _run(
         start = first_element
         for place, stride in zip(at(leaf), strides, strict=True):
             start += place.astype(jnp.uint32) * jnp.uint32(stride % 2**32)
-        elements = numbers_of(g.shape, strides, start)
+        elements = indices_of(g.shape, strides, start)
         of_layer = [x[starts[0]].reshape([1] * g.ndim) if x.ndim else x for x in scalars]
         moved = program(seeds, of_layer, g, p[0] if p else None, kept, elements)
         if measures:

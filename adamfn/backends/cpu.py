@@ -20,22 +20,16 @@ from adamfn.core.formulas import (
     unchanged,
 )
 from adamfn.core.program import Call, Program
-from adamfn.formats import EightBit, Format, Pair, Rounded
+from adamfn.formats import Format
 from adamfn.formats.blocks import size_for
-from adamfn.formats.elements import runs_of
+from adamfn.formats.format import answer
+from adamfn.formats.indices import runs_of
 
 _TARGET = "adamfn_step"
-_LARGEST_BLOCK = 1024
 _UNREAD = 1000
 """The least number of operations for which XLA takes a thread of its own."""
 _WORTH_A_THREAD = 2**15
 """The least number of elements whose step takes longer than another thread takes to begin."""
-_FORMATS: dict[Format | None, int] = {
-    None: 0,
-    Pair(Rounded(), Rounded()): 1,
-    Pair(Rounded(stochastic=False), Rounded(stochastic=False)): 2,
-}
-_EIGHT_BIT = 3
 _MOMENTS = (ratio, atan2_ratio)
 
 
@@ -92,12 +86,6 @@ def format_of(program: Program) -> Format | None:
     return next((part.format for part in program.parts if part.formula in _MOMENTS), None)
 
 
-def knows_format(format: Format | None) -> bool:
-    """Whether native code, and kernels, are written for a format."""
-    # A subclass of EightBit may differ.
-    return format in _FORMATS or (type(format) is EightBit and format.block <= _LARGEST_BLOCK)
-
-
 def can_run(call: Call, avals: Any) -> bool:
     """Whether a call can run in native code here, and gains by it. Builds it at the first call."""
     # Of a float32 update alone XLA makes as few passes, with the parameters' sum in the last.
@@ -106,7 +94,7 @@ def can_run(call: Call, avals: Any) -> bool:
         return False
     leaves = avals[3 + call.arrays_kept :]
     return (
-        knows_format(format)
+        answer(format, "native_code") is not None
         and call.program.dtype == jnp.float32
         and all(aval.dtype in (jnp.float32, jnp.bfloat16) for aval in leaves)
         and scalar_places(call.program) is not None
@@ -133,8 +121,8 @@ def lower(ctx: Any, *operands: Any, call: Call) -> Any:
         updates = 0 if program.update_dtype is None else leaves
         aliases |= {first + leaves + k: call.arrays_kept + updates + k for k in range(leaves)}
     grads, sizes = ctx.avals_in[first : first + leaves], [0] * leaves
-    if isinstance(format, EightBit):
-        sizes = [size_for(g.shape[-1], format.block) for g in grads]
+    if answer(format, "block"):
+        sizes = [size_for(g.shape[-1], answer(format, "block")) for g in grads]
     axes: list[int] = []
     for k, g in enumerate(grads):
         runs = runs_of(g.shape, call.strides_of(k, g.shape))
@@ -150,7 +138,7 @@ def lower(ctx: Any, *operands: Any, call: Call) -> Any:
         ctx.replace(avals_in=in_avals),
         scalars,
         *operands[1:],
-        format=np.int32(_FORMATS.get(format, _EIGHT_BIT)),
+        format=np.int32(answer(format, "native_code")),
         bits=np.int32(bits_of(program)),
         packed=False,
         moves=program.moves,

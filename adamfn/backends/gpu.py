@@ -28,9 +28,9 @@ from adamfn.backends.tile import (
 )
 from adamfn.core.program import Call
 from adamfn.core.varying import shape_like
+from adamfn.formats.bits import Operations, lending
 from adamfn.formats.blocks import along, size_for
-from adamfn.formats.elements import numbers_at, runs_of, strides_of
-from adamfn.formats.quotients import Operations, lending
+from adamfn.formats.indices import indices_at, runs_of, strides_of
 
 _ELEMENTS = 256
 """Of a warp, eight for each thread. Where no block is longer, a tile is of one warp, which need not
@@ -121,7 +121,7 @@ def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]
             steps = [
                 0 if n == 1 else step for n, step in zip(shape, strides_of(shape), strict=True)
             ]
-            outer = numbers_at(row, runs_of(leaf.shape[:-1], steps[:-1]))
+            outer = indices_at(row, runs_of(leaf.shape[:-1], steps[:-1]))
             return (outer + place, inside) if steps[-1] else (outer, exists)
 
         def load(k: int) -> jax.Array:
@@ -133,9 +133,9 @@ def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]
         if len(runs) == 1:
             numbers = elements
         elif block_size:
-            numbers = numbers_at(row, rows) + place
+            numbers = indices_at(row, rows) + place
         else:
-            numbers = numbers_at(elements, runs)
+            numbers = indices_at(elements, runs)
         tiles = [load(k) for k in range(len(arrays))]
         layer = jnp.minimum(jax.lax.div(row, jnp.int32(rows_in_layer)), layers - 1)
         with lending(_OPERATIONS if platform == "cuda" else None):

@@ -19,7 +19,7 @@ Backend = Literal["auto", "xla", "pallas"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
-def bind(call: Call, backend: Backend, operands: list[Any]) -> list[jax.Array]:
+def bind_primitive(call: Call, backend: Backend, operands: list[Any]) -> list[jax.Array]:
     """The results of a call.
 
     With `"auto"` it is lowered for CPU to native code if there is any, and for GPU and TPU to a

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from adamfn.backends.primitive import Backend, bind
+from adamfn.backends.primitive import Backend, bind_primitive
 from adamfn.core.leaf import Leaf
 from adamfn.core.placement import (
     Axes,
@@ -24,8 +24,9 @@ from adamfn.core.placement import (
     split_like,
 )
 from adamfn.core.program import Call
-from adamfn.formats.elements import strides_of
-from adamfn.formats.shards import block_of, cut_block, on_shards
+from adamfn.formats.blocks import cut_block
+from adamfn.formats.format import answer
+from adamfn.formats.indices import strides_of
 from adamfn.trees import describe
 
 
@@ -54,7 +55,7 @@ def _can_split(leaf: Leaf, shards: Shards, *, asked: bool) -> bool:
     last = size(shards.axes[-1], shards.mesh) if shards.axes else 1
     shape = leaf.grad.shape
     for format, active in zip(leaf.formats, leaf.active, strict=True):
-        block = block_of(format) if active else 0
+        block = answer(format, "block") if active else 0
         if block is None:
             return False
         cut = cut_block(block, shape, last)
@@ -89,7 +90,7 @@ def _sharding_in_type(x: Any) -> Any:
 def run_on_shards(
     call: Call, backend: Backend, shards: Shards, operands: Sequence[jax.Array]
 ) -> list[jax.Array]:
-    """`bind` of a call whose leaves are split alike, on each of their shards."""
+    """The results of a call whose leaves are split alike, each shard by itself."""
     vector, count, numbers, *arrays = operands
     mesh, axes = shards.mesh, shards.axes
     kept, moved = arrays[: call.arrays_kept], arrays[call.arrays_kept :]
@@ -102,14 +103,17 @@ def run_on_shards(
         parts = arrays[call.arrays_kept :][: call.leaves]
         firsts = [_first_number(of, x, axes) for of, x in zip(strides, parts, strict=True)]
         numbers = jnp.stack([numbers[:, 0], jnp.stack(firsts)], axis=1)
-        return bind(of_a_shard, backend, [vector, count, numbers, *arrays])
+        return bind_primitive(of_a_shard, backend, [vector, count, numbers, *arrays])
 
     def spec(x: jax.Array, leaf: jax.Array) -> PartitionSpec:
         fits = x.ndim == leaf.ndim
         return spec_of(axes_beside(x.shape, leaf.shape, axes, mesh)) if fits else PartitionSpec()
 
     split = axes if any(axes) else ()
-    parts = [part._replace(format=on_shards(part.format, split)) for part in call.program.parts]
+    parts = [
+        part._replace(format=part.format and answer(part.format, "on_shards")(split))
+        for part in call.program.parts
+    ]
     program = replace(call.program, parts=tuple(parts))
     of_a_shard = replace(call, program=program, strides=strides if split else None)
     specs = [spec(x, g) for row, g in zip(rows, moved, strict=False) for x in jax.tree.leaves(row)]

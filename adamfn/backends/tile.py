@@ -24,7 +24,7 @@ from adamfn.formats import (
 )
 from adamfn.formats.base import Seed, halves
 from adamfn.formats.blocks import Extremes
-from adamfn.formats.seeds import Seeds
+from adamfn.formats.noise import Seeds
 
 
 def kernel_block(format: Format | None) -> int | None:

@@ -9,13 +9,26 @@ import jax
 from adamfn.core.leaf import Kept
 from adamfn.core.program import Call, Program
 from adamfn.core.varying import vary_together
-from adamfn.formats.elements import numbers_of
-from adamfn.formats.seeds import Seeds
+from adamfn.formats.indices import indices_of
+from adamfn.formats.noise import Seeds
 
 
-def run_call(call: Call, *operands: jax.Array) -> list[jax.Array]:
+def run_call(
+    call: Call, vector: jax.Array, count: jax.Array, indices: jax.Array, *arrays: jax.Array
+) -> list[jax.Array]:
     """Runs a call by XLA, which compiles the program of a leaf into one kernel or a few."""
-    return by_leaf(_run_one, call, *operands)
+    rows = jax.tree.unflatten(call.kept, arrays[: call.arrays_kept])
+    kept: list[list[Kept]] = []
+    moved: list[list[jax.Array]] = []
+    for k, row in enumerate(rows):
+        g, *p = arrays[call.arrays_kept :][k :: call.leaves]
+        strides = None if call.strides is None else call.strides[k]
+        new, results = _run_leaf(
+            call.program, strides, (vector, count, indices[k]), g, p[0] if p else None, row
+        )
+        kept.append(new)
+        moved.append(results)
+    return [*jax.tree.leaves(kept), *(x for column in zip(*moved, strict=True) for x in column)]
 
 
 def by_leaf(
@@ -36,31 +49,17 @@ def by_leaf(
     return [*kept, *(x for column in zip(*moved, strict=True) for x in column)]
 
 
-def _run_one(
-    call: Call, vector: jax.Array, count: jax.Array, indices: jax.Array, *arrays: jax.Array
-) -> list[jax.Array]:
-    kept, (g, *p) = arrays[: call.arrays_kept], arrays[call.arrays_kept :]
-    (row,) = jax.tree.unflatten(call.kept, kept)
-    strides = None if call.strides is None else call.strides[0]
-    results = _run_leaf(
-        call.program, strides, vector, count, indices[0], g, p[0] if p else None, row
-    )
-    return jax.tree.leaves(results)
-
-
 @partial(jax.jit, static_argnums=(0, 1))  # traced once for all leaves of one signature
 def _run_leaf(
     program: Program,
     strides: tuple[int, ...] | None,
-    vector: jax.Array,
-    count: jax.Array,
-    index: jax.Array,
+    scalars: tuple[jax.Array, jax.Array, jax.Array],
     g: jax.Array,
     p: jax.Array | None,
     kept: list[Kept],
 ) -> tuple[list[Kept], list[jax.Array]]:
-    leaf, first = index
-    indices = None if strides is None else numbers_of(g.shape, strides, first)
+    vector, count, (leaf, first) = scalars
+    indices = None if strides is None else indices_of(g.shape, strides, first)
     return program(Seeds.of(count, leaf), [*vector], g, p, kept, indices)
 
 

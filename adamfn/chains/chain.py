@@ -5,8 +5,9 @@ from itertools import groupby
 from typing import Any, TypeAlias, cast
 
 from adamfn.backends.primitive import BACKENDS, Backend
+from adamfn.chains import segment
 from adamfn.chains.contradictions import check_order
-from adamfn.chains.segment import Wanted, first_states, run, way_out
+from adamfn.chains.segment import Wanted, way_out
 from adamfn.chains.transform import (
     GradientTransformation,
     Transformation,
@@ -70,7 +71,7 @@ class Chain:
         states: list[PyTree] = []
         for parts in self._runs:
             own = isinstance(parts[0], Stage)
-            states += first_states(parts, params) if own else [parts[0].init(params)]
+            states += segment.first_states(parts, params) if own else [parts[0].init(params)]
         return nested(self.structure, iter(states))
 
     def update(
@@ -96,7 +97,7 @@ class Chain:
             now = wanted if last else wanted._replace(updates=True, params=False)
             old = states[len(next_states) :][: len(parts)]
             if isinstance(parts[0], Stage):
-                updates, moved, new = run(parts, updates, old, params, extra, now)
+                updates, moved, new = segment.run(parts, updates, old, params, extra, now)
             else:
                 updates, moved, *new = _advance(parts[0], updates, old[0], params, extra, now)
             next_states += new
@@ -181,9 +182,9 @@ def from_stage(stage: Stage) -> GradientTransformation:
 def chain(*transformations: Transformation) -> GradientTransformation:
     """Applies transformations one after another: `chain(f, g)` maps updates `u` to `g(f(u))`.
 
-    Neighbouring adamfn stages, in nested chains too, are fused: one program of a leaf applies all of
-    them, and nothing is rounded or written to memory in between. `step` moves the parameters at the
-    end of that program.
+    Neighbouring adamfn stages, in nested chains too, are fused: one program of a leaf applies all
+    of them, and nothing is rounded or written to memory in between. `step` moves the parameters at
+    the end of that program.
 
     The state is the tuple of their states. Fused stages share one count. Each extra argument of
     `update`, such as `learning_rate=`, goes to every transformation that takes it.

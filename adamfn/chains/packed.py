@@ -18,9 +18,17 @@ from jax.core import Tracer
 from adamfn.chains.chain import Chain, Moved, Wrapped, chain_of, flat_states, nested
 from adamfn.chains.segment import Wanted, masks_of, update_dtype_of
 from adamfn.chains.transform import GradientTransformation, check_transformation, summary
-from adamfn.core.stage import Stage, exported
+from adamfn.core.stage import Stage
 from adamfn.core.weights import Weights
-from adamfn.trees import PyTree, as_array, check_inexact, describe, matching_leaves, path_name
+from adamfn.trees import (
+    PyTree,
+    as_array,
+    check_inexact,
+    describe,
+    exported,
+    matching_leaves,
+    path_name,
+)
 
 _LEAVES = 64
 """Leaves in a long one. The time that XLA takes to compile a call grows with the square."""
@@ -45,13 +53,13 @@ def packed(tx: GradientTransformation, below: int = 32768) -> GradientTransforma
     from shapes and dtypes, from the stages' masks and from `below`.
 
     Args:
-      tx: a chain of ours with moments in float32, such as `adamw()`. Other transformations go around
-        it: `chain(optax.clip_by_global_norm(1.0), packed(adamw()))`.
+      tx: a chain of ours with moments in float32, such as `adamw()`. Other transformations go
+        around it: `chain(optax.clip_by_global_norm(1.0), packed(adamw()))`.
       below: leaves of fewer elements are raveled.
 
     Returns:
-      A `GradientTransformation` with the same updates. Its state is that of `tx`, with a `Packed` in
-      each field that holds arrays of leaves; `repack` converts one into the other.
+      A `GradientTransformation` with the same updates. Its state is that of `tx`, with a `Packed`
+      in each field that holds arrays of leaves; `repack` converts one into the other.
 
     Raises:
       ValueError: `tx` has parts of other libraries, moments in a format, or a stage that needs a
@@ -215,8 +223,8 @@ class _Layout:
         found = [buffer.size for buffer in field.buffers] if self._leaves else expected
         if found != expected:
             raise ValueError(
-                f"{name} has buffers of {found} elements; expected {expected}. The state is of other"
-                " parameters: make it with this transformation's init(params)."
+                f"{name} has buffers of {found} elements; expected {expected}. The state is of"
+                " other parameters: make it with this transformation's init(params)."
             )
 
     def _packed_mask(self, mask: Sequence[bool]) -> Packed:

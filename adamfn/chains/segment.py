@@ -6,12 +6,13 @@ the scalars and the gate are those of the run.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise, starmap
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from adamfn.backends.calls import Step, run_segment
+from adamfn.backends.calls import Step, run_leaves, together
 from adamfn.backends.primitive import Backend
 from adamfn.backends.shards import split_of
 from adamfn.core.averages import increment
@@ -29,7 +30,6 @@ from adamfn.trees import (
     check_inexact,
     describe,
     matching_leaves,
-    real_dtype,
     wide_dtype,
 )
 
@@ -105,8 +105,16 @@ def run(
             for leaf in leaves:
                 leaf.seen = leaf.update
         ends = Wanted() if segment is not segments[-1] else wanted
-        programs = [program_of(step, segment, leaf, ends) for leaf in leaves]
-        run_segment(step, programs, leaves, segment)
+        made: dict[Any, Program] = {}
+        programs: list[Program] = []
+        for leaf in leaves:
+            dtypes = leaf.dtype, leaf.grad.dtype, getattr(leaf.param, "dtype", None)
+            key = dtypes, *leaf.active, *leaf.formats
+            if key not in made:
+                made[key] = program_of(step, segment, leaf, ends)
+            programs.append(made[key])
+        for program, places, own in together(step, programs, leaves, segment):
+            run_leaves(step, program, places, own, last=segment is segments[-1])
     paths = [leaf.path for leaf in leaves]
     next_states: list[PyTree] = []
     for place, (stage, state) in enumerate(zip(stages, states, strict=True)):
@@ -115,7 +123,8 @@ def run(
         if "count" in state._fields:
             new["count"] = increment(state.count)
         if gate is not None and "taken" not in new:
-            new = {name: jnp.where(gate, x, getattr(state, name)) for name, x in new.items()}
+            old = {name: getattr(state, name) for name in new}
+            new = {name: jnp.where(gate, x, old[name]) for name, x in new.items()}
         known = {name: with_type_of(x, getattr(state, name)) for name, x in new.items()}
         next_states.append(state._replace(**(fields if stage.keeps else {}), **known))
     return (
@@ -141,7 +150,8 @@ def next_count(stages: Sequence[Stage], states: Sequence[PyTree]) -> jax.Array:
     if not counting:
         raise TypeError(
             f"{stages[0].name}: found a state of type {type(states[0]).__name__}, which has no"
-            f" count; expected {counted(type(states[0])).__name__}. {way_out(None, 'transformation')}"
+            f" count; expected {counted(type(states[0])).__name__}."
+            f" {way_out(None, 'transformation')}"
         )
     count: Any = counting[0].count
     count = jnp.asarray(count) if isinstance(count, int) else as_array(count)
@@ -165,18 +175,20 @@ def leaves_of(
     check_inexact(updates, f"{stages[0].name}: updates")
     flat, treedef = jax.tree.flatten_with_path(updates)
     ps = _params_of(stages, updates, params, wanted)
-    formats = [choose_formats(stage.moments, updates) for stage in stages]
-    kept = [
-        kept_by_leaf(*own, updates, chosen) for own, chosen in zip(zip(stages, states), formats)
-    ]
     masks = masks_of(stages, updates, params)
-    leaves: list[Leaf] = []
-    for index, ((path, g), p) in enumerate(zip(flat, ps, strict=True)):
-        g = as_array(g)
-        rows, chosen, active = ([column[index] for column in c] for c in (kept, formats, masks))
-        leaf = Leaf(path, index, g, g, g, p, rows, chosen, active)
+    leaves = [
+        Leaf(path, index, as_array(g), p)
+        for index, ((path, g), p) in enumerate(zip(flat, ps, strict=True))
+    ]
+    for stage, state, mask in zip(stages, states, masks, strict=True):
+        formats = choose_formats(stage.moments, updates)
+        kept = kept_by_leaf(stage, state, updates, formats)
+        for leaf, format, row, active in zip(leaves, formats, kept, mask, strict=True):
+            leaf.formats.append(format)
+            leaf.kept.append(row)
+            leaf.active.append(active)
+    for leaf in leaves:
         leaf.shards = split_of(leaf, wanted.shards)
-        leaves.append(leaf)
     if stages[-1].keeps:
         check_corrections(stages[-1], len(stages) - 1, leaves)
     return leaves, treedef
@@ -229,7 +241,7 @@ def segments_of(stages: Sequence[Stage]) -> list[range]:
         if "grads" in stage.reads and moments and any(moments[-1] < k <= place for k in whole):
             cuts.add(moments[-1])
     ends = sorted(cuts)
-    return [range(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    return list(starmap(range, pairwise(ends)))
 
 
 def program_of(step: Step, segment: range, leaf: Leaf, wanted: Wanted) -> Program:
@@ -256,16 +268,16 @@ def program_of(step: Step, segment: range, leaf: Leaf, wanted: Wanted) -> Progra
         known |= {*part.keeps}
     last = segment.stop == len(step.stages)
     rounds = last and own and isinstance([*own.values()][-1].formula, Weights)
-    dtype, update_dtype = computed_in(leaf), None
+    update_dtype = None
     if wanted.updates and not last:
         # Nothing is rounded between two segments.
-        update_dtype = jnp.result_type(wide_dtype(leaf.grad.dtype), dtype)
+        update_dtype = jnp.result_type(wide_dtype(leaf.grad.dtype), leaf.dtype)
     elif wanted.updates:
-        update_dtype = dtype if rounds else update_dtype_of(leaf.grad, leaf.param)
+        update_dtype = leaf.dtype if rounds else update_dtype_of(leaf.grad, leaf.param)
     return Program(
         tuple(own.values()),
         jax.tree.structure(tuple(step.scalars[k] for k in own)),
-        dtype,
+        leaf.dtype,
         wanted.params,
         update_dtype,
         step.gate is not None,
@@ -284,14 +296,6 @@ def update_dtype_of(grad: Any, param: Any) -> Any:
     if grad.dtype == jnp.float16 and getattr(param, "dtype", None) != jnp.float16:
         return jnp.dtype(jnp.float32)
     return jnp.dtype(grad.dtype)
-
-
-def computed_in(leaf: Leaf) -> Any:
-    """The real dtype that a leaf's programs compute in: the widest, and float32 at least."""
-    arrays = jax.tree.leaves((leaf.grad, leaf.param, leaf.kept))
-    dtypes = {x.dtype for x in arrays if hasattr(x, "dtype")}
-    inexact = [real_dtype(wide_dtype(x)) for x in dtypes if jnp.issubdtype(x, jnp.inexact)]
-    return max(inexact, key=lambda dtype: dtype.itemsize)
 
 
 def way_out(state: Any, owner: str) -> str:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from adamfn.core.averages import Shares, average, average_moments, bounded
-from adamfn.formats.quotients import quotient, root
+from adamfn.formats.bits import quotient, root
 
 
 def ratio(

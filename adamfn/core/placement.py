@@ -114,7 +114,7 @@ def axes_beside(
     """The axes that split an array of the state, given the axes that split its parameter.
 
     A dimension shorter than the parameter's has an entry for each block of elements, and is split
-    if no shard has a part of a block. An empty array is replicated.
+    if no shard has a part of a block.
     """
 
     def divides(n: int, m: int, names: tuple[str, ...]) -> bool:
@@ -142,6 +142,12 @@ def split_like(x: jax.Array, like: jax.Array) -> jax.Array:
     theirs = jax.typeof(like).sharding
     is_explicit = AxisType.Explicit in theirs.mesh.axis_types
     return jax.sharding.reshard(x, theirs) if is_explicit else x
+
+
+def split_together(arrays: PyTree, update: jax.Array, kept: PyTree) -> PyTree:
+    """Arrays of one leaf, those of its shape split like what is kept of it, or else its update."""
+    like = next(x for x in jax.tree.leaves((kept, update)) if x.shape == update.shape)
+    return jax.tree.map(lambda x: split_like(x, like) if x.shape == like.shape else x, arrays)
 
 
 def zeros_beside(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:

@@ -18,9 +18,8 @@ from adamfn.core import formulas
 from adamfn.core.leaf import Kept, decode, encode
 from adamfn.core.weights import Weights
 from adamfn.formats import Format
-from adamfn.formats.base import Seed, noise_at
-from adamfn.formats.elements import numbers_of, strides_of
-from adamfn.formats.seeds import Seeds
+from adamfn.formats.indices import indices_of, strides_of
+from adamfn.formats.noise import Seed, Seeds, noise_at
 from adamfn.trees import describe
 
 
@@ -113,7 +112,7 @@ class Program:
             known["grads"] = _widened(given[-1], self.dtype)
 
         def random_bits(seed: Callable[[], Seed]) -> jax.Array:
-            return noise_at(seed(), numbers_of(g.shape) if indices is None else indices)
+            return noise_at(seed(), indices_of(g.shape) if indices is None else indices)
 
         values = scalars[: self.scalars.num_leaves]
         next_kept: list[Kept] = []
@@ -129,8 +128,9 @@ class Program:
             if "noise" in part.reads:
                 known["noise"] = random_bits(seeds.weights)
             live = part_decoded(part, old, self.dtype)
-            arrays = [u, *(known[name] for name in part.reads), *live]
-            u, *new = _checked(part, u, live, _applied(part, arrays, own))
+            read = [known[name] for name in part.reads]
+            with _promoting(u, *read, *live):
+                u, *new = _checked(part, u, live, part.formula(u, *read, *live, *own))
             known |= zip(part.keeps, new, strict=True)
             if part.format is None:
                 next_kept.append(_like(new, old))
@@ -152,10 +152,10 @@ class Program:
 class Call:
     """The static part of one call, in which some leaves with one program take a step.
 
-    Its operands are the scalars, a vector; the count, int32; for each leaf its index in the tree and
-    the index of its first element, uint32[n, 2]; the state; n gradients; and n parameters if the
-    program reads them. Its results are the next state; n updates if the program returns them; and
-    n parameters if it moves them.
+    Its operands are the scalars, a vector; the count, int32; for each leaf its index in the tree
+    and the index of its first element, uint32[n, 2]; the state; n gradients; and n parameters if
+    the program reads them. Its results are the next state; n updates if the program returns them;
+    and n parameters if it moves them.
     """
 
     program: Program
@@ -204,11 +204,10 @@ def _widened(x: jax.Array, real: Any) -> jax.Array:
     return x.astype(complex_of if jnp.iscomplexobj(x) else real)
 
 
-def _applied(part: Part, arrays: Sequence[Any], scalars: Sequence[Any]) -> Any:
+def _promoting(*arrays: jax.Array) -> Any:
     # With complex numbers formulas multiply real ones, which JAX's strict promotion refuses.
     mixed = any(map(jnp.iscomplexobj, arrays))
-    with jax.numpy_dtype_promotion("standard") if mixed else nullcontext():
-        return part.formula(*arrays, *scalars)
+    return jax.numpy_dtype_promotion("standard") if mixed else nullcontext()
 
 
 def _checked(part: Part, u: jax.Array, live: Sequence[jax.Array], returned: Any) -> Sequence[Any]:

@@ -13,10 +13,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 import chex
 import jax
 import jax.numpy as jnp
-from jax import export
 
 from adamfn.formats import Moments, check_moments
-from adamfn.trees import PyTree, real_dtype, wide_dtype
+from adamfn.trees import PyTree, exported, real_dtype, wide_dtype
 
 Scalars: TypeAlias = tuple[Sequence[PyTree], Mapping[str, chex.Numeric]]
 """The scalars of a formula at one step, and the values that the state remembers of that step."""
@@ -40,14 +39,14 @@ def _recounted(state: type[Any], *values: Any) -> Any:
     return counted(state)(*values)
 
 
-def exported(state: T) -> T:
+def exported_state(state: T) -> T:
     """Tells `jax.export` of a state's type, with and without a count. A decorator."""
-    for kind in [state] if "count" in state._fields else [state, counted(state)]:
-        export.register_namedtuple_serialization(kind, serialized_name=f"adamfn.{kind.__name__}")
-    return state
+    if "count" not in state._fields:
+        exported(counted(state))
+    return exported(state)
 
 
-@exported
+@exported_state
 class EmptyState(NamedTuple):
     """State of a stage that keeps nothing."""
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from adamfn.formats.floats import INFINITY, float_of
+from adamfn.formats.bits import INFINITY, float_of
 
 _MANTISSA = 0x7FFFFF
 

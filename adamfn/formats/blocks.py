@@ -1,19 +1,24 @@
-"""Blocks of elements along the last axis, and their largest and smallest."""
+"""Blocks of elements along the last axis, and `Blockwise`, the base of formats that use them."""
 
-from collections.abc import Callable
+import abc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+
+from adamfn.formats.format import BaseFormat, Stored, is_large, is_narrow
+from adamfn.trees import exported
 
 
 def size_for(length: int, largest: int) -> int:
     """The block size for a last axis of this length.
 
-    That is the multiple of 16, from `largest` down to its half, whose last block lacks least, and
-    of several the largest. Most lengths are divided by one. Then nothing is padded, which XLA does
-    on CPU by writing all of it to memory.
+    It is the multiple of 16, from `largest` down to its half, that needs the least padding, and of
+    several the largest: to pad, XLA on CPU writes the whole array to memory.
 
     >>> [size_for(length, 256) for length in (768, 640, 192, 300)]
     [256, 160, 192, 160]
@@ -21,57 +26,45 @@ def size_for(length: int, largest: int) -> int:
     return min(range(largest, largest // 2 - 1, -16), key=lambda size: -length % size)
 
 
-def check_size(format: str, size: Any) -> None:
-    """Checks the size of blocks that a user gave.
-
-    Raises:
-      ValueError: it is not a positive multiple of 16.
-    """
-    if not isinstance(size, int) or isinstance(size, bool) or size < 16 or size % 16:
-        raise ValueError(
-            f"{format}: block is {size!r}; expected a positive multiple of 16, such as 128 or 256."
-        )
+def cut_block(block: int, shape: Sequence[int], parts: int) -> int | None:
+    """The block size of a leaf if so many parts of its last axis would cut a block; else None."""
+    if block == 0 or parts == 1:
+        return None
+    size = size_for(shape[-1], block)
+    return size if shape[-1] % parts or shape[-1] // parts % size else None
 
 
-def split(x: jax.Array, size: int) -> jax.Array:
-    """Cuts the last axis into blocks: `(..., n)` to `(..., ceil(n / size), size)`.
-
-    The last block is filled up with zeros for the computation; what is stored is cut by `join`.
-    """
+def split(x: Array, size: int) -> Array:
+    """Cuts the last axis into blocks: `(..., n)` to `(..., ceil(n / size), size)`, with zeros."""
     length = x.shape[-1]
     if length % size:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -length % size)])
     return x.reshape(*x.shape[:-1], -1, size)
 
 
-def join(x: jax.Array, length: int) -> jax.Array:
+def join(x: Array, length: int) -> Array:
     """Undoes `split` of an axis of that length."""
     return x.reshape(*x.shape[:-2], -1)[..., :length]
 
 
-def spread(x: jax.Array, size: int, length: int) -> jax.Array:
-    """What blocks have one of each, for each element of an axis of that length."""
+def spread(x: Array, size: int, length: int) -> Array:
+    """A value for each block, repeated for each element of an axis of that length."""
     return join(jnp.broadcast_to(x, (*x.shape[:-1], size)), length)
 
 
 class Extremes(NamedTuple):
-    """The largest and the smallest of each block of bits of numbers not below zero.
+    """The largest and the smallest of each block of bits; the reduced axis is kept as 1."""
 
-    Both keep the axis that they run along, as 1. What computes them differs, and no bit of theirs.
-    """
-
-    largest: Callable[[jax.Array], jax.Array]
-    smallest: Callable[[jax.Array], jax.Array]
+    largest: Callable[[Array], Array]
+    smallest: Callable[[Array], Array]
 
 
 def along(axis: int) -> Extremes:
-    """Those of blocks that an axis of a kernel's tile spans."""
-    return Extremes(
-        partial(jnp.max, axis=axis, keepdims=True), partial(jnp.min, axis=axis, keepdims=True)
-    )
+    """The extremes of blocks that each span an axis of a kernel's tile."""
+    return Extremes(*(partial(f, axis=axis, keepdims=True) for f in (jnp.max, jnp.min)))
 
 
-def _in_two_stages(x: jax.Array, reduction: Callable[..., jax.Array]) -> jax.Array:
+def _in_two_stages(x: Array, reduction: Callable[..., Array]) -> Array:
     # The first runs over whole vectors. On CPU, XLA would merge them and then cut the reduction
     # into windows, for which it writes all of x to memory: twice as slow. The maximum changes
     # nothing, and keeps them apart as a barrier would.
@@ -79,7 +72,86 @@ def _in_two_stages(x: jax.Array, reduction: Callable[..., jax.Array]) -> jax.Arr
     return reduction(jnp.maximum(reduction(x, axis=-2), 0), axis=-1, keepdims=True)
 
 
-BY_XLA = Extremes(
-    partial(_in_two_stages, reduction=jnp.max), partial(_in_two_stages, reduction=jnp.min)
-)
-"""Those of blocks along the last axis, as XLA is quick to compute them."""
+BY_XLA = Extremes(*(partial(_in_two_stages, reduction=f) for f in (jnp.max, jnp.min)))
+"""The extremes of blocks along the last axis, as XLA computes them fast."""
+
+
+@exported
+class BlockScales(NamedTuple):
+    """Scales of the blocks of a leaf of (..., n), each of (..., ceil(n / size)).
+
+    `scale`, float32, is mu over nu's root for a code of 1; `top`, float32, the largest nu; `step`,
+    int32, the distance of nu's levels in the bits of a float32.
+    """
+
+    scale: Array
+    top: Array
+    step: Array
+
+
+@dataclass(frozen=True)
+class InBlocks(BaseFormat):
+    """The answers of formats and codecs that store each block independently."""
+
+    block: int = 256
+    stores_rows = True
+    kernel_block = property(lambda self: self.block)
+
+    def __post_init__(self) -> None:
+        """Checks the block size."""
+        size: Any = self.block
+        if not isinstance(size, int) or isinstance(size, bool) or size < 16 or size % 16:
+            raise ValueError(
+                f"{type(self).__name__}: block is {size!r}; expected a positive multiple of 16,"
+                " such as 128 or 256."
+            )
+
+
+class Blockwise(InBlocks, abc.ABC):
+    """A base class for formats that store each block of the last axis independently.
+
+    A subclass writes the arithmetic of whole blocks once: XLA applies it to `(..., blocks, size)`,
+    and kernels to tiles of a leaf, where blocks may lie along any axis.
+
+    Attributes:
+      block: the largest size of a block, a multiple of 16.
+      dtypes: of the class: the dtypes of mu's and nu's codes; None where there are none.
+    """
+
+    dtypes: ClassVar[Any]
+
+    @abc.abstractmethod
+    def encode_blocks(self, mu: Array, nu: Array, noise: Array | None, over: Extremes) -> Stored:
+        """Stores whole blocks as codes of any dtype and scales with 1 in place of a block.
+
+        Everything but the extremes, `over` blocks, is elementwise.
+        """
+
+    @abc.abstractmethod
+    def decode_blocks(self, stored: Stored) -> tuple[Array, Array]:
+        """The inverse of `encode_blocks`."""
+
+    def encode(self, mu: Array, nu: Array, noise: Array | None) -> Stored:
+        """Returns codes of the leaf's shape, and scales of `(..., ceil(n / size))`."""
+        length = mu.shape[-1]
+        size = size_for(length, self.block)
+        noise = None if noise is None else split(noise, size)
+        *found, scales = self.encode_blocks(split(mu, size), split(nu, size), noise, BY_XLA)
+        codes = [
+            None if x is None else join(x.astype(dtype), length)
+            for x, dtype in zip(found, self.dtypes, strict=True)
+        ]
+        return Stored(codes[0], codes[1], jax.tree.map(lambda scale: scale[..., 0], scales))
+
+    def decode(self, stored: Stored) -> tuple[Array, Array]:
+        """Returns both moments in float32."""
+        length = next(x.shape[-1] for x in stored[:2] if x is not None)
+        size = size_for(length, self.block)
+        mu, nu = (None if x is None else split(x, size) for x in stored[:2])
+        scales = jax.tree.map(lambda scale: scale[..., None], stored.scales)
+        mu, nu = self.decode_blocks(Stored(mu, nu, scales))
+        return join(mu, length), join(nu, length)
+
+    def holds(self, shape: tuple[int, ...], dtype: Any) -> bool:
+        """True for real leaves of at most 32 bits, with 4096 elements, half a block in a row."""
+        return is_narrow(dtype) and is_large(shape, last=self.block // 2)

@@ -1,7 +1,6 @@
-"""`describe`: what every leaf's moments are stored as."""
+"""`describe`: how every leaf's moments are stored."""
 
 import math
-from typing import Any
 
 import jax
 
@@ -11,16 +10,10 @@ from adamfn.trees import describe as describe_array
 
 
 def describe(state: PyTree) -> str:
-    """A table of what every leaf's moments are stored as, with bytes and shares of the whole.
+    """A table of how every leaf's moments are stored, with bytes and fractions of the total.
 
-    A leaf that its format cannot hold shows as float32.
-
-    Args:
-      state: any tree with states of moments in it, such as a recipe's. An abstract one, of
-        `jax.eval_shape(tx.init, params)`, costs no memory.
-
-    Returns:
-      A line for each leaf and one for the sum.
+    The state is any tree with states of moments in it, such as a recipe's. An abstract one, from
+    `jax.eval_shape(tx.init, params)`, costs no memory.
 
     Raises:
       ValueError: there are no moments in it.
@@ -41,11 +34,13 @@ def describe(state: PyTree) -> str:
         for path, parts, scales in kept_leaves(node):
             stored = {**parts, "scales": scales}
             arrays = {name: jax.tree.leaves(part) for name, part in stored.items()}
-            size = sum(_bytes(x) for own in arrays.values() for x in own)
+            size = sum(
+                math.prod(x.shape) * x.dtype.itemsize for part in arrays.values() for x in part
+            )
             fields = [
-                f"{name} {' + '.join(map(describe_array, own))}"
-                for name, own in arrays.items()
-                if own
+                f"{name} {' + '.join(map(describe_array, part))}"
+                for name, part in arrays.items()
+                if part
             ]
             rows.append((path_name(path) or "the leaf", size, "; ".join(fields)))
     if not rows:
@@ -60,7 +55,3 @@ def describe(state: PyTree) -> str:
         for path, size, stored in rows
     ]
     return "\n".join([*lines, f"{'':<{width}} {whole:>15,} bytes in all"])
-
-
-def _bytes(array: Any) -> int:
-    return math.prod(array.shape) * array.dtype.itemsize

@@ -1,30 +1,18 @@
 """`EightBit`: nu in logarithmic levels, mu in even levels of its ratio to nu's root, by blocks."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
-from adamfn.formats.base import Stored, dither, halves, threshold
-from adamfn.formats.blocks import Extremes
-from adamfn.formats.blockwise import Blockwise
-from adamfn.formats.floats import SMALLEST_RATIO, bits_of, float_of, near_root, nearest
-from adamfn.formats.levels import round_to_level, spanning
-from adamfn.formats.quotients import quotient
+from adamfn.formats import bits
+from adamfn.formats.bits import bits_of, float_of, near_root, quotient
+from adamfn.formats.blocks import BlockScales, Blockwise, Extremes
+from adamfn.formats.format import Stored
+from adamfn.formats.noise import dither, halves, threshold
 
 _LEVELS = 255
-
-
-class EightBitScales(NamedTuple):
-    """What is kept of the blocks of a leaf of shape (..., n)."""
-
-    scale: jax.Array
-    """float32, (..., ceil(n / size)): what a code of 1 of mu is, over nu's root."""
-    top: jax.Array
-    """float32, likewise: the block's largest nu."""
-    step: jax.Array
-    """int32, likewise: from one level of nu to the next, in the bits of a float32."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +27,14 @@ class EightBit(Blockwise):
     \nu = \text{float}(T - (255 - k)\, s), \qquad \mu = l \cdot \text{scale} \cdot r(\nu)
     $$
 
-    and k = 0 to zero. The 255 levels span the block's own range, from its smallest nonzero nu to
-    its largest; r(nu) is nu's root, up to 6 per cent. That ratio of moments is nearly Adam's
-    update, so mu keeps as many digits where gradients are small as where they are large.
+    and k = 0 to zero. The levels span the block's range, from its smallest nonzero nu to its
+    largest; r(nu) is nu's root, up to 6 per cent. That ratio of moments is nearly Adam's update, so
+    mu keeps as many digits where gradients are small as where they are large. Rounding is
+    stochastic and unbiased: nu's, and mu's given nu's level.
 
-    Rounding is stochastic and unbiased: nu's, and mu's given the level that nu got.
-
-    What is not finite stays visible: in nu as that element (a NaN makes the block's infinities NaN
+    Infinity and NaN stay visible: in nu as that element (a NaN makes the block's infinities NaN
     too), in mu as its whole block. Where nu is zero, mu is stored as zero: the update there would
-    have no bound. A nu that is not zero stays so; the smallest that is told apart is 2^-126. Where
+    have no bound. A nonzero nu stays nonzero; the smallest that is told apart is 2^-126. Where
     every mu of a block is below 2^-50 of nu's root, and moves nothing, they fade to zero.
 
     Attributes:
@@ -60,49 +47,44 @@ class EightBit(Blockwise):
     >>> import jax.numpy as jnp
     >>> gradients = jnp.array([1.0, -0.1, 0.01, 0.0])
     >>> stored = EightBit().encode(0.5 * gradients, gradients**2, None)
-    >>> print(stored.nu)
-    [255 127   1   0]
-    >>> mu, nu = EightBit().decode(stored)
-    >>> print(mu.round(2))
-    [ 0.5  -0.05  0.    0.  ]
-    >>> print(nu.round(5))
-    [1.0e+00 9.9e-03 1.0e-04 0.0e+00]
+    >>> print(stored.nu, EightBit().decode(stored)[0].round(2))
+    [255 127   1   0] [ 0.5  -0.05  0.    0.  ]
     """
 
-    block: int = 256
+    dtypes = jnp.int8, jnp.uint8
+    # A subclass may differ.
+    native_code = property(
+        lambda self: 3 if type(self) is EightBit and self.block <= 1024 else None
+    )
 
-    @property
-    def dtypes(self) -> tuple[Any, Any]:
-        """int8 for mu, uint8 for nu."""
-        return jnp.int8, jnp.uint8
+    def ends(self, mu: Any, nu: Any) -> dict[str, Array]:
+        """Where codes are at an end of their range."""
+        return {"lowest": nu == 1, "highest": nu == 255, "largest": jnp.abs(mu) == 127}
 
-    def encode_blocks(
-        self, mu: jax.Array, nu: jax.Array, noise: jax.Array | None, over: Extremes
-    ) -> Stored:
-        """Returns codes for both, and `EightBitScales`."""
+    def encode_blocks(self, mu: Array, nu: Array, noise: Array | None, over: Extremes) -> Stored:
+        """Returns codes for both, and `BlockScales`."""
         mu_bits, nu_bits = halves(noise)
         nu = bits_of(nu)
-
-        levels = spanning(nu, _LEVELS, over)
-        j = round_to_level(nu, levels, _LEVELS, threshold(nu_bits), unbiased=True)
+        levels = bits.spanning(nu, _LEVELS, over)
+        j = bits.round_to_level(nu, levels, _LEVELS, threshold(nu_bits), unbiased=True)
         codes = jnp.where(nu == 0, 0, _LEVELS - j)
 
-        # The scale is for nu as it came, lest a second pass wait for the levels chosen. A level
+        # The scale is for nu as given, lest a second pass wait for the levels chosen. A level
         # below has a root smaller by this factor at most, with room for roundings.
         fall = 1 + 2.0**-20 + levels.step.astype(jnp.float32) * 2.0**-24
         ratio = mu * jnp.where(nu == 0, 0, quotient(1.0, near_root(nu)))
         largest = fall * float_of(over.largest(bits_of(ratio)))
-        # A smaller ratio is no update. With it, what follows could be infinite.
-        per_code = quotient(127.0, jnp.maximum(largest, SMALLEST_RATIO))
+        # A smaller ratio is no update. With it, the quotients below could be infinite.
+        per_code = quotient(127.0, jnp.maximum(largest, bits.SMALLEST_RATIO))
         chosen = levels.top - j * levels.step
         ratio = mu * jnp.where(nu == 0, 0, quotient(per_code, near_root(chosen)))
-        signed = nearest(ratio + dither(mu_bits))
-        scales = EightBitScales(largest * (1 / 127), float_of(levels.top), levels.step)
+        signed = bits.nearest(ratio + dither(mu_bits))
+        scales = BlockScales(largest * (1 / 127), float_of(levels.top), levels.step)
         return Stored(signed, codes, scales)
 
-    def decode_blocks(self, stored: Stored) -> tuple[jax.Array, jax.Array]:
+    def decode_blocks(self, stored: Any) -> tuple[Array, Array]:
         """Returns both moments in float32."""
-        mu_codes, nu_codes, (scale, top, step) = cast("tuple[Any, Any, EightBitScales]", stored)
+        mu_codes, nu_codes, (scale, top, step) = stored
         codes = nu_codes.astype(jnp.int32)
         nu = jnp.where(codes == 0, 0, bits_of(top) - _LEVELS * step + codes * step)
         return mu_codes.astype(jnp.float32) * scale * near_root(nu), float_of(nu)

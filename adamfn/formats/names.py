@@ -1,78 +1,98 @@
-"""The formats that have a name."""
+"""The formats that have a name, and which format each leaf gets."""
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, TypeAlias, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from adamfn.formats.base import Format
-from adamfn.formats.bfloat16 import Rounded
-from adamfn.formats.blockmean import BlockMean
-from adamfn.formats.codec import is_codec
+from adamfn.formats.codecs import Exact, Linear, Pair, Rounded, has_methods, is_codec
 from adamfn.formats.eight_bit import EightBit
-from adamfn.formats.factored import Factored
-from adamfn.formats.float32 import Exact
+from adamfn.formats.format import Format
 from adamfn.formats.four_bit import FourBit
-from adamfn.formats.linear import Linear
-from adamfn.formats.pair import Pair
+from adamfn.formats.means import BlockMean, Factored
+from adamfn.trees import PyTree, path_name
 
+# With bytes a parameter of GPT-2 small, whose small leaves stay in float32.
 FORMATS: dict[str, Format] = {
-    "float32": Pair(Exact(), Exact()),
-    "bfloat16": Pair(Rounded(), Rounded()),
-    "8bit": EightBit(),
-    "4bit": FourBit(),
-    "factored": Pair(Linear(), Factored()),
-    "blockmean": Pair(Linear(), BlockMean()),
+    "float32": Pair(Exact(), Exact()),  # 8
+    "bfloat16": Pair(Rounded(), Rounded()),  # 4
+    "8bit": EightBit(),  # 2.05
+    "4bit": FourBit(),  # 1.10
+    "factored": Pair(Linear(), Factored()),  # 1.03
+    "blockmean": Pair(Linear(), BlockMean()),  # 1.03
 }
-"""The formats that have a name."""
-
 _NAMES = f"one of {', '.join(map(repr, FORMATS))}"
 
+Moments: TypeAlias = str | Format | DTypeLike | Callable[[str, Any], Any] | None
+"""How moments are stored: a format's name, a format, `jnp.float32` or `jnp.bfloat16`, None for
+float32, or a function that chooses one of these for each leaf. It is given the leaf's path, such as
+`layers/0/kernel`, and the leaf: the parameter at `init` and its gradient at `update`, so it must
+decide by path and shape."""
 
-def name_of(moments: Any) -> Any:
-    """The name of a format that is given as a dtype, or as None for float32; else what came."""
+
+def get(name_or_format: Any) -> Format:
+    """The format with a name; a format is returned unchanged.
+
+    It also takes `jnp.float32`, `jnp.bfloat16`, and None for float32.
+
+    Raises:
+      TypeError, ValueError: no format has this name; it is no format, or cannot be hashed.
+
+    >>> get("8bit")
+    EightBit(block=256)
+    """
+    format = _name_of(name_or_format)
+    if isinstance(format, str):
+        if format not in FORMATS:
+            raise ValueError(f"moments is {format!r}; expected {_NAMES}.")
+        return FORMATS[format]
+    if not has_methods(format):
+        raise TypeError(
+            f"moments is {format!r}; expected {_NAMES}, an object with `encode`, `decode`"
+            " and `holds`, or a function of a leaf's path and the leaf that returns one of these."
+        )
+    if is_codec(format):
+        raise TypeError(
+            f"moments is {format!r}, a codec of one moment; expected a format of both, such"
+            f" as Pair(mu={format!r}, nu=Rounded())."
+        )
+    try:
+        hash(format)
+    except TypeError as error:
+        raise TypeError(
+            f"moments is {format!r}, which cannot be hashed; expected a format that can, as"
+            " compiled updates are cached by it. @dataclass(frozen=True) makes it so."
+        ) from error
+    return cast("Format", format)
+
+
+def check_moments(moments: Any) -> Moments:
+    """Returns `moments`, with a dtype or None as a name; raises as `get`."""
+    moments = _name_of(moments)
+    if not callable(moments) or isinstance(moments, type):
+        get(moments)
+    return cast("Moments", moments)
+
+
+def choose_formats(moments: Moments, tree: PyTree) -> list[Format | None]:
+    """The format of every leaf; None for a leaf that is kept in float32 or wider."""
+    if isinstance(moments, str) and moments == "float32":
+        return [None] * len(jax.tree.leaves(tree))
+    chosen: list[Format | None] = []
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        format = get(moments(path_name(path), leaf) if callable(moments) else moments)
+        exact = format == get("float32") or not format.holds(jnp.shape(leaf), jnp.result_type(leaf))
+        chosen.append(None if exact else format)
+    return chosen
+
+
+def _name_of(moments: Any) -> Any:
+    """The name of a format given as a dtype or None; anything else unchanged."""
     if moments is None:
         return "float32"
     if isinstance(moments, type | np.dtype) and moments in (jnp.float32, jnp.bfloat16):
         return jnp.dtype(moments).name
     return moments
-
-
-def get(name_or_format: Any) -> Format:
-    """The format of a name, or a format as it came.
-
-    Args:
-      name_or_format: one of `FORMATS`, an object with `encode`, `decode` and `holds`, or what
-        `name_of` knows.
-
-    Raises:
-      ValueError: no format has this name.
-      TypeError: it is neither, or cannot be hashed.
-
-    >>> get("8bit")
-    EightBit(block=256)
-    """
-    name_or_format = name_of(name_or_format)
-    if isinstance(name_or_format, str):
-        if name_or_format not in FORMATS:
-            raise ValueError(f"moments is {name_or_format!r}; expected {_NAMES}.")
-        return FORMATS[name_or_format]
-    methods = [getattr(name_or_format, name, None) for name in ("encode", "decode", "holds")]
-    if isinstance(name_or_format, type) or not all(map(callable, methods)):
-        raise TypeError(
-            f"moments is {name_or_format!r}; expected {_NAMES}, an object with `encode`, `decode`"
-            " and `holds`, or a function of a leaf's path and the leaf that returns one of these."
-        )
-    if is_codec(name_or_format):
-        raise TypeError(
-            f"moments is {name_or_format!r}, a codec of one moment; expected a format of both, such"
-            f" as Pair(mu={name_or_format!r}, nu=Rounded())."
-        )
-    try:
-        hash(name_or_format)
-    except TypeError as error:
-        raise TypeError(
-            f"moments is {name_or_format!r}, which cannot be hashed; expected a format that can, as"
-            " compiled updates are kept by it. @dataclass(frozen=True) makes it so."
-        ) from error
-    return cast("Format", name_or_format)

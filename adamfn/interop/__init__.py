@@ -1,7 +1,6 @@
 """States in and out: of checkpoints, of grown models, of other formats, of torch and optax.
 
-No module imports the library that it is named after, but for `adamfn.interop.flax`: its classes are
-subclasses of flax's. It is imported by whoever wants it, and needs flax.
+Only `adamfn.interop.flax` imports the library it is named after, whose classes it subclasses.
 """
 
 from adamfn.interop.converting import convert

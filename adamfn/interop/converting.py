@@ -18,18 +18,18 @@ def convert(state: PyTree, moments: Moments, to: Moments) -> PyTree:
     """Stores the moments of a running state in another format.
 
     Args:
-      state: the state of a transformation of ours, by itself or in a chain or wrapper.
-      moments: the format that it is in, as the `moments=` that made it.
+      state: the state of an adamfn transformation, also inside a chain or a wrapper.
+      moments: its format: the `moments=` that made it.
       to: the format to go on in, likewise.
 
     Returns:
       The state, with the structure that `init` of the same transformation with `moments=to` gives.
-      Codes are rounded to nearest. Counts and all else stay. It works under `jax.jit`, whose
-      `out_shardings` say where scales are to lie.
+      Codes are rounded to nearest; everything else is unchanged. It works under `jax.jit`, whose
+      `out_shardings` place the scales.
 
     Raises:
-      ValueError: no moments, packed ones, or not in the format `moments`: names the leaf.
-      TypeError: no formats.
+      ValueError: no moments, packed ones, or not in the format `moments`; names the leaf.
+      TypeError: not a format.
 
     >>> import adamfn
     >>> import jax.numpy as jnp
@@ -53,34 +53,36 @@ def convert(state: PyTree, moments: Moments, to: Moments) -> PyTree:
 
 
 def _converted(node: Any, moments: Moments, to: Moments) -> Any:
-    kept = leaf_fields(node)
     if "scales" not in node._fields:
         raise ValueError(
             f"convert: found a {type(node).__name__}; expected a state of adamfn's, which has a"
-            " field scales. adamfn.interop.optax.from_state makes one of optax's."
+            " field scales. adamfn.interop.optax.from_state converts a state of optax."
         )
+    names = leaf_fields(node)
     stage = Stage(
         "convert",
         jnp.negative,
-        keeps=dict.fromkeys(kept, zeros),
-        start=dict.fromkeys({*node._fields} - {*kept, "count", "scales"}),
+        keeps=dict.fromkeys(names, zeros),
+        start=dict.fromkeys({*node._fields} - {*names, "count", "scales"}),
         state=type(node),
         moments=moments,
     )
-    leaves = jax.tree.map(_leaf, node.mu, node.nu, is_leaf=lambda part: part is None)
-    before, after = choose_formats(moments, leaves), choose_formats(to, leaves)
+    shapes = jax.tree.map(_shape, node.mu, node.nu, is_leaf=lambda part: part is None)
+    before, after = choose_formats(moments, shapes), choose_formats(to, shapes)
+    kept = kept_by_leaf(stage, node, shapes, before)
+    leaves, treedef = jax.tree.flatten_with_path(shapes)
     rows: list[Any] = []
-    for row, old, new in zip(kept_by_leaf(stage, node, leaves, before), before, after, strict=True):
+    for row, old, new in zip(kept, before, after, strict=True):
         exact = row if old is None else decode(old, row)
         rows.append(tuple(exact) if new is None else encode(new, exact, None))
-    treedef = jax.tree.structure(leaves)
-    return node._replace(**as_fields(replace(stage, moments=to), rows, treedef, after))
+    fields = as_fields(replace(stage, moments=to), rows, treedef, [path for path, _ in leaves])
+    return node._replace(**fields)
 
 
-def _leaf(mu: Any, nu: Any) -> Any:
-    """What a leaf was like, from what is kept of it: codes are of narrow leaves alone."""
+def _shape(mu: Any, nu: Any) -> Any:
+    """The shape of a leaf, and the dtype of its moments in float32."""
     part = nu if mu is None else mu
     if part is None:
         return None
-    wide = part.dtype if jnp.issubdtype(part.dtype, jnp.inexact) else jnp.dtype(jnp.float32)
+    wide = part.dtype if jnp.issubdtype(part.dtype, jnp.inexact) else jnp.float32
     return jax.ShapeDtypeStruct(part.shape, wide)

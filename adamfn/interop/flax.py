@@ -1,20 +1,20 @@
 """Flax's optimizer and train state, with `adamfn.step` inside: one pass over memory.
 
-Both have the names, arguments and fields of flax's: to use them is to change an import. They take
-any transformation, optax's too, which does in them what it does in flax's.
+Both have the names, arguments and fields of flax's, so only the import changes. They take any
+transformation, also of optax.
 """
 
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-import jax
 from flax import nnx
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
 import adamfn
-from adamfn.trees import PyTree, path_name
+from adamfn.interop.states import leaves_by_path
+from adamfn.trees import PyTree
 
 M = TypeVar("M")
 # Flax 0.12.7 and later have the first, and call the second deprecated.
@@ -24,9 +24,8 @@ _pure: Any = nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure
 class Optimizer(nnx.Optimizer[M]):
     """`flax.nnx.Optimizer`, whose `update` takes `adamfn.step`.
 
-    It is made, saved and sharded as flax's is: `Optimizer(model, tx, wrt=nnx.Param)`. Donate model
-    and optimizer to the jitted function that `update` is called in, and the step needs no memory
-    beside them and the gradients.
+    It is made, saved and sharded like flax's: `Optimizer(model, tx, wrt=nnx.Param)`. Donate model
+    and optimizer to the jitted function that calls `update`: the step then works in place.
 
     >>> import adamfn
     >>> import jax.numpy as jnp
@@ -47,20 +46,17 @@ class Optimizer(nnx.Optimizer[M]):
     def update(
         self, model: M, grads: PyTree, /, *, return_updates: bool = False, **kwargs: Any
     ) -> Any:
-        """Moves the model's parameters, the optimizer's state and its step, in place.
+        """Updates the model's parameters and the optimizer's state and step, in place.
 
         Args:
-          model: the model whose parameters, as far as they are `wrt`, are moved.
-          grads: the gradients of `nnx.grad`, of those parameters at least.
-          return_updates: whether to return the updates. Flax's own always does; they cost memory.
-          **kwargs: what `tx.update` takes besides, such as `learning_rate=`.
-
-        Returns:
-          None, or the updates where they are asked for.
+          model: the model; its parameters that are `wrt` are updated.
+          grads: the gradients of `nnx.grad`, of these parameters at least.
+          return_updates: whether to return the updates, as flax's always does; they cost memory.
+          **kwargs: extra arguments of `tx.update`, such as `learning_rate=`.
 
         Raises:
-          TypeError, ValueError: model and gradients are exchanged, there is no gradient of a
-            parameter, or as `adamfn.step`.
+          TypeError, ValueError: model and gradients are exchanged, a parameter has no gradient, or
+            as `adamfn.step`.
         """
         if isinstance(model, nnx.State) and not isinstance(grads, nnx.State):
             raise TypeError(
@@ -69,14 +65,15 @@ class Optimizer(nnx.Optimizer[M]):
         # Only the newest versions of flax have `graph`.
         graph: dict[str, Any] = {"graph": self.graph} if hasattr(self, "graph") else {}
         params = _pure(nnx.state(model, self.wrt, **graph))
-        own = _pure(nnx.state(grads, self.wrt, **graph))
-        for path in sorted(_paths(params) - _paths(own)):
+        chosen = _pure(nnx.state(grads, self.wrt, **graph))
+        for path in sorted(leaves_by_path(params).keys() - leaves_by_path(chosen).keys()):
             raise ValueError(
                 f"Optimizer.update: found no gradient of {path}; expected one of each parameter of"
                 f" wrt={self.wrt!r}. In graph mode: nnx.grad(loss, argnums=nnx.DiffState(0, wrt))."
             )
-        asked = _pure(kwargs) | {"return_updates": return_updates}
-        params, state, *updates = adamfn.step(self.tx, own, _pure(self.opt_state), params, **asked)
+        extra = _pure(kwargs) | {"return_updates": return_updates}
+        state = _pure(self.opt_state)
+        params, state, *updates = adamfn.step(self.tx, chosen, state, params, **extra)
         nnx.update(model, params)
         nnx.update(self.opt_state, nnx.state(state, **graph))
         self.step[...] += 1
@@ -86,7 +83,7 @@ class Optimizer(nnx.Optimizer[M]):
 class TrainState(train_state.TrainState):
     """`flax.training.train_state.TrainState`, whose `apply_gradients` takes `adamfn.step`.
 
-    It is made by `create(apply_fn=, params=, tx=)`, subclassed, saved and sharded as flax's is.
+    It is made by `create(apply_fn=, params=, tx=)`, subclassed, saved and sharded like flax's.
 
     >>> import adamfn
     >>> import jax.numpy as jnp
@@ -102,13 +99,10 @@ class TrainState(train_state.TrainState):
         """The state after a step.
 
         Args:
-          grads: the gradients of `params`. Where flax's fp8 layers keep a collection of their own
-            in them, it replaces that of `params`, and the others go through `tx`.
-          **kwargs: fields of the train state to be replaced; and, which flax's does not have, what
-            `tx.update` takes besides, such as `learning_rate=`, where no field has that name.
-
-        Returns:
-          A train state.
+          grads: the gradients of `params`. The collection of flax's fp8 layers, if there is one,
+            replaces that of `params`; the others go through `tx`.
+          **kwargs: fields of the train state to be replaced. Beyond flax's: extra arguments of
+            `tx.update`, such as `learning_rate=`, unless a field has that name.
 
         Raises:
           TypeError, ValueError: as `adamfn.step`.
@@ -116,14 +110,9 @@ class TrainState(train_state.TrainState):
         names = {field.name for field in fields(self)}
         extra = {name: kwargs.pop(name) for name in kwargs.keys() - names}
         overwrites = isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads
-        own = grads["params"] if overwrites else grads
+        trained = grads["params"] if overwrites else grads
         params = self.params["params"] if overwrites else self.params
-        params, opt_state = adamfn.step(self.tx, own, self.opt_state, params, **extra)
+        params, opt_state = adamfn.step(self.tx, trained, self.opt_state, params, **extra)
         if overwrites:
             params = {"params": params, OVERWRITE_WITH_GRADIENT: grads[OVERWRITE_WITH_GRADIENT]}
         return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **kwargs)
-
-
-def _paths(tree: PyTree) -> set[str]:
-    leaves: list[Any] = jax.tree.leaves_with_path(tree, is_leaf=lambda leaf: leaf is None)
-    return {path_name(path) for path, _ in leaves}

@@ -17,20 +17,20 @@ from adamfn.trees import PyTree, describe
 
 
 def from_state(state: PyTree, like: PyTree) -> PyTree:
-    """Continues an optax run: its state in the form of adamfn's.
+    """Continues an optax run: converts its state to adamfn's.
 
     Args:
-      state: the state of `optax.adam`, `optax.adamw` or `optax.nadam`, by itself or anywhere in a
-        chain, `inject_hyperparams`, `masked`, `partition` or another wrapper.
-      like: what the adamfn transformation's `init` returns for the same parameters; it may be
-        inside optax's wrappers too.
+      state: the state of `optax.adam`, `optax.adamw` or `optax.nadam`, by itself or inside a chain,
+        `inject_hyperparams`, `masked`, `partition` or another wrapper.
+      like: what the adamfn transformation's `init` returns for the same parameters, also inside
+        optax's wrappers.
 
     Returns:
-      `like` with the moments and counts of `state`. What else `like` holds, such as gradients
-      that a wrapper accumulates, stays.
+      `like` with the moments and counts of `state`. Everything else, such as gradients that a
+      wrapper accumulates, is that of `like`.
 
     Raises:
-      ValueError: one of the two holds no moments, or not those of the same leaves; names the leaf.
+      ValueError: one of the two has no moments, or not those of the same leaves; names the leaf.
       TypeError: one of them is abstract, of `jax.eval_shape`.
 
     >>> import adamfn, optax
@@ -48,19 +48,11 @@ def from_state(state: PyTree, like: PyTree) -> PyTree:
 
 
 def to_state(state: PyTree, like: PyTree) -> PyTree:
-    """Hands a run to optax: adamfn's state in the form of optax's.
+    """Continues a run in optax: the inverse of `from_state`, with the same arguments.
 
-    Args:
-      state: the state of `adam` or `adamw`, by itself or inside a chain or a wrapper.
-      like: what the optax transformation's `init` returns for the same parameters.
-
-    Returns:
-      `like` with the moments and counts of `state`. The moments have the dtypes that `like` has.
-
-    Raises:
-      ValueError: as `from_state`; or the state is not Adam's, such as that of `amsgrad`, whose
-        maximum optax takes of another quantity. (optax's Adamax and Yogi keep theirs in the state
-        of its Adam, and cannot be told from it.)
+    The moments get the dtypes of `like`. A state that is not Adam's is an error, such as that of
+    `amsgrad`, whose maximum optax takes of another quantity. (optax's Adamax and Yogi keep theirs
+    in the state of its Adam, and cannot be told from it.)
 
     >>> import adamfn, optax
     >>> import jax.numpy as jnp
@@ -76,23 +68,28 @@ def to_state(state: PyTree, like: PyTree) -> PyTree:
 
 
 def _move(caller: str, state: PyTree, like: PyTree) -> PyTree:
-    source, target = (
-        _adam_moments(f"{caller}: state", state),
-        _adam_moments(f"{caller}: like", like),
-    )
-    for name, path in _only_in_one(source, target):
-        raise ValueError(
-            f"{caller}: only {name} has moments of a leaf at {path or 'the root'}; expected the"
-            f" same leaves in both, found {_named(source)} in state and {_named(target)} in like."
-            " Make both for the same parameters."
-        )
+    source = _adam_moments(f"{caller}: state", state)
+    target = _adam_moments(f"{caller}: like", like)
+    for path in {**source, **target}:
+        if path not in source or path not in target:
+            raise ValueError(
+                f"{caller}: only {'state' if path in source else 'like'} has moments of a leaf at"
+                f" {path or 'the root'}; expected the same leaves in both, found {_named(source)}"
+                f" in state and {_named(target)} in like. Make both for the same parameters."
+            )
     for name, tree in (("state", state), ("like", like)):
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
             raise TypeError(
                 f"{caller}: found shapes without values in {name}; expected arrays. Pass what init"
                 " returns, outside jax.eval_shape."
             )
-    count = _common_count(caller, [leaf.node.count for leaf in source.values()])
+    counts = [leaf.node.count for leaf in source.values()]
+    known = [count for count in counts if not isinstance(count, Tracer)]
+    if not all(np.array_equal(count, known[0]) for count in known):
+        raise ValueError(
+            f"{caller}: found leaves after {' and '.join(sorted({str(c) for c in counts}))} steps"
+            " in the state, expected one count for all of them. Pass one part at a time."
+        )
 
     def leaf_of(field: str, path: str, leaf: Any) -> jax.Array:
         value = source[path].kept[field]
@@ -103,7 +100,7 @@ def _move(caller: str, state: PyTree, like: PyTree) -> PyTree:
             )
         return jnp.asarray(value, leaf.dtype)
 
-    return fill_moments(like, count, leaf_of)
+    return fill_moments(like, jnp.asarray(counts[0], jnp.int32), leaf_of)
 
 
 def _adam_moments(owner: str, state: PyTree) -> dict[str, LeafMoments]:
@@ -112,28 +109,10 @@ def _adam_moments(owner: str, state: PyTree) -> dict[str, LeafMoments]:
         if type(leaf.node).__name__ not in ("ScaleByAdamState", ScaleByMomentsState.__name__):
             raise ValueError(
                 f"{owner} holds a {type(leaf.node).__name__}; expected a ScaleByAdamState or a"
-                " ScaleByMomentsState. The other library keeps something else in its place."
+                " ScaleByMomentsState, the only ones with the same meaning in both libraries."
             )
     return moments
 
 
-def _only_in_one(
-    source: dict[str, LeafMoments], target: dict[str, LeafMoments]
-) -> list[tuple[str, str]]:
-    return [("state", path) for path in source if path not in target] + [
-        ("like", path) for path in target if path not in source
-    ]
-
-
 def _named(moments: dict[str, LeafMoments]) -> str:
     return ", ".join(path or "the root" for path in moments)
-
-
-def _common_count(caller: str, counts: list[Any]) -> jax.Array:
-    known = [count for count in counts if not isinstance(count, Tracer)]
-    if not all(np.array_equal(count, known[0]) for count in known):
-        raise ValueError(
-            f"{caller}: found leaves after {' and '.join(sorted({str(c) for c in counts}))} steps"
-            " in the state, expected one count for all of them. Pass one part at a time."
-        )
-    return jnp.asarray(counts[0], jnp.int32)

@@ -1,20 +1,30 @@
-"""`restore`: a state that came back in plain containers, in its own again."""
+"""`restore`: a state that came back in plain containers, in its types again."""
 
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.tree_util import keystr
 
+from adamfn.formats.arrangement import holds_moments, kept_leaves, scales_key
 from adamfn.trees import PyTree, describe, path_name
+
+_WAY_OUT = (
+    "Pass the init of the transformation and parameters that were saved. If the model has grown"
+    " since, call adamfn.interop.carry_over; to change the format, adamfn.interop.convert."
+)
 
 
 def restore(tree: PyTree, into: PyTree) -> PyTree:
     """Gives a restored state its containers back: the leaves of `tree`, arranged as `into`.
 
-    Leaves are matched by path. A field of a named tuple goes by its name or by its position, so
+    Leaves are matched by path. A field of a named tuple has its name or its position there, so
     `tree` may have dictionaries (msgpack, orbax without a target), lists, plain tuples, or be one
-    dictionary from whole paths, such as `0/mu/kernel`, to arrays (safetensors).
+    dictionary from whole paths, such as `0/mu/kernel`, to arrays (safetensors). The states of
+    adamfn 0.2.0, whose scales were numbered and whose count could stand around a state, are
+    rearranged.
 
     Args:
       tree: what was restored: any nest of containers with arrays of NumPy or JAX.
@@ -22,11 +32,10 @@ def restore(tree: PyTree, into: PyTree) -> PyTree:
         `jax.eval_shape(tx.init, params)`; its values are not used.
 
     Returns:
-      The structure of `into` with the values of `tree`, which lie where the leaves of `into` were
-      put.
+      The structure of `into` with the values of `tree`, placed like the leaves of `into`.
 
     Raises:
-      ValueError: a leaf is missing, left over, or of another shape or dtype: names it.
+      ValueError: a leaf is missing, left over, or of another shape or dtype; names it.
 
     >>> import adamfn
     >>> import jax.numpy as jnp
@@ -39,21 +48,23 @@ def restore(tree: PyTree, into: PyTree) -> PyTree:
     >>> print(type(state[0]).__name__, state[0].count, state[0].mu["w"])
     ScaleByMomentsState 1 [0.1 0.1]
     """
-    found = dict(zip(_paths(tree), jax.tree.leaves(tree), strict=True))
-    likes, treedef = jax.tree.flatten(into)
+    found = {_key(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    treedef = jax.tree.structure(into)
+    arrangements = [_keys(treedef, old=old) for old in (False, True)]
+    chosen = max(arrangements, key=lambda keys: sum(not own.isdisjoint(found) for own in keys))
     leaves: list[Any] = []
     used: set[str] = set()
-    for name, position, like in zip(_paths(into), _paths(_plain(into)), likes, strict=True):
-        # Flax's variables may have become dictionaries that hold a value.
-        keys = name, position, f"{name}/value", f"{position}/value"
+    for (path, like), keys in zip(jax.tree.leaves_with_path(into), chosen, strict=True):
         key = next((key for key in keys if key in found), None)
-        if key is None:
+        name = path_name(path)
+        if key is not None:
+            used.add(key)
+            leaves.append(_placed(name, found[key], like))
+        else:
             raise ValueError(
                 f"restore: the tree has nothing at {name}; expected {describe(like)}, and found"
                 f" {_some(found)}. {_WAY_OUT}"
             )
-        used.add(key)
-        leaves.append(_placed(name, found[key], like))
     left = [key for key in found if key not in used]
     if left:
         raise ValueError(
@@ -62,10 +73,58 @@ def restore(tree: PyTree, into: PyTree) -> PyTree:
     return treedef.unflatten(leaves)
 
 
-_WAY_OUT = (
-    "Pass the init of the transformation and parameters that were saved. A model that has grown"
-    " since goes on by adamfn.interop.carry_over, in another format by adamfn.interop.convert."
-)
+class _Field(NamedTuple):
+    """A field of a named tuple, which a restored tree has by its name or its position."""
+
+    name: str
+    position: int
+
+
+def _keys(treedef: Any, *, old: bool) -> list[set[str]]:
+    """The paths that each leaf may have in a restored tree, of adamfn 0.2.0 if `old`."""
+    keys: list[set[str]] = [set() for _ in range(treedef.num_leaves)]
+    indices = treedef.unflatten(range(treedef.num_leaves))
+    for path, index in jax.tree.leaves_with_path(_plain(indices, old)):
+        options: list[Any] = [
+            part.key
+            if isinstance(getattr(part, "key", None), _Field)
+            else (keystr((part,), simple=True),)
+            for part in path
+        ]
+        keys[index] = {
+            "/".join(map(str, parts)).removesuffix("/value") for parts in product(*options)
+        }
+    return keys
+
+
+def _plain(tree: PyTree, old: bool) -> PyTree:
+    """The tree with dictionaries from `_Field`s in place of named tuples."""
+
+    def pack(fields: dict[str, Any]) -> Any:
+        return {_Field(name, k): part for k, (name, part) in enumerate(fields.items())}
+
+    def plain(node: Any) -> Any:
+        if not _is_named(node):
+            return node
+        fields = {name: _plain(part, old) for name, part in node._asdict().items()}
+        if old and holds_moments(node) and isinstance(fields.get("scales"), dict):
+            keys = [scales_key(leaf.path) for leaf in kept_leaves(node)]
+            fields["scales"] = tuple(fields["scales"].get(key, ()) for key in keys)
+        if old and type(node).__name__.startswith("Counted"):
+            count = fields.pop("count")
+            fields = {"count": count, "stage": pack(fields)}
+        return pack(fields)
+
+    return jax.tree.map(plain, tree, is_leaf=_is_named)
+
+
+def _is_named(node: Any) -> bool:
+    return isinstance(node, tuple) and hasattr(node, "_fields")
+
+
+def _key(path: Any) -> str:
+    """A path; variables of Flax may have become dictionaries that hold a `value`."""
+    return path_name(path).removesuffix("/value")
 
 
 def _placed(name: str, value: Any, like: Any) -> Any:
@@ -77,21 +136,6 @@ def _placed(name: str, value: Any, like: Any) -> Any:
     placed = not isinstance(like, Tracer) and getattr(like, "committed", True)
     sharding = getattr(like, "sharding", None) if placed else None
     return jnp.array(value) if sharding is None else jax.device_put(value, sharding)
-
-
-def _paths(tree: PyTree) -> list[str]:
-    return [path_name(path) for path, _ in jax.tree.leaves_with_path(tree)]
-
-
-def _plain(tree: PyTree) -> PyTree:
-    """The tree with plain tuples in place of named ones."""
-    return jax.tree.map(
-        lambda node: tuple(map(_plain, node)) if _is_named(node) else node, tree, is_leaf=_is_named
-    )
-
-
-def _is_named(node: Any) -> bool:
-    return isinstance(node, tuple) and hasattr(node, "_fields")
 
 
 def _some(names: Any) -> str:

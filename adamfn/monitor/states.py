@@ -11,10 +11,11 @@ from adamfn.chains.packed import Packed, packed_chain_of
 from adamfn.chains.transform import summary
 from adamfn.core import formulas
 from adamfn.core.averages import Decay, bias
-from adamfn.core.leaf import decode, without_empty
+from adamfn.core.leaf import decode, kept_by_leaf
 from adamfn.core.stage import EmptyState, Stage, counted
-from adamfn.formats import EightBit, Format, FourBit, Linear, Pair, choose_formats
+from adamfn.formats import choose_formats
 from adamfn.formats.arrangement import kept_leaves
+from adamfn.formats.format import answer
 from adamfn.monitor.figures import Moments
 from adamfn.trees import PyTree, describe, path_name
 
@@ -75,13 +76,15 @@ def moments_of(states: States, leaves: Mapping[str, Any]) -> dict[str, Moments]:
     found: dict[str, Moments] = {}
     pairs = [pair for pair in states if pair[0].has_moments][:1]
     entries = [(stage, state, *kept) for stage, state in pairs for kept in kept_leaves(state)]
-    for stage, state, path, parts, scales in entries:
-        leaf = leaves[path_name(path)]
-        (format,) = choose_formats(stage.moments, {path_name(path): leaf})
-        row = without_empty(stage, format, leaf, (*(parts[k] for k in stage.keeps), scales))
+    for stage, state, path, parts, _ in entries:
+        name = path_name(path)
+        tree, fields = {name: leaves[name]}, {field: {name: x} for field, x in parts.items()}
+        (format,) = formats = choose_formats(stage.moments, tree)
+        (row,) = kept_by_leaf(stage, state._replace(**fields), tree, formats)
         mu, nu, *more = row if format is None else decode(format, row)
         quotient = _quotient(stage, state, count_of(states), mu, (more or [nu])[0])
-        found[path_name(path)] = Moments(mu, nu, *quotient, _ends(format, *row[:2]))
+        ends = answer(format, "ends")(*row[:2]) if format else {}
+        found[name] = Moments(mu, nu, *quotient, ends)
     return found
 
 
@@ -125,20 +128,3 @@ def _unpacked(node: Any, leaves: Mapping[str, Any]) -> PyTree:
     packed = next(field for field in fields if isinstance(field, Packed))
     paths, treedef = jax.tree.flatten_with_path(packed.leaves, is_leaf=lambda leaf: leaf is None)
     return treedef.unflatten([leaves[path_name(path)] for path, _ in paths])
-
-
-def _ends(format: Format | None, mu: Any, nu: Any) -> dict[str, jax.Array]:
-    """Which codes of a leaf are at either end of their levels."""
-    if isinstance(format, EightBit):
-        return {"lowest": nu == 1, "highest": nu == 255, "largest": jnp.abs(mu) == 127}
-    if isinstance(format, FourBit):
-        nu = nu.astype(jnp.int32)
-        mu = (nu - 1) % 15
-        return {
-            "lowest": nu > 15 * 16,
-            "highest": (nu > 0) & (nu <= 15),
-            "largest": (nu > 0) & ((mu == 0) | (mu == 14)),
-        }
-    if isinstance(format, Pair) and isinstance(format.mu, Linear):
-        return {"largest": jnp.abs(mu) == 127}
-    return {}

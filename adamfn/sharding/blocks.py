@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from adamfn.core.placement import place, size
 from adamfn.formats import Format, Moments, check_moments, get
-from adamfn.formats.blocks import size_for
-from adamfn.formats.shards import block_of, cut_block, with_block
+from adamfn.formats.blocks import cut_block, size_for
+from adamfn.formats.format import answer
 from adamfn.sharding.states import split_further
 from adamfn.trees import PyTree, path_name
 
@@ -56,13 +56,13 @@ def whole_blocks(
     for path, leaf in leaves:
         name, axes = path_name(path), placed[path].axes
         format = choose(name, leaf)
-        block = block_of(format)
+        block = answer(format, "block")
         if not block or not format.holds(leaf.shape, leaf.dtype):
             continue
         chosen[name] = get("bfloat16")
         for smaller in range(block, 15, -16):
             exact = size_for(leaf.shape[-1], smaller)
-            candidate = with_block(format, exact)
+            candidate = answer(format, "resized")(exact)
             if zero_axis is not None:
                 axes = split_further(placed[path], zero_axis, _stored(candidate, leaf.shape), mesh)
             if cut_block(exact, leaf.shape, size(axes[-1], mesh)) is None:

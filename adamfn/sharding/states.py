@@ -96,7 +96,7 @@ def shardings_of(
     owners = _owners(leaves, placed)
     of_parameter: defaultdict[Path, list[Any]] = defaultdict(list)
     for owner, (_, array) in zip(owners, leaves, strict=True):
-        if owner is not None and array.size:
+        if owner is not None:
             of_parameter[owner].append(array)
     split = {path: parameter.axes for path, parameter in placed.items()}
     for owner, arrays in of_parameter.items():
@@ -124,9 +124,9 @@ def _owners(state: Sequence[tuple[Path, Any]], placed: Mapping[Path, Placed]) ->
     """
     named: dict[tuple[Path, Any], Path] = {
         (path[:k], scales_key(path[k + 1 :])): path
-        for path, array in state
+        for path, _ in state
         for k, entry in enumerate(path)
-        if entry in _MOMENTS and array.size
+        if entry in _MOMENTS
     }
 
     def moments_of(path: Path) -> Path:

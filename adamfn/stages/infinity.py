@@ -8,13 +8,13 @@ from adamfn.chains.transform import GradientTransformation
 from adamfn.core.averages import decay
 from adamfn.core.formulas import infinity_ratio
 from adamfn.core.hyperparameters import scalar
-from adamfn.core.stage import exported
+from adamfn.core.stage import exported_state
 from adamfn.formats import Moments
 from adamfn.stages.two_moments import from_moments
 from adamfn.trees import PyTree
 
 
-@exported
+@exported_state
 class ScaleByInfinityMomentsState(NamedTuple):
     """State of `scale_by_infinity_moments`."""
 

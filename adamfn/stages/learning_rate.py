@@ -11,10 +11,10 @@ from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core.formulas import multiply
 from adamfn.core.hyperparameters import ScalarOrSchedule, scheduled, value_at
-from adamfn.core.stage import Scalars, Stage, exported
+from adamfn.core.stage import Scalars, Stage, exported_state
 
 
-@exported
+@exported_state
 class ScaleByLrState(NamedTuple):
     """State of `scale_by_lr`."""
 

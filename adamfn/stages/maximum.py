@@ -10,13 +10,13 @@ from adamfn.chains.transform import GradientTransformation
 from adamfn.core.averages import bias, decay
 from adamfn.core.formulas import max_ratio
 from adamfn.core.hyperparameters import scalar
-from adamfn.core.stage import exported
+from adamfn.core.stage import exported_state
 from adamfn.formats import Moments
 from adamfn.stages.two_moments import from_moments
 from adamfn.trees import PyTree
 
 
-@exported
+@exported_state
 class ScaleByMaxMomentsState(NamedTuple):
     """State of `scale_by_max_moments`."""
 

@@ -13,12 +13,12 @@ from adamfn.chains.transform import GradientTransformation
 from adamfn.core.averages import bias, decay, increment
 from adamfn.core.formulas import nesterov_ratio
 from adamfn.core.hyperparameters import scalar
-from adamfn.core.stage import Scalars, Stage, exported, real_zeros, zeros
+from adamfn.core.stage import Scalars, Stage, exported_state, real_zeros, zeros
 from adamfn.formats import Moments
 from adamfn.trees import PyTree
 
 
-@exported
+@exported_state
 class ScaleByNesterovMomentsState(NamedTuple):
     """State of `scale_by_nesterov_moments`."""
 

@@ -11,11 +11,11 @@ from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core.formulas import multiply
 from adamfn.core.hyperparameters import ScalarOrSchedule, scheduled, value_at
-from adamfn.core.stage import Scalars, Stage, exported
+from adamfn.core.stage import Scalars, Stage, exported_state
 from adamfn.stages.norms import grad_norm_in
 
 
-@exported
+@exported_state
 class ClipByGlobalNormState(NamedTuple):
     """State of `clip_by_global_norm`."""
 

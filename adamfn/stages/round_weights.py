@@ -7,13 +7,12 @@ import jax.numpy as jnp
 
 from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation
-from adamfn.core.placement import zeros_beside
-from adamfn.core.stage import EmptyState, Stage, exported
+from adamfn.core.stage import EmptyState, Stage, exported_state
 from adamfn.core.weights import Weights
 from adamfn.trees import PyTree, describe, path_name
 
 
-@exported
+@exported_state
 class RoundWeightsState(NamedTuple):
     """State of `round_weights` that keeps more than 16 bits."""
 
@@ -69,10 +68,8 @@ def round_weights(bits: Literal[16, 24, 32] = 24) -> GradientTransformation:
         raise ValueError(f"round_weights: bits is {bits!r}; expected 16, 24 or 32.")
     weights = Weights(bits)
 
-    def first(leaf: Any) -> jax.Array:
-        if _is_bfloat16(leaf):
-            return jnp.zeros_like(leaf, weights.correction)
-        return zeros_beside(leaf, jax.ShapeDtypeStruct((0,) * jnp.ndim(leaf), jnp.int8))
+    def first(leaf: Any) -> jax.Array | None:
+        return jnp.zeros_like(leaf, weights.correction) if _is_bfloat16(leaf) else None
 
     keeps = {} if weights.correction is None else {"correction": first}
     return from_stage(
@@ -162,8 +159,6 @@ def narrow_weights(
     def filled(node: Any) -> Any:
         def correction(path: Any, old: Any) -> Any:
             key = jax.tree_util.keystr(path)
-            if key in found and old.ndim and not old.size and found[key][1].size:
-                return old  # of a leaf that is float32 or wider
             if key not in found:
                 raise ValueError(
                     f"narrow_weights: the state has a correction at {path_name(path)}, and the"

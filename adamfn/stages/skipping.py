@@ -12,14 +12,14 @@ from adamfn.chains.transform import GradientTransformation
 from adamfn.core.averages import increment
 from adamfn.core.formulas import unchanged
 from adamfn.core.hyperparameters import scalar
-from adamfn.core.stage import Scalars, Stage, exported
+from adamfn.core.stage import Scalars, Stage, exported_state
 from adamfn.stages.norms import grad_norm_in
 from adamfn.trees import describe
 
 Watched = Literal["loss", "grad_norm"]
 
 
-@exported
+@exported_state
 class SkipOutliersState(NamedTuple):
     """State of `skip_outliers`."""
 

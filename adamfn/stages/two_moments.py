@@ -8,12 +8,12 @@ import jax
 
 from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation
-from adamfn.core.stage import Stage, exported, real_zeros, zeros
+from adamfn.core.stage import Stage, exported_state, real_zeros, zeros
 from adamfn.formats import Moments
 from adamfn.trees import PyTree
 
 
-@exported
+@exported_state
 class ScaleByMomentsState(NamedTuple):
     """State of `scale_by_moments` and of its kin that keep two moments."""
 

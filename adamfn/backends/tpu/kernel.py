@@ -35,7 +35,7 @@ from adamfn.backends.xla import run_call
 from adamfn.core.program import Call
 from adamfn.core.varying import shape_like
 from adamfn.formats.blocks import along
-from adamfn.formats.elements import runs_of
+from adamfn.formats.indices import runs_of
 
 
 def _cut_for(call: Call, avals: Sequence[Any]) -> Cut | None:

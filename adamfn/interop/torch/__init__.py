@@ -1,11 +1,11 @@
 """Optimizer states between torch and adamfn: a run goes on in the other library.
 
-Tensors are taken as arrays of NumPy; torch is not imported.
+Tensors are read as NumPy arrays; torch is not imported.
 """
 
 from adamfn.interop.torch.files import load
 from adamfn.interop.torch.handover import to_state_dict
-from adamfn.interop.torch.layouts import from_flax, to_flax
+from adamfn.interop.torch.parameters import from_flax, to_flax
 from adamfn.interop.torch.takeover import from_state_dict
 
 __all__ = ["from_flax", "from_state_dict", "load", "to_flax", "to_state_dict"]

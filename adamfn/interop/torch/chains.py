@@ -14,81 +14,62 @@ from adamfn.core.averages import decay
 from adamfn.core.formulas import ratio
 from adamfn.core.hyperparameters import ScalarOrSchedule, scheduled, value_at
 from adamfn.core.stage import Scalars, Stage
-from adamfn.interop.torch.members import Member, possible_classes
+from adamfn.interop.torch.members import Member, decoupled_in, possible_classes
 from adamfn.interop.torch.parameters import TorchParameter, number_of
-from adamfn.interop.torch.settings import decoupled_in
 from adamfn.stages.two_moments import from_moments
+
+_MAXIMIZE = from_stage(Stage("maximize", jnp.negative))
 
 
 def continue_with(
-    caller: str,
     member: Member,
     parameter: TorchParameter,
     optimizer: str | None,
     learning_rate: ScalarOrSchedule | None,
 ) -> GradientTransformation:
-    """The chain that does what torch does with the hyperparameters of a parameter's group.
-
-    Args:
-      caller: the function that error messages speak for.
-      member: the member of the family.
-      parameter: the parameter, of settings that were checked.
-      optimizer: the name of torch's class where the user gave it.
-      learning_rate: in place of the group's.
-    """
-    group = parameter.group
-
-    def number(key: str, value: Any) -> float:
-        return number_of(caller, f"{key} in the group of {parameter}", value)
-
-    absent = [key for key in ("lr", "betas", "eps", *member.hyperparameters) if key not in group]
-    if absent:
-        raise ValueError(
-            f"{caller}: the group of {parameter} has no {absent[0]}; found {', '.join(group)}."
-            " Pass the state_dict() of the optimizer itself."
-        )
+    """The chain that does what torch does with the hyperparameters of a parameter's group."""
+    group, of = parameter.group, f"in the group of {parameter}"
+    for key in ("lr", "betas", "eps", *member.hyperparameters):
+        if key not in group:
+            raise ValueError(
+                f"interop.torch: the group of {parameter} has no {key}; found {', '.join(group)}."
+                " Pass the state_dict() of the optimizer itself."
+            )
     try:
-        b1, b2 = (number("betas", b) for b in group["betas"])
+        b1, b2 = (number_of("", b) for b in group["betas"])
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f"{caller}: betas in the group of {parameter} is {group['betas']!r}; expected two"
-            " numbers."
+            f"interop.torch: betas {of} is {group['betas']!r}; expected two numbers."
         ) from error
-    more = {key: number(key, group[key]) for key in member.hyperparameters}
-    weight_decay = number("weight_decay", group.get("weight_decay", 0.0))
+    more = {key: number_of(f"{key} {of}", group[key]) for key in member.hyperparameters}
+    weight_decay = number_of(f"weight_decay {of}", group.get("weight_decay", 0.0))
     decoupled = decoupled_in(group)
     if decoupled is None:
         decoupled = "AdamW" in (optimizer, *possible_classes(parameter)[:1])
 
-    rate = number("lr", group["lr"]) if learning_rate is None else learning_rate
+    rate = number_of(f"lr {of}", group["lr"]) if learning_rate is None else learning_rate
     corrects = bool(group.get("correct_bias", group.get("bias_correction", True)))
-    last = "correct_bias" in group  # transformers' AdamW decays what it has moved
+    last = "correct_bias" in group  # transformers' AdamW decays the parameter that has moved
     try:
-        stage = _with_eps_as_it_is if last or not corrects else member.stage
-        stages: list[Transformation] = [stage(b1, b2, number("eps", group["eps"]), **more)]
+        stage = _with_uncorrected_eps if last or not corrects else member.stage
+        stages: list[Transformation] = [stage(b1, b2, number_of(f"eps {of}", group["eps"]), **more)]
         if group.get("caution"):
-            stages.append(_cautious(-1.0 if group.get("maximize") else 1.0))
+            stages.append(adamfn.cautious_updates())
         if corrects:
-            corrected = b1 * member.corrects[0], b2 * member.corrects[1]
-            stages.append(adamfn.bias_correct(*corrected))
+            stages.append(adamfn.bias_correct(b1 * member.corrects[0], b2 * member.corrects[1]))
+        if weight_decay and not last:
+            place = len(stages) if decoupled else 0
+            stages.insert(place, adamfn.add_decayed_weights(weight_decay))
         stages.append(adamfn.scale_by_lr(rate))
         if weight_decay and last:
             stages.append(_decay_last(weight_decay, rate))
-        elif weight_decay:
-            place = len(stages) - 1 if decoupled else 0
-            stages.insert(place, adamfn.add_decayed_weights(weight_decay))
     except ValueError as error:
-        raise ValueError(f"{caller}: the group of {parameter}: {error}") from error
-    if group.get("maximize"):
-        stages.insert(0, _MAXIMIZE)
-    return adamfn.chain(*stages)
+        raise ValueError(f"interop.torch: the group of {parameter}: {error}") from error
+    return adamfn.chain(*([_MAXIMIZE] if group.get("maximize") else []), *stages)
 
 
-_MAXIMIZE = from_stage(Stage("maximize", jnp.negative))
-
-
-def _with_eps_as_it_is(b1: float, b2: float, eps: float) -> GradientTransformation:
-    """`scale_by_moments`, but u = m / (sqrt(v) + eps): eps is not in units of a corrected root."""
+def _with_uncorrected_eps(b1: float, b2: float, eps: float) -> GradientTransformation:
+    """`scale_by_moments`, but u = m / (sqrt(v) + eps): eps is in units of the uncorrected root."""
     mean, square = decay("b1", b1), decay("b2", b2)
     zero = jnp.zeros(())
     return from_moments(
@@ -97,32 +78,6 @@ def _with_eps_as_it_is(b1: float, b2: float, eps: float) -> GradientTransformati
         lambda _: (mean.shares, square.shares, jnp.asarray(eps, float), zero, None),
         "float32",
     )
-
-
-def _cautious(sign: float) -> GradientTransformation:
-    """Caution, of timm: only what points the way of the gradient moves, and by that much farther.
-
-    Liang, Chen, Liu and Liu, Cautious Optimizers, 2024 (arXiv 2411.16085).
-    """
-    return from_stage(
-        Stage(
-            "caution",
-            _where_signs_agree,
-            reads=("grads",),
-            scalars=lambda count, state, extra: ((sign,), {}),
-            mean=_signs_agree,
-        )
-    )
-
-
-def _where_signs_agree(
-    u: jax.Array, g: jax.Array, sign: chex.Numeric, share: jax.Array
-) -> jax.Array:
-    return u * (_signs_agree(u, g, sign) / jnp.maximum(share, 1e-3))
-
-
-def _signs_agree(u: jax.Array, g: jax.Array, sign: chex.Numeric) -> jax.Array:
-    return (jnp.sign(u) * jnp.sign(g) * sign > 0).astype(jnp.real(u).dtype)
 
 
 def _decay_last(weight_decay: float, learning_rate: ScalarOrSchedule) -> GradientTransformation:
@@ -134,14 +89,9 @@ def _decay_last(weight_decay: float, learning_rate: ScalarOrSchedule) -> Gradien
         chosen = configured if given is None else scheduled("learning_rate", given)
         return (value_at("learning_rate", chosen, count - 1) * weight_decay,), {}
 
+    takes = ("learning_rate",)
     return from_stage(
-        Stage(
-            "decay_last",
-            _decayed,
-            reads=("params",),
-            scalars=scalars,
-            takes=("learning_rate",),
-        )
+        Stage("decay_last", _decayed, reads=("params",), scalars=scalars, takes=takes)
     )
 
 

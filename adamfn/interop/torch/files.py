@@ -1,4 +1,4 @@
-"""`load`: what `torch.save` wrote, as arrays of NumPy and without torch."""
+"""`load`: what `torch.save` wrote, as NumPy arrays and without torch."""
 
 import collections
 import os
@@ -10,41 +10,28 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from adamfn.interop.torch.layouts import Array
-
-_STORAGES = {
-    "DoubleStorage": np.float64,
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": jnp.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
-}
+from adamfn.interop.torch.parameters import Array
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """Reads a file that `torch.save` wrote, where torch is not installed.
+    """Reads a file that `torch.save` wrote, without torch.
 
     Args:
       path: the file, of torch 1.6 or later: a zip archive, little-endian.
 
     Returns:
-      What was saved, with arrays of NumPy in place of tensors. Containers, numbers, text and
-      tensors are read, and no code of the file is run.
+      The saved object, with NumPy arrays in place of tensors. It may have containers, numbers, text
+      and tensors; no code of the file is run.
 
     Raises:
-      ValueError: an older file, or one that holds something else: names it.
+      ValueError: an older file, or one with something else in it; names it.
 
     `load("run.pt")["optimizer"]` is then what `from_state_dict` takes.
     """
     if not zipfile.is_zipfile(path):
         raise ValueError(
-            f"load: {os.fspath(path)} is no zip archive; expected a file that torch.save wrote. One"
-            " of torch before 1.6 is to be loaded and saved again by a later torch."
+            f"load: {os.fspath(path)} is no zip archive; expected a file that torch.save wrote. A"
+            " file of torch before 1.6 must be loaded and saved again by a later torch."
         )
     with zipfile.ZipFile(path) as archive:
         name = next((n for n in archive.namelist() if n.endswith("data.pkl")), None)
@@ -54,31 +41,6 @@ def load(path: str | os.PathLike[str]) -> Any:
             return _Unpickler(file, archive, name.removesuffix("data.pkl")).load()
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: Any, archive: zipfile.ZipFile, folder: str) -> None:
-        super().__init__(file)
-        self._archive, self._folder = archive, folder
-
-    def find_class(self, module: str, name: str, /) -> Any:
-        known = {
-            "collections.OrderedDict": collections.OrderedDict,
-            "torch._utils._rebuild_tensor_v2": _tensor,
-            "torch._utils._rebuild_parameter": _parameter,
-            "torch.Size": tuple,
-        } | {f"torch.{storage}": np.dtype(dtype) for storage, dtype in _STORAGES.items()}
-        if f"{module}.{name}" not in known:
-            raise ValueError(
-                f"load: the file has a {module}.{name}; expected containers, numbers, text and"
-                " dense tensors. Save the optimizer's state_dict() alone."
-            )
-        return known[f"{module}.{name}"]
-
-    def persistent_load(self, pid: Any, /) -> Array:
-        _, dtype, key, _, number = pid
-        data = self._archive.read(f"{self._folder}data/{key}")
-        return np.frombuffer(data, dtype, count=number)
-
-
 def _tensor(
     storage: Array, offset: int, shape: Sequence[int], strides: Sequence[int], *_: Any
 ) -> Array:
@@ -86,5 +48,34 @@ def _tensor(
     return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps).copy()
 
 
-def _parameter(data: Array, *_: Any) -> Array:
-    return data
+_STORAGES = zip(
+    ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool"),
+    ("f8", "f4", "f2", jnp.bfloat16, "i8", "i4", "i2", "i1", "u1", "?"),
+    strict=True,
+)
+_KNOWN: dict[str, Any] = {
+    "collections.OrderedDict": collections.OrderedDict,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch.Size": tuple,
+} | {f"torch.{name}Storage": np.dtype(dtype) for name, dtype in _STORAGES}
+"""What a file may name, and what stands for it here."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: Any, archive: zipfile.ZipFile, folder: str) -> None:
+        super().__init__(file)
+        self._archive, self._folder = archive, folder
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        if f"{module}.{name}" not in _KNOWN:
+            raise ValueError(
+                f"load: the file has a {module}.{name}; expected containers, numbers, text and"
+                " dense tensors. Save the optimizer's state_dict() alone."
+            )
+        return _KNOWN[f"{module}.{name}"]
+
+    def persistent_load(self, pid: Any, /) -> Array:
+        _, dtype, key, _, number = pid
+        data = self._archive.read(f"{self._folder}data/{key}")
+        return np.frombuffer(data, dtype, count=number)

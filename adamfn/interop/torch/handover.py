@@ -7,13 +7,18 @@ from typing import Any
 import numpy as np
 
 from adamfn.interop.states import LeafMoments, find_moments
-from adamfn.interop.torch.layouts import Layout, check_layout
 from adamfn.interop.torch.members import Member, member_of
-from adamfn.interop.torch.parameters import Paths, TorchParameter, array_of, match, parameters_of
+from adamfn.interop.torch.parameters import (
+    Layout,
+    Paths,
+    TorchParameter,
+    array_of,
+    laid_out,
+    match,
+    parameters_of,
+)
 from adamfn.interop.torch.quantized import is_quantized
 from adamfn.trees import PyTree
-
-_CALLER = "to_state_dict"
 
 
 def to_state_dict(
@@ -24,21 +29,20 @@ def to_state_dict(
     layout: Layout | None = None,
     optimizer: str | None = None,
 ) -> dict[str, Any]:
-    """Hands a run to torch: a state in the form of a torch optimizer's `state_dict()`.
+    """Continues a run in torch: converts its state to a torch optimizer's `state_dict()`.
 
     Args:
-      state: the state of the member of the family that `like` is of, by itself or inside a chain
-        or a wrapper.
+      state: the state of the same member of the family as `like`, by itself or inside a chain or a
+        wrapper.
       like: `optimizer.state_dict()` of the torch optimizer that is to go on. Its hyperparameters
         are kept; its state may be empty.
       paths: as for `from_state_dict`.
-      layout: the inverse of `from_state_dict`'s: it lays out an array as torch's parameter that is
-        laid out as the leaf, such as `from_flax`.
+      layout: the inverse of `from_state_dict`'s, such as `from_flax`.
       optimizer: as for `from_state_dict`.
 
     Returns:
-      A state dict of NumPy arrays; a parameter that was left out keeps what `like` has. After
-      `jax.tree.map(torch.as_tensor, state_dict["state"])` it is what `load_state_dict` accepts.
+      A state dict of NumPy arrays; a parameter that was left out keeps its entry of `like`. After
+      `jax.tree.map(torch.as_tensor, state_dict["state"])`, `load_state_dict` accepts it.
 
     Raises:
       TypeError, ValueError: a state of another member of the family, or of other leaves. (Adam,
@@ -56,22 +60,17 @@ def to_state_dict(
     >>> print(*state_dict["state"][0], state_dict["state"][0]["step"])
     step exp_avg exp_avg_sq 1.0
     """
-    check_layout(_CALLER, layout)
-    moments = find_moments(f"{_CALLER}: state", state)
-    parameters = parameters_of(_CALLER, like)
-    states = {
-        parameter.key: _entries(
-            parameter, member_of(_CALLER, parameter, optimizer), path, moments[path], layout
-        )
-        for path, parameter in match(_CALLER, parameters, list(moments), paths).items()
-    }
-    # What was left out (a path of None) keeps what `like` has of it.
-    rest = {p.key: dict(p.state) for p in parameters if p.state and p.key not in states}
-    ordered = {p.key: (states | rest)[p.key] for p in parameters if p.key in states | rest}
+    moments = find_moments("to_state_dict: state", state)
+    parameters = parameters_of(like)
+    entries = {p.key: dict(p.state) for p in parameters if p.state}
     groups = copy.deepcopy(list(like["param_groups"]))
-    for parameter in parameters:
-        if "bias_correction" in parameter.group and parameter.key in states:  # apex counts there
-            groups[parameter.group_index]["step"] = states[parameter.key]["step"]
+    for path, parameter in match(parameters, list(moments), paths).items():
+        member = member_of(parameter, optimizer)
+        own = _entries(parameter, member, path, moments[path], layout)
+        entries[parameter.key] = own
+        if "bias_correction" in parameter.group:  # apex counts in the group
+            groups[parameter.group_index]["step"] = own["step"]
+    ordered = {p.key: entries[p.key] for p in parameters if p.key in entries}
     return {"state": ordered, "param_groups": groups}
 
 
@@ -85,39 +84,34 @@ def _entries(
     node, kept = moments
     if is_quantized(parameter):
         raise ValueError(
-            f"{_CALLER}: {parameter} is bitsandbytes', which has codes and tables of its own;"
-            " expected the state_dict() of torch.optim.AdamW, which does the same in 32 bits."
+            f"interop.torch: {parameter} is bitsandbytes', which has codes and tables; expected the"
+            " state_dict() of torch.optim.AdamW, which does the same in 32 bits."
         )
     if not isinstance(node, member.state):
         raise TypeError(
-            f"{_CALLER}: {parameter} is {member.optimizer}'s, which goes on from a"
+            f"interop.torch: {parameter} is {member.optimizer}'s, which goes on from a"
             f" {member.state.__name__}; found a {type(node).__name__} at {path}. Pass the"
             " state_dict() of the torch optimizer that does what this run did."
         )
-    count = array_of(_CALLER, f"the count of the state at {path}", node.count)
+    count = array_of(f"the count of the state at {path}", node.count)
     if count.ndim:
         raise ValueError(
-            f"{_CALLER}: the state at {path} has a count of shape {count.shape}, as that of several"
-            " runs at once; expected a scalar. Pass one run: jax.tree.map(lambda x: x[0], state)."
+            f"interop.torch: the state at {path} has a count of shape {count.shape}, as that of"
+            " several runs at once; expected a scalar. Pass one run:"
+            " jax.tree.map(lambda x: x[0], state)."
         )
     # SparseAdam and the look-alikes count in a Python int, the others in a float32 tensor.
-    whole = {"bias_correction", "correct_bias"} & set(parameter.group)
-    whole = whole or member.optimizer == "SparseAdam"
+    whole = member.optimizer == "SparseAdam" or {"bias_correction", "correct_bias"} & {
+        *parameter.group
+    }
     entries = {"step": int(count) if whole else count.astype(np.float32)}
     if "mu_product" in member.scalars:
         entries["mu_product"] = np.array(node.mu_product, np.float32)
     for field, key in member.keys.items():
-        array = array_of(_CALLER, f"{field} at {path}", kept[field])
+        array = array_of(f"{field} at {path}", kept[field])
         array = array.astype(np.float32) if array.dtype.itemsize < 4 else array
-        if layout is not None:
-            array = array_of(_CALLER, f"layout's result for {path}", layout(path, array))
-        array = np.array(array, order="C")
         known = parameter.state.get(key)
-        if known is not None and tuple(known.shape) != array.shape:
-            raise ValueError(
-                f"{_CALLER}: {parameter}, matched with {path}: found {key} of shape {array.shape},"
-                f" expected {tuple(known.shape)}. layout= moves its axes (from_flax for Flax's"
-                " kernels); paths= says which leaf it is."
-            )
-        entries[key] = array
+        shape = None if known is None else known.shape
+        array = laid_out(f"{key} of {parameter}", array, path, layout, shape)
+        entries[key] = np.array(array, order="C")
     return entries

@@ -1,0 +1,89 @@
+"""The noise of stochastic rounding: random bits for each element, from a hash."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from adamfn.formats.bits import float_of
+from adamfn.formats.indices import indices_of
+
+_FOR_WEIGHTS = np.uint32(2**31)  # added to a leaf's index: weights and moments share no noise
+
+
+def noise(count: chex.Numeric, leaf: chex.Numeric, shape: tuple[int, ...]) -> Array:
+    """32 random bits for each element of a leaf, as uint32 of its shape: 16 for each moment.
+
+    A hash of the step's count, the leaf's index and the element's index modulo 2^32, which does
+    not depend on sharding. Both rounds are lowbias32 (Wellons, Prospecting for Hash Functions,
+    2018), with one key added before the first and another xored in before the second: with one
+    key, any two steps would see one sequence shifted.
+
+    >>> print(noise(1, 0, (3,)) == noise(1, 0, (3,)), noise(1, 0, (3,)) == noise(2, 0, (3,)))
+    [ True  True  True] [False False False]
+    """
+    return noise_at(seed_of(count, leaf), indices_of(shape))
+
+
+class Seed(NamedTuple):
+    """The two keys, uint32, of the noise of a leaf at a step."""
+
+    first: Array
+    second: Array
+
+
+class Seeds(NamedTuple):
+    """The seeds of a leaf at a step. Each is a function, as few programs round both."""
+
+    moments: Callable[[], Seed]
+    weights: Callable[[], Seed]
+
+    @staticmethod
+    def of(count: Array, leaf: Array) -> "Seeds":
+        """The seeds for a step's count and a leaf's index."""
+        return Seeds(partial(seed_of, count, leaf), lambda: seed_of(count, leaf + _FOR_WEIGHTS))
+
+
+def seed_of(count: chex.Numeric, leaf: chex.Numeric) -> Seed:
+    """The `Seed` of `noise`."""
+    zero = jnp.zeros((), jnp.uint32)
+    leaf = _hash(jnp.asarray(leaf).astype(jnp.uint32) + jnp.uint32(0x9E3779B9), zero)
+    first = _hash(jnp.asarray(count).astype(jnp.uint32), leaf)
+    return Seed(first, _hash(first + jnp.uint32(0x85EBCA6B), leaf))
+
+
+def noise_at(seed: Seed, indices: Array) -> Array:
+    """The `noise` of the elements with these indices, uint32."""
+    return _hash(seed.first + indices, seed.second)
+
+
+def _hash(x: Array, key: Array) -> Array:
+    x = (x ^ x >> 16) * jnp.uint32(0x7FEB352D)
+    x = (x ^ x >> 15 ^ key) * jnp.uint32(0x846CA68B)
+    return x ^ x >> 16
+
+
+def halves(noise: Array | None) -> tuple[Array | None, Array | None]:
+    """The 16 random bits that round mu and the 16 that round nu, int32; None of None."""
+    if noise is None:
+        return None, None
+    return (noise & 0xFFFF).astype(jnp.int32), (noise >> 16).astype(jnp.int32)
+
+
+def threshold(bits: Array | None) -> Array | float:
+    """A number in (0, 1) from 16 random bits, right to 2^-17, to compare a fraction with."""
+    return 0.5 if bits is None else _beyond_one(bits) - 1
+
+
+def dither(bits: Array | None) -> Array | float:
+    """`threshold` less 1/2: added to a number before rounding to nearest."""
+    return 0.0 if bits is None else _beyond_one(bits) - 1.5
+
+
+def _beyond_one(bits: Array) -> Array:
+    # As the mantissa of a number from 1 to 2: conversions cost a GPU much.
+    return float_of(bits << 7 | 0x3F800040)
