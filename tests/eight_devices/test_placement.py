@@ -67,7 +67,7 @@ def leaf_of(path):
     """The name of the leaf that an array of a state belongs to; None for a scalar of the step."""
     for key, following in zip(path, (*path[1:], None), strict=True):
         if getattr(key, "name", None) == "scales":
-            return sorted(SHAPES)[following.idx]
+            return following.key
         if getattr(key, "key", None) in SHAPES:
             return key.key
     return None
