@@ -128,9 +128,7 @@ def run_leaves(
 def bind(
     call: Call, backend: Backend, shards: Shards | None, operands: list[jax.Array]
 ) -> list[jax.Array]:
-    """The results of a call: by XLA alone, on the shards of its leaves, or as a primitive."""
+    """The results of a call, on the shards of its leaves if they are split."""
     if shards is not None:
         return run_on_shards(call, backend, shards, operands)
-    return (
-        run_call(call, *operands) if backend == "xla" else bind_primitive(call, backend, operands)
-    )
+    return bind_primitive(call, backend, operands)
