@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from adamfn.backends.calls import Step
-from adamfn.chains import segment
+from adamfn.chains import leaves, segment
 from adamfn.chains.chain import chain_of
 from adamfn.core.program import Call
 
@@ -13,9 +13,9 @@ def call_of(tx, g, p):
     """The call that `step` makes for a leaf at its first step, and its operands."""
     stages = chain_of(tx).parts
     wanted = segment.Wanted(updates=False, params=True)
-    states = segment.first_states(stages, p)
-    count = segment.next_count(stages, states)
-    ((leaf,), _) = segment.leaves_of(stages, g, states, p, wanted)
+    states = leaves.first_states(stages, p)
+    count = leaves.next_count(stages, states)
+    (leaf,) = leaves.leaves_of(stages, g, states, p, moves=True, shards=None)
     scalars, remembered = segment.scalars_at(stages, states, count, {"grads": [g]})
     gates = [new["taken"] for new in remembered if "taken" in new]
     step = Step(stages, scalars, gates[0] if gates else None, count, "auto")

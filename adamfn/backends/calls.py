@@ -50,21 +50,20 @@ class Step:
         return self._vectors[places, dtype]
 
 
-def together(
-    step: Step, programs: Sequence[Program], leaves: Sequence[Leaf], segment: range
-) -> Iterator[tuple[Program, tuple[int, ...], list[Leaf]]]:
-    """The leaves of each call, with the stages of their program: alike in all but shape.
+def together(step: Step, leaves: Sequence[Leaf], segment: range) -> Iterator[list[Leaf]]:
+    """The leaves of each call, alike in all but shape.
 
-    Large leaves are alone, and leaves that a segment does not change are left out.
+    Large leaves are alone, and leaves that the segment does not change are left out.
     """
     most = 1 if step.backend == "pallas" else _LEAVES
     is_manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
-    alike: dict[Any, tuple[Program, tuple[int, ...], list[Leaf]]] = {}
-    for program, leaf in zip(programs, leaves, strict=True):
+    alike: dict[Any, list[Leaf]] = {}
+    for leaf in leaves:
+        program, g = leaf.program, leaf.update
         places = tuple(place for place in segment if leaf.active[place])
-        if not places and not program.moves and program.update_dtype in (None, leaf.update.dtype):
+        if not places and not program.moves and program.update_dtype in (None, g.dtype):
             continue
-        g, p = leaf.update, leaf.param if program.reads_params else None
+        p = leaf.param if program.reads_params else None
         dtypes = g.dtype, getattr(p, "dtype", None)
         # Outside jit, the arrays of one call must be on the same devices.
         device = None if isinstance(g, Tracer) else getattr(g, "sharding", None)
@@ -74,21 +73,20 @@ def together(
         varies = frozenset(map(axes_of, arrays))
         # Equal programs are one object here, and a hash of them takes long.
         key = id(program), places, dtypes, device, varies, leaf.shards, alone
-        alike.setdefault(key, (program, places, []))[-1].append(leaf)
-    for program, places, own in alike.values():
+        alike.setdefault(key, []).append(leaf)
+    for own in alike.values():
         # Leaves of one shape beside one another: calls of one signature are traced once.
         own.sort(key=lambda leaf: leaf.grad.shape)
-        for start in range(0, len(own), most):
-            yield program, places, own[start : start + most]
+        yield from (own[start : start + most] for start in range(0, len(own), most))
 
 
-def run_leaves(
-    step: Step, program: Program, places: tuple[int, ...], leaves: Sequence[Leaf], last: bool
-) -> None:
-    """Runs a program on some leaves, and puts the results into them.
+def run_leaves(step: Step, leaves: Sequence[Leaf], segment: range, *, last: bool) -> None:
+    """Runs the program that some leaves share, and puts the results into them.
 
     Updates of the last segment are split over a mesh as gradients are; those before, as moments.
     """
+    program: Program = leaves[0].program
+    places = tuple(place for place in segment if leaves[0].active[place])
     rows = [[leaf.kept[place] for place in places] for leaf in leaves]
     vector = step.vector(places, program.dtype)
     if program.fused:

@@ -7,7 +7,8 @@ from typing import Any, TypeAlias, cast
 from adamfn.backends.primitive import BACKENDS, Backend
 from adamfn.chains import segment
 from adamfn.chains.contradictions import check_order
-from adamfn.chains.segment import Wanted, way_out
+from adamfn.chains.leaves import first_states, way_out
+from adamfn.chains.segment import Wanted
 from adamfn.chains.transform import (
     GradientTransformation,
     Transformation,
@@ -72,7 +73,7 @@ class Chain:
         states: list[PyTree] = []
         for parts in self._runs:
             own = isinstance(parts[0], Stage)
-            states += segment.first_states(parts, params) if own else [parts[0].init(params)]
+            states += first_states(parts, params) if own else [parts[0].init(params)]
         return nested(self.structure, iter(states))
 
     def update(

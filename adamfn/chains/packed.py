@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from adamfn.chains.chain import Chain, Moved, Wrapped, chain_of, flat_states, nested
-from adamfn.chains.segment import Wanted, masks_of, update_dtype_of
+from adamfn.chains.leaves import masks_of
+from adamfn.chains.segment import Wanted, update_dtype_of
 from adamfn.chains.transform import GradientTransformation, check_transformation, summary
 from adamfn.core.stage import Stage
 from adamfn.core.weights import Weights

@@ -61,6 +61,8 @@ class Leaf:
     """The gradient that its moments were given."""
     update: Any = None
     """The gradient at first, then the update of the segments so far."""
+    program: Any = None
+    """Its program in the segment at hand."""
 
     def __post_init__(self) -> None:
         """The gradient is the first update."""

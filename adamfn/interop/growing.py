@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import numpy as np
 
-from adamfn.chains.segment import way_out
+from adamfn.chains.leaves import way_out
 from adamfn.chains.transform import GradientTransformation, Transformation, check_transformation
 from adamfn.formats.arrangement import holds_moments, kept_leaves, leaf_fields, scales_key
 from adamfn.interop.states import is_placeholder, leaves_by_path, moment_states

@@ -1,0 +1,183 @@
+"""The trees of a run of stages, leaf by leaf: parameters, gradients and states."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adamfn.backends.shards import split_of
+from adamfn.core.averages import increment
+from adamfn.core.leaf import Leaf, as_fields, check_corrections, first_fields, kept_by_leaf
+from adamfn.core.masks import broadcast_mask
+from adamfn.core.placement import Path, Shards
+from adamfn.core.stage import Stage, counted
+from adamfn.core.varying import with_type_of
+from adamfn.formats import choose_formats
+from adamfn.trees import PyTree, as_array, check_inexact, describe, matching_leaves
+
+
+def first_states(stages: Sequence[Stage], params: PyTree) -> list[PyTree]:
+    """The states of a run before the first step.
+
+    Raises:
+      TypeError: a leaf is not an array of floating-point or complex numbers.
+    """
+    check_inexact(params, f"{stages[0].name}: params")
+    states: list[PyTree] = []
+    for place, stage in enumerate(stages):
+        kind = stage.states[0] if None not in stage.start.values() else stage.states[1]
+        fields: dict[str, Any] = {}
+        if kind is stage.state:
+            if callable(stage.mask) and jax.tree.leaves(params):
+                broadcast_mask(stage.name, stage.mask, params)  # mistakes show before a step
+            fields = first_fields(stage, params)
+            fields |= {name: make() for name, make in stage.start.items() if make}
+        if place == 0 and not any(other.counts for other in stages):
+            kind = counted(kind)
+        if "count" in kind._fields:
+            fields["count"] = jnp.zeros((), jnp.int32)
+        states.append(kind(**fields))
+    return states
+
+
+def next_count(stages: Sequence[Stage], states: Sequence[PyTree]) -> jax.Array:
+    """The count of the step to come, 1 at the first.
+
+    Raises:
+      TypeError: a state is of something else, or the count is no int32 scalar.
+    """
+    for stage, state in zip(stages, states, strict=True):
+        if not isinstance(state, stage.states):
+            raise TypeError(
+                f"{stage.name}: found a state of type {type(state).__name__}, expected"
+                f" {stage.state.__name__}. {way_out(state, 'transformation')}"
+            )
+    counting = [state for state in states if "count" in state._fields]
+    if not counting:
+        raise TypeError(
+            f"{stages[0].name}: found a state of type {type(states[0]).__name__}, which has no"
+            f" count; expected {counted(type(states[0])).__name__}."
+            f" {way_out(None, 'transformation')}"
+        )
+    count: Any = counting[0].count
+    count = jnp.asarray(count) if isinstance(count, int) else as_array(count)
+    if describe(count) != "int32[]":
+        raise TypeError(
+            f"{stages[states.index(counting[0])].name}: the state's count is {describe(count)};"
+            " expected int32[]. Pass the state that `update` returned, or restore into"
+            " tx.init(params)."
+        )
+    return increment(count)
+
+
+def leaves_of(
+    stages: Sequence[Stage],
+    updates: PyTree,
+    states: Sequence[PyTree],
+    params: PyTree,
+    *,
+    moves: bool,
+    shards: Mapping[Path, Shards] | None,
+) -> list[Leaf]:
+    """Every leaf of a run with its state.
+
+    Args:
+      stages: the stages.
+      updates: the gradients.
+      states: the states of the stages.
+      params: the parameters; None if nothing reads them.
+      moves: whether the parameters are moved.
+      shards: how leaves are split, by path; None to take it from their types.
+    """
+    check_inexact(updates, f"{stages[0].name}: updates")
+    ps = _params_of(stages, updates, params, moves=moves)
+    pairs = zip(jax.tree.leaves_with_path(updates), ps, strict=True)
+    leaves = [Leaf(path, index, as_array(g), p) for index, ((path, g), p) in enumerate(pairs)]
+    masks = masks_of(stages, updates, params)
+    for stage, state, mask in zip(stages, states, masks, strict=True):
+        formats = choose_formats(stage.moments, updates)
+        kept = kept_by_leaf(stage, state, updates, formats)
+        for leaf, format, row, active in zip(leaves, formats, kept, mask, strict=True):
+            leaf.formats.append(format)
+            leaf.kept.append(row)
+            leaf.active.append(active)
+    for leaf in leaves:
+        leaf.shards = split_of(leaf, shards)
+    check_corrections(stages[-1], len(stages) - 1, leaves)
+    return leaves
+
+
+def masks_of(stages: Sequence[Stage], updates: PyTree, params: PyTree) -> list[list[bool]]:
+    """Of each stage, whether it changes each leaf."""
+    whole, number = updates if params is None else params, len(jax.tree.leaves(updates))
+    return [
+        [True] * number if stage.mask is None else broadcast_mask(stage.name, stage.mask, whole)
+        for stage in stages
+    ]
+
+
+def next_states(
+    stages: Sequence[Stage],
+    states: Sequence[Any],
+    leaves: Sequence[Leaf],
+    treedef: Any,
+    remembered: Sequence[Mapping[str, Any]],
+    gate: jax.Array | None,
+) -> list[PyTree]:
+    """The states after a step, with the types that they had before.
+
+    Args:
+      stages: the stages.
+      states: their states before the step.
+      leaves: the leaves after the step.
+      treedef: the structure of their tree.
+      remembered: the values that each state remembers of the step.
+      gate: whether the step was taken; None if no stage says so.
+    """
+    paths, found = [leaf.path for leaf in leaves], list[PyTree]()
+    for place, (stage, state) in enumerate(zip(stages, states, strict=True)):
+        new = {**remembered[place]}
+        if "count" in state._fields:
+            new["count"] = increment(state.count)
+        always = {*new} - {"count"} if "taken" in new else ()  # a gate remembers skipped steps
+        if gate is not None:
+            held = {name: getattr(state, name) for name in new if name not in always}
+            new |= {name: jnp.where(gate, new[name], old) for name, old in held.items()}
+        fields = {name: with_type_of(x, getattr(state, name)) for name, x in new.items()}
+        if stage.keeps:
+            fields |= as_fields(stage, [leaf.kept[place] for leaf in leaves], treedef, paths)
+        found.append(state._replace(**fields))
+    return found
+
+
+def way_out(state: Any, owner: str) -> str:
+    """The end of an error's message: what to do about a state that is not its owner's."""
+    if isinstance(state, Mapping | list) or type(state) is tuple:
+        return (
+            "If it was restored into plain containers, call adamfn.interop.restore(state,"
+            f" into=tx.init(params)); if it is of another {owner}, make it with this one's"
+            " init(params)."
+        )
+    return f"The state belongs to another {owner}: make it with this one's init(params)."
+
+
+def _params_of(
+    stages: Sequence[Stage], updates: PyTree, params: PyTree, *, moves: bool
+) -> list[Any]:
+    """The parameter of every leaf; None if nothing reads them."""
+    readers = [stage.name for stage in stages if "params" in stage.reads]
+    name, number = (readers or [stages[0].name])[0], len(jax.tree.leaves(updates))
+    if params is None:
+        if number and (readers or moves):
+            raise ValueError(
+                f"{name}: update got no params, and it needs them. Call update(updates, state,"
+                " params)."
+            )
+        return [None] * number
+    if not (readers or moves):  # read for their dtype alone
+        leaves = jax.tree.leaves(params)
+        return leaves if len(leaves) == number else [None] * number
+    way_out = "Pass the parameters that the gradients are of."
+    leaves = matching_leaves(f"{name}: updates", updates, "params", params, way_out)
+    return [as_array(leaf) for leaf in leaves]
