@@ -113,7 +113,7 @@ def test_optax_maps_packed_states(recipe):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_packed_state_has_one_structure(recipe):
     if recipe == "lazy_adam":
-        with pytest.raises(ValueError, match="looks at whole leaves"):
+        with pytest.raises(ValueError, match="needs a statistic of each leaf"):
             adamfn.packed(RECIPES[recipe]())
         return
     tx = adamfn.packed(RECIPES[recipe]())

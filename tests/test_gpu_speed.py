@@ -49,7 +49,7 @@ def test_what_it_records_is_what_its_tables_draw(tmp_path, monkeypatch):
     assert all(row["seconds"] > 0 for row in rows.values())
     monkeypatch.setattr(gpu_tables, "RESULTS", tmp_path)
     head, _, *lines = gpu_tables.gpu_speed().splitlines()
-    assert head == "| Adam by | one, bfloat16 | other, bfloat16 |"
+    assert head == "| Adam implementation | one, bfloat16 | other, bfloat16 |"
     assert {line.count("|") for line in lines} == {4}
     assert sum(" ms, " in line for line in lines) == 2
     assert gpu_tables.gpu_measured_on().startswith("On cpu, whose copy moves ")

@@ -109,11 +109,11 @@ def test_the_structure_follows_from_shapes_and_masks_alone():
     assert [buffer.size for buffer in everything[0].mu.buffers] == [60000, 1035]
 
 
-def test_a_thousand_leaves_are_a_few_calls():
+def test_a_thousand_leaves_are_one_call():
     params = {f"{k:03}": jnp.ones(100) for k in range(1000)}
     tx = adamfn.packed(adamfn.adam())
     jaxpr = jax.make_jaxpr(partial(adamfn.step, tx))(params, tx.init(params), params)
-    assert sum("_run" in str(eqn.params.get("name")) for eqn in jaxpr.eqns) == 16
+    assert sum(eqn.params.get("name") == "bind" for eqn in jaxpr.eqns) == 1
     assert len(jax.tree.leaves(tx.init(params))) == 34
 
 
@@ -142,11 +142,11 @@ def refuse_to_step(state):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: adamfn.packed(optax.adam(1.0)), ValueError, "which is not a stage of ours"),
+        (lambda: adamfn.packed(optax.adam(1.0)), ValueError, "which is not an adamfn stage"),
         (
             lambda: adamfn.packed(adamfn.chain(optax.clip(1.0), adamfn.adam())),
             ValueError,
-            "which is not a stage of ours. Put it around",
+            "which is not an adamfn stage. Put it around",
         ),
         (
             lambda: adamfn.packed(adamfn.adam(moments="8bit")),
@@ -156,14 +156,14 @@ def refuse_to_step(state):
         (
             lambda: adamfn.packed(adamfn.lazy_adam()),
             ValueError,
-            "scale_by_lazy_moments looks at whole leaves",
+            "scale_by_lazy_moments needs a statistic of each leaf",
         ),
         (lambda: adamfn.packed(adamfn.adam), TypeError, "Call the factory first"),
         (lambda: adamfn.packed(adamfn.adam(), below="a"), TypeError, "below is 'a'; expected"),
         (
             lambda: refuse_to_step(adamfn.adam().init(tree(0))),
             TypeError,
-            "mu of scale_by_moments is not packed. `adamfn.repack` moves",
+            "mu of scale_by_moments is not packed. `adamfn.repack` converts",
         ),
         (
             lambda: refuse_to_step(adamfn.packed(adamfn.adam()).init({**tree(0), "more": 1.0})),
@@ -173,7 +173,7 @@ def refuse_to_step(state):
         (
             lambda: adamfn.repack(adamfn.adam(), (), tree(0)),
             TypeError,
-            "repack: the first argument is .*; expected what `packed` returned",
+            "repack: the first argument is .*; expected the result of `packed`",
         ),
     ],
 )

@@ -21,7 +21,7 @@ from adamfn.core.program import Part, Program
 from adamfn.core.stage import Stage
 from adamfn.core.weights import Weights
 from adamfn.formats import Format
-from adamfn.trees import PyTree, describe, wide_dtype
+from adamfn.trees import PyTree, describe
 
 
 class Wanted(NamedTuple):
@@ -155,7 +155,8 @@ def program_of(step: Step, segment: range, leaf: Leaf, wanted: Wanted) -> Progra
     update_dtype = None
     if wanted.updates and not last:
         # Nothing is rounded between two segments.
-        update_dtype = jnp.result_type(wide_dtype(leaf.grad.dtype), leaf.dtype)
+        with jax.numpy_dtype_promotion("standard"):  # complex64 of complex64 and float32
+            update_dtype = jnp.promote_types(leaf.grad.dtype, leaf.dtype)
     elif wanted.updates:
         update_dtype = leaf.dtype if rounds else update_dtype_of(leaf.grad, leaf.param)
     return Program(

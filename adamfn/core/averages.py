@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from adamfn.core.hyperparameters import scalar
@@ -132,7 +133,8 @@ def bounded(g: jax.Array) -> jax.Array:
         over = (size > largest) & (size <= info.max)
         return g * jnp.where(over, largest / jnp.where(over, size, 1), 1)
     finite = lax.le(lax.abs(g), lax.full_like(g, info.max))
-    return lax.select(finite, lax.clamp(-largest, g, largest), g)
+    bound = np.array(largest, g.dtype)
+    return lax.select(finite, lax.clamp(-bound, g, bound), g)
 
 
 def averaged(

@@ -190,8 +190,8 @@ def _unchanged_rows(
     row: Kept, old: Kept, new: Sequence[jax.Array], live: Sequence[jax.Array]
 ) -> Kept:
     """A row that the formula returned as it was given keeps its codes, to the bit."""
-    same = [jnp.all(a == b, axis=-1, keepdims=True) for a, b in zip(new, live, strict=True)]
-    unchanged = jnp.all(jnp.stack(same), axis=0)
+    same = jnp.all(jnp.stack([a == b for a, b in zip(new, live, strict=True)]), axis=0)
+    unchanged = jnp.all(same, axis=-1, keepdims=True) if same.ndim else same
     return jax.tree.map(
         lambda a, b: jnp.where(unchanged, b, a) if a.shape[:-1] == unchanged.shape[:-1] else a,
         row,
