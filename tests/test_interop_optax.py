@@ -274,9 +274,9 @@ def test_shapes_that_differ_are_named():
 def test_abstract_states_are_refused():
     theirs, ours = (tx.init(PARAMS) for tx in PAIRS["adam"])
     shapes = jax.eval_shape(lambda: (theirs, ours))
-    with pytest.raises(TypeError, match="from_state: found shapes without values in like"):
+    with pytest.raises(TypeError, match="from_state: like has shapes without values"):
         from_state(theirs, like=shapes[1])
-    with pytest.raises(TypeError, match="from_state: found shapes without values in state"):
+    with pytest.raises(TypeError, match="from_state: state has shapes without values"):
         from_state(shapes[0], like=ours)
     with pytest.raises(ValueError, match="moments of a leaf at the root; expected"):
         from_state(optax.adam(0.1).init(jnp.ones(3)), like=ours)

@@ -24,8 +24,8 @@ _pure: Any = nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure
 class Optimizer(nnx.Optimizer[M]):
     """`flax.nnx.Optimizer`, whose `update` takes `adamfn.step`.
 
-    It is made, saved and sharded like flax's: `Optimizer(model, tx, wrt=nnx.Param)`. Donate model
-    and optimizer to the jitted function that calls `update`: the step then works in place.
+    It is made, saved and sharded like flax's. Donate model and optimizer to the jitted function
+    that calls `update`: the step then works in place.
 
     >>> import adamfn
     >>> import jax.numpy as jnp
@@ -55,8 +55,7 @@ class Optimizer(nnx.Optimizer[M]):
           **kwargs: extra arguments of `tx.update`, such as `learning_rate=`.
 
         Raises:
-          TypeError, ValueError: model and gradients are exchanged, a parameter has no gradient, or
-            as `adamfn.step`.
+          TypeError, ValueError: a parameter has no gradient, or as `adamfn.step`.
         """
         if isinstance(model, nnx.State) and not isinstance(grads, nnx.State):
             raise TypeError(
@@ -101,8 +100,8 @@ class TrainState(train_state.TrainState):
         Args:
           grads: the gradients of `params`. The collection of flax's fp8 layers, if there is one,
             replaces that of `params`; the others go through `tx`.
-          **kwargs: fields of the train state to be replaced. Beyond flax's: extra arguments of
-            `tx.update`, such as `learning_rate=`, unless a field has that name.
+          **kwargs: fields of the train state to be replaced, and extra arguments of `tx.update`,
+            such as `learning_rate=`.
 
         Raises:
           TypeError, ValueError: as `adamfn.step`.

@@ -11,11 +11,6 @@ from jax.tree_util import keystr
 from adamfn.formats.arrangement import holds_moments, kept_leaves, scales_key
 from adamfn.trees import PyTree, describe, path_name
 
-_WAY_OUT = (
-    "Pass the init of the transformation and parameters that were saved. If the model has grown"
-    " since, call adamfn.interop.carry_over; to change the format, adamfn.interop.convert."
-)
-
 
 def restore(tree: PyTree, into: PyTree) -> PyTree:
     """Gives a restored state its containers back: the leaves of `tree`, arranged as `into`.
@@ -48,29 +43,27 @@ def restore(tree: PyTree, into: PyTree) -> PyTree:
     >>> print(type(state[0]).__name__, state[0].count, state[0].mu["w"])
     ScaleByMomentsState 1 [0.1 0.1]
     """
-    found = {_key(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    found = {
+        path_name(path).removesuffix("/value"): leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
     treedef = jax.tree.structure(into)
     arrangements = [_keys(treedef, old=old) for old in (False, True)]
     chosen = max(arrangements, key=lambda keys: sum(not own.isdisjoint(found) for own in keys))
-    leaves: list[Any] = []
-    used: set[str] = set()
+    rows: list[tuple[str, Any, Any]] = []
     for (path, like), keys in zip(jax.tree.leaves_with_path(into), chosen, strict=True):
-        key = next((key for key in keys if key in found), None)
-        name = path_name(path)
-        if key is not None:
-            used.add(key)
-            leaves.append(_placed(name, found[key], like))
-        else:
+        key = next((key for key in keys if key in found), "")
+        rows.append((path_name(path), found.pop(key, None), like))
+    left = ", ".join([*found][:5]) or "none"
+    for name, value, like in [*rows, *((key, value, None) for key, value in found.items())]:
+        if describe(value) != describe(like):
             raise ValueError(
-                f"restore: the tree has nothing at {name}; expected {describe(like)}, and found"
-                f" {_some(found)}. {_WAY_OUT}"
+                f"restore: at {name or 'the root'} the tree has {describe(value)}; expected"
+                f" {describe(like)}. Leaves of the tree without a place: {left}. Pass the init of"
+                " the transformation and parameters that were saved. If the model has grown since,"
+                " call adamfn.interop.carry_over; to change the format, adamfn.interop.convert."
             )
-    left = [key for key in found if key not in used]
-    if left:
-        raise ValueError(
-            f"restore: the tree has leaves for which `into` has no place: {_some(left)}. {_WAY_OUT}"
-        )
-    return treedef.unflatten(leaves)
+    return treedef.unflatten([_placed(value, like) for _, value, like in rows])
 
 
 class _Field(NamedTuple):
@@ -86,15 +79,15 @@ def _keys(treedef: Any, *, old: bool) -> list[set[str]]:
     indices = treedef.unflatten(range(treedef.num_leaves))
     for path, index in jax.tree.leaves_with_path(_plain(indices, old)):
         options: list[Any] = [
-            part.key
-            if isinstance(getattr(part, "key", None), _Field)
-            else (keystr((part,), simple=True),)
-            for part in path
+            part.key if _is_field(part) else (keystr((part,), simple=True),) for part in path
         ]
-        keys[index] = {
-            "/".join(map(str, parts)).removesuffix("/value") for parts in product(*options)
-        }
+        joined = ("/".join(map(str, parts)) for parts in product(*options))
+        keys[index] = {key.removesuffix("/value") for key in joined}
     return keys
+
+
+def _is_field(part: Any) -> bool:
+    return isinstance(getattr(part, "key", None), _Field)
 
 
 def _plain(tree: PyTree, old: bool) -> PyTree:
@@ -122,22 +115,7 @@ def _is_named(node: Any) -> bool:
     return isinstance(node, tuple) and hasattr(node, "_fields")
 
 
-def _key(path: Any) -> str:
-    """A path; variables of Flax may have become dictionaries that hold a `value`."""
-    return path_name(path).removesuffix("/value")
-
-
-def _placed(name: str, value: Any, like: Any) -> Any:
-    if describe(value) != describe(like):
-        raise ValueError(
-            f"restore: at {name} the tree has {describe(value)}; expected {describe(like)}."
-            f" {_WAY_OUT}"
-        )
+def _placed(value: Any, like: Any) -> Any:
     placed = not isinstance(like, Tracer) and getattr(like, "committed", True)
     sharding = getattr(like, "sharding", None) if placed else None
     return jnp.array(value) if sharding is None else jax.device_put(value, sharding)
-
-
-def _some(names: Any) -> str:
-    shown = [name or "the root" for name in names]
-    return (", ".join(shown[:5]) or "nothing") + (", ..." if len(shown) > 5 else "")
