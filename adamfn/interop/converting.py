@@ -30,8 +30,7 @@ def convert(state: PyTree, moments: Moments, to: Moments) -> PyTree:
       ValueError: no moments, packed ones, or not in the format `moments`; names the leaf.
       TypeError: not a format.
 
-    >>> import adamfn
-    >>> import jax.numpy as jnp
+    >>> import adamfn, jax.numpy as jnp
     >>> from adamfn.interop import convert
     >>> params = {"w": jnp.ones((64, 256))}
     >>> tx = adamfn.adam()

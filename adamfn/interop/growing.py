@@ -33,18 +33,16 @@ def carry_over(
     one_count: bool = False,
     late: Transformation | None = None,
 ) -> CarriedOver:
-    r"""Continues a run after parameters were added or removed.
+    """Continues a run after parameters were added or removed.
 
     The state of a parameter with the same path and shape is carried over to the bit, in any format.
     The others begin at zero. As in torch, each of these late parameters is corrected for the steps
     that it has taken itself. For this they get a transformation of their own, which follows the
     rate of the others, and the state becomes a pair, whose `step` is an `update` and a sum.
 
-    With `one_count`, `tx` and the structure of its state stay as they are. A late parameter is then
-    corrected as if it had taken all t steps, and its first step is up to 3.2 rates long with the
-    default decays. A warmup or a smaller rate hides that:
-
-    $$ \frac{1 - b_1}{\sqrt{1 - b_2}} \cdot \frac{\sqrt{1 - b_2^t}}{1 - b_1^t} $$
+    With `one_count`, `tx` and the structure of its state stay as they are. Late parameters are then
+    corrected as if they had taken all steps, and their first steps are up to (1 - b1) / sqrt(1 -
+    b2) rates long, 3.2 with the default decays. A warmup or a smaller rate hides that.
 
     Args:
       tx: the run's transformation: any that keeps moments, also in wrappers. Masks and labels that
@@ -58,8 +56,7 @@ def carry_over(
     Raises:
       TypeError, ValueError: a state without moments, a packed one, or one not made by `tx`.
 
-    >>> import adamfn
-    >>> import jax.numpy as jnp
+    >>> import adamfn, jax.numpy as jnp
     >>> from adamfn.interop import carry_over
     >>> params = {"w": jnp.ones(2), "old": jnp.ones(1)}
     >>> tx = adamfn.adam(0.1)
@@ -204,11 +201,8 @@ def _named(state: PyTree) -> dict[str, tuple[str | None, Any]]:
     named: dict[str, tuple[str | None, Any]] = {}
     for where, node in jax.tree.leaves_with_path(state, is_leaf=holds_moments):
         fields = leaf_fields(node) if holds_moments(node) else []
-        owners = (
-            {scales_key(leaf.path): path_name(leaf.path) for leaf in kept_leaves(node)}
-            if fields
-            else {}
-        )
+        kept = [leaf.path for leaf in kept_leaves(node)] if fields else []
+        owners = {scales_key(path): path_name(path) for path in kept}
         for path, leaf in jax.tree.leaves_with_path(node):
             owner = path_name(path[1:]) if fields and path[0].name in fields else None
             if fields and path[0].name == "scales" and path[1:]:

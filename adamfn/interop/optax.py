@@ -30,8 +30,7 @@ def from_state(state: PyTree, like: PyTree) -> PyTree:
       ValueError: one of the two has no moments, or not those of the same leaves; names the leaf.
       TypeError: one of them is abstract, of `jax.eval_shape`.
 
-    >>> import adamfn, optax
-    >>> import jax.numpy as jnp
+    >>> import adamfn, optax, jax.numpy as jnp
     >>> from adamfn.interop.optax import from_state
     >>> params = {"w": jnp.ones(2)}
     >>> theirs = optax.chain(optax.clip(1.0), optax.adamw(1e-3))
@@ -51,8 +50,7 @@ def to_state(state: PyTree, like: PyTree) -> PyTree:
     `amsgrad`, whose maximum optax takes of another quantity. (optax's Adamax and Yogi keep theirs
     in the state of its Adam, and cannot be told from it.)
 
-    >>> import adamfn, optax
-    >>> import jax.numpy as jnp
+    >>> import adamfn, optax, jax.numpy as jnp
     >>> from adamfn.interop.optax import to_state
     >>> params = {"w": jnp.ones(2)}
     >>> ours = adamfn.adam(1e-3)
@@ -67,12 +65,15 @@ def to_state(state: PyTree, like: PyTree) -> PyTree:
 def _move(caller: str, state: PyTree, like: PyTree) -> PyTree:
     source = _adam_moments(f"{caller}: state", state)
     target = _adam_moments(f"{caller}: like", like)
-    for path in sorted(source.keys() ^ target.keys()):
-        raise ValueError(
-            f"{caller}: only {'state' if path in source else 'like'} has moments of a leaf at"
-            f" {path or 'the root'}; expected the same leaves in both. Make both for the same"
-            " parameters."
-        )
+    for path in sorted({**source, **target}):
+        for field in ("mu", "nu"):
+            a, b = (side[path].kept[field] if path in side else None for side in (source, target))
+            known = a is not None and b is not None and a.shape == b.shape
+            if not known or jnp.iscomplexobj(a) != jnp.iscomplexobj(b):
+                raise ValueError(
+                    f"{caller}: {field} at {path or 'the root'}: found {describe(a)} in state,"
+                    f" expected {describe(b)} as in like. Make both for the same parameters."
+                )
     counts = [leaf.node.count for leaf in source.values()]
     known = {str(count) for count in counts if not isinstance(count, Tracer)}
     if len(known) > 1:
@@ -82,13 +83,7 @@ def _move(caller: str, state: PyTree, like: PyTree) -> PyTree:
         )
 
     def leaf_of(field: str, path: str, leaf: Any) -> jax.Array:
-        value = source[path].kept[field]
-        if value.shape != leaf.shape or jnp.iscomplexobj(value) != jnp.iscomplexobj(leaf):
-            raise ValueError(
-                f"{caller}: {field} at {path}: found {describe(value)}, expected {describe(leaf)}."
-                " Make both states for the same parameters."
-            )
-        return jnp.asarray(value, leaf.dtype)
+        return jnp.asarray(source[path].kept[field], leaf.dtype)
 
     return fill_moments(like, counts[0], leaf_of)
 

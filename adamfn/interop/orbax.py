@@ -22,8 +22,7 @@ def check_saved(saved: PyTree, like: PyTree) -> None:
       ValueError: they differ in structure, in a shape or in a dtype; names the first difference.
         Two chains whose states have the same fields, such as of other rates, are not told apart.
 
-    >>> import adamfn
-    >>> import jax.numpy as jnp
+    >>> import adamfn, jax.numpy as jnp
     >>> from adamfn.interop.orbax import check_saved
     >>> params = {"kernel": jnp.zeros((64, 256))}
     >>> saved = adamfn.adam(moments="8bit").init(params)

@@ -1,7 +1,7 @@
 """`restore`: a state that came back in plain containers, in its types again."""
 
-from itertools import product
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,25 +15,20 @@ from adamfn.trees import PyTree, describe, path_name
 def restore(tree: PyTree, into: PyTree) -> PyTree:
     """Gives a restored state its containers back: the leaves of `tree`, arranged as `into`.
 
-    Leaves are matched by path. A field of a named tuple has its name or its position there, so
+    Leaves are matched by path. A field of a named tuple may have its name or its position there, so
     `tree` may have dictionaries (msgpack, orbax without a target), lists, plain tuples, or be one
-    dictionary from whole paths, such as `0/mu/kernel`, to arrays (safetensors). The states of
-    adamfn 0.2.0, whose scales were numbered and whose count could stand around a state, are
-    rearranged.
+    dictionary from whole paths, such as `0/mu/kernel`, to arrays (safetensors). States of adamfn
+    0.2.0 are rearranged.
 
     Args:
       tree: what was restored: any nest of containers with arrays of NumPy or JAX.
-      into: a tree of the right containers, shapes and dtypes, such as `tx.init(params)` or
+      into: the right containers, shapes, dtypes and placement, such as `tx.init(params)` or
         `jax.eval_shape(tx.init, params)`; its values are not used.
-
-    Returns:
-      The structure of `into` with the values of `tree`, placed like the leaves of `into`.
 
     Raises:
       ValueError: a leaf is missing, left over, or of another shape or dtype; names it.
 
-    >>> import adamfn
-    >>> import jax.numpy as jnp
+    >>> import adamfn, jax.numpy as jnp
     >>> from adamfn.interop import restore
     >>> params = {"w": jnp.ones(2)}
     >>> tx = adamfn.adam()
@@ -48,12 +43,13 @@ def restore(tree: PyTree, into: PyTree) -> PyTree:
         for path, leaf in jax.tree.leaves_with_path(tree)
     }
     treedef = jax.tree.structure(into)
-    arrangements = [_keys(treedef, old=old) for old in (False, True)]
-    chosen = max(arrangements, key=lambda keys: sum(not own.isdisjoint(found) for own in keys))
+    indices = treedef.unflatten(range(treedef.num_leaves))
+    arrangements = [dict(_keys(indices, old)) for old in (False, True)]
+    chosen = max(arrangements, key=lambda keys: sum(not k.isdisjoint(found) for k in keys.values()))
     rows: list[tuple[str, Any, Any]] = []
-    for (path, like), keys in zip(jax.tree.leaves_with_path(into), chosen, strict=True):
-        key = next((key for key in keys if key in found), "")
-        rows.append((path_name(path), found.pop(key, None), like))
+    for index, (path, like) in enumerate(jax.tree.leaves_with_path(into)):
+        value = next((found.pop(key) for key in chosen[index] if key in found), None)
+        rows.append((path_name(path), value, like))
     left = ", ".join([*found][:5]) or "none"
     for name, value, like in [*rows, *((key, value, None) for key, value in found.items())]:
         if describe(value) != describe(like):
@@ -66,53 +62,33 @@ def restore(tree: PyTree, into: PyTree) -> PyTree:
     return treedef.unflatten([_placed(value, like) for _, value, like in rows])
 
 
-class _Field(NamedTuple):
-    """A field of a named tuple, which a restored tree has by its name or its position."""
+def _keys(node: Any, old: bool) -> Iterator[tuple[int, set[str]]]:
+    """Each leaf of a tree of indices, and the paths it may have in a restored tree.
 
-    name: str
-    position: int
-
-
-def _keys(treedef: Any, *, old: bool) -> list[set[str]]:
-    """The paths that each leaf may have in a restored tree, of adamfn 0.2.0 if `old`."""
-    keys: list[set[str]] = [set() for _ in range(treedef.num_leaves)]
-    indices = treedef.unflatten(range(treedef.num_leaves))
-    for path, index in jax.tree.leaves_with_path(_plain(indices, old)):
-        options: list[Any] = [
-            part.key if _is_field(part) else (keystr((part,), simple=True),) for part in path
-        ]
-        joined = ("/".join(map(str, parts)) for parts in product(*options))
-        keys[index] = {key.removesuffix("/value") for key in joined}
-    return keys
-
-
-def _is_field(part: Any) -> bool:
-    return isinstance(getattr(part, "key", None), _Field)
-
-
-def _plain(tree: PyTree, old: bool) -> PyTree:
-    """The tree with dictionaries from `_Field`s in place of named tuples."""
-
-    def pack(fields: dict[str, Any]) -> Any:
-        return {_Field(name, k): part for k, (name, part) in enumerate(fields.items())}
-
-    def plain(node: Any) -> Any:
-        if not _is_named(node):
-            return node
-        fields = {name: _plain(part, old) for name, part in node._asdict().items()}
+    States of 0.2.0, if `old`, had numbered scales, and a count that could stand around a state.
+    """
+    if isinstance(node, int):
+        yield node, {""}
+        return
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        fields = cast("Any", node)._asdict()
         if old and holds_moments(node) and isinstance(fields.get("scales"), dict):
             keys = [scales_key(leaf.path) for leaf in kept_leaves(node)]
             fields["scales"] = tuple(fields["scales"].get(key, ()) for key in keys)
+        parts = [({name, str(k)}, part) for k, (name, part) in enumerate(fields.items())]
         if old and type(node).__name__.startswith("Counted"):
-            count = fields.pop("count")
-            fields = {"count": count, "stage": pack(fields)}
-        return pack(fields)
-
-    return jax.tree.map(plain, tree, is_leaf=_is_named)
-
-
-def _is_named(node: Any) -> bool:
-    return isinstance(node, tuple) and hasattr(node, "_fields")
+            inner = enumerate([*fields.items()][1:])
+            parts[1:] = [
+                ({f"{outer}/{key}" for outer in ("stage", "1") for key in (name, k)}, part)
+                for k, (name, part) in inner
+            ]
+    else:
+        children = jax.tree.leaves_with_path(node, is_leaf=lambda part: part is not node)
+        parts = [({keystr(path, simple=True)}, part) for path, part in children]
+    for names, part in parts:
+        for index, ends in _keys(part, old):
+            paths = {f"{name}/{end}".rstrip("/") for name in names for end in ends}
+            yield index, {path.removesuffix("/value") for path in paths}
 
 
 def _placed(value: Any, like: Any) -> Any:

@@ -9,12 +9,10 @@ import jax.numpy as jnp
 from adamfn.formats.arrangement import holds_moments, kept_leaves, leaf_fields, states_of_moments
 from adamfn.trees import PyTree, path_name
 
-_COUNTERS = (
-    "InjectHyperparamsState",
-    "InjectStatefulHyperparamsState",
-    "ScaleByScheduleState",
-    "WrappedScheduleState",
-)
+_COUNTERS = {
+    *("InjectHyperparamsState", "InjectStatefulHyperparamsState"),
+    *("ScaleByScheduleState", "WrappedScheduleState"),
+}
 """Optax's states that count the optimizer's steps; other counts of its states are not of these."""
 
 

@@ -46,20 +46,14 @@ def _tensor(
     return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps).copy()
 
 
+_FLOATS = {"Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": jnp.bfloat16, "Bool": "?"}
+_INTEGERS = {"Long": "i8", "Int": "i4", "Short": "i2", "Char": "i1", "Byte": "u1"}
 _KNOWN: dict[str, Any] = {
     "collections.OrderedDict": collections.OrderedDict,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch.Size": tuple,
-    **{
-        f"torch.{name}Storage": np.dtype(dtype)
-        for name, dtype in (
-            *(("Double", "f8"), ("Float", "f4"), ("Half", "f2"), ("BFloat16", jnp.bfloat16)),
-            *(("Long", "i8"), ("Int", "i4"), ("Short", "i2"), ("Char", "i1"), ("Byte", "u1")),
-            ("Bool", "?"),
-        )
-    },
-}
+} | {f"torch.{kind}Storage": np.dtype(x) for kind, x in (_FLOATS | _INTEGERS).items()}
 """What a file may name, and what stands for it here."""
 
 

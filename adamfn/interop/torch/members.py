@@ -121,9 +121,9 @@ def _classes_of(parameter: TorchParameter, decoupled: bool | None) -> Sequence[s
 
 def _decoupled_in(group: Mapping[str, Any]) -> bool | None:
     """Whether a group's weight decay is decoupled; None if it does not tell."""
+    given = group.get("decoupled_weight_decay", group.get("adam_w_mode"))
     timm = True if "caution" in group else None
-    decoupled = group.get("decoupled_weight_decay", group.get("adam_w_mode", timm))
-    return None if decoupled is None else bool(decoupled)
+    return timm if given is None else bool(given)
 
 
 def check_settings(parameter: TorchParameter, member: Member) -> None:
@@ -134,7 +134,7 @@ def check_settings(parameter: TorchParameter, member: Member) -> None:
             wrong[key] = "which is not known; expected a setting of torch.optim or a look-alike"
         elif group[key] != _ONLY_AS[key]:
             wrong[key] = f"which no chain here does; expected {_ONLY_AS[key]!r}"
-    if group.get("amsgrad") and not group.keys().isdisjoint(("bias_correction", "correct_bias")):
+    if group.get("amsgrad") and {"bias_correction", "correct_bias"} & {*group}:
         wrong["amsgrad"] = "which no known optimizer does beside bias_correction or correct_bias"
     if group.get("caution") and not member.decoupled:
         wrong["caution"] = "which no known optimizer does beside a decay that is not decoupled"

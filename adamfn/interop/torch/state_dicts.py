@@ -21,8 +21,8 @@ from adamfn.interop.torch.parameters import (
     match,
     number_of,
     parameters_of,
+    with_plain_moments,
 )
-from adamfn.interop.torch.quantized import with_plain_moments
 from adamfn.trees import PyTree, check_inexact, describe, wide_dtype
 
 
@@ -144,8 +144,7 @@ def to_state_dict(
       TypeError, ValueError: a state of another member of the family, or of other leaves. (Adam,
         RAdam and SparseAdam keep the same moments, and each goes on from the others'.)
 
-    >>> import adamfn
-    >>> import jax.numpy as jnp
+    >>> import adamfn, jax.numpy as jnp
     >>> from adamfn.interop.torch import to_state_dict
     >>> params = {"w": jnp.ones((2, 3))}
     >>> tx = adamfn.adam()
