@@ -18,8 +18,7 @@ def from_state(state: PyTree, like: PyTree) -> PyTree:
     """Continues an optax run: converts its state to adamfn's.
 
     Args:
-      state: the state of `optax.adam`, `optax.adamw` or `optax.nadam`, by itself or inside a chain,
-        `inject_hyperparams`, `masked`, `partition` or another wrapper.
+      state: the state of `optax.adam`, `optax.adamw` or `optax.nadam`, also inside wrappers.
       like: `init` of the adamfn transformation for the same parameters, also inside wrappers.
 
     Returns:
@@ -27,8 +26,7 @@ def from_state(state: PyTree, like: PyTree) -> PyTree:
       wrapper accumulates, is that of `like`.
 
     Raises:
-      ValueError: one of the two has no moments, or not those of the same leaves; names the leaf.
-      TypeError: one of them is abstract, of `jax.eval_shape`.
+      TypeError, ValueError: one of them has no moments, other leaves, or shapes without values.
 
     >>> import adamfn, optax, jax.numpy as jnp
     >>> from adamfn.interop.optax import from_state

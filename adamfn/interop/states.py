@@ -72,22 +72,21 @@ def fill_moments(
     """
 
     def fill(node: Any) -> Any:
-        if not _counts_steps(node):
-            return node
-        moments, filled = leaf_fields(node) if holds_moments(node) else [], dict[str, Any]()
-        for field, part in node._asdict().items():
+        moments = leaf_fields(node) if holds_moments(node) else []
+
+        def new(field: str, part: Any) -> Any:
             if field == "count":
-                filled[field] = jnp.array(count, jnp.int32)  # a copy: a buffer is donated once
-            elif field in moments:
-                filled[field] = jax.tree.map_with_path(
-                    lambda path, leaf, field=field: leaf_of(field, path_name(path), leaf), part
-                )
-            else:
-                filled[field] = scalars.get(field, walk(part))
-        return node._replace(**filled)
+                return jnp.array(count, jnp.int32)  # a copy: a buffer is donated once
+            if field in moments:
+                return jax.tree.map_with_path(lambda p, x: leaf_of(field, path_name(p), x), part)
+            return scalars.get(field, walk(part))
+
+        return node._replace(**{k: new(k, part) for k, part in node._asdict().items()})
 
     def walk(tree: PyTree) -> PyTree:
-        return jax.tree.map(fill, tree, is_leaf=_counts_steps)
+        return jax.tree.map(
+            lambda node: fill(node) if _counts_steps(node) else node, tree, is_leaf=_counts_steps
+        )
 
     return walk(like)
 

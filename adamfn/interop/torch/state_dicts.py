@@ -41,30 +41,28 @@ def from_state_dict(
 
     Args:
       state_dict: `optimizer.state_dict()` of torch.optim's `Adam`, `AdamW` (both also with
-        `amsgrad`), `NAdam`, `RAdam`, `Adamax` or `SparseAdam`, with tensors or arrays; or of
-        the AdamW of transformers, timm or bitsandbytes (8 bits too), or FusedAdam of apex or
-        DeepSpeed. The hyperparameters of each of its groups are taken over, also `maximize`.
+        `amsgrad`), `NAdam`, `RAdam`, `Adamax` or `SparseAdam`; or of the AdamW of transformers,
+        timm or bitsandbytes (8 bits too), or FusedAdam of apex or DeepSpeed. The hyperparameters of
+        each of its groups are taken over.
       params: the parameters in JAX, real arrays in any pytree. Their values are not used.
       paths: the path of the leaf, such as `layers/0/kernel`, for each torch parameter in its order;
         or a mapping to it from the parameter's name (if the state dict has names) or number. A
         path of None leaves the parameter out. None: both have one order.
       layout: a function of a leaf's path and an array in torch's layout, which returns it in the
         leaf's, such as `to_flax`. None: both have one layout.
-      optimizer: the name of torch's class, if the state dict does not tell: before torch 2.7 it
-        does not tell `Adam` from `AdamW`.
+      optimizer: the name of torch's class, for state dicts of torch before 2.7, which do not tell
+        `Adam` from `AdamW`.
       learning_rate: replaces the state dict's rates; a schedule goes on from torch's count.
       fresh: paths of leaves that torch has taken no step with and that begin here. Without it they
         are an error: torch leaves frozen parameters alone, and here they would be trained.
       harmless: keys of groups to be ignored, such as your own notes.
 
     Returns:
-      A `GradientTransformation`, and its state after the steps that torch took. With several
-      groups or step counts, the state is a tuple with one part for each.
+      A `GradientTransformation` and its state, with several groups or step counts a tuple.
 
     Raises:
-      TypeError, ValueError: a state dict of another optimizer; keys of groups that are missing,
-        unknown or that no chain does; sparse or complex tensors; parameters and leaves that do not
-        match; frozen parameters. The message names the parameter.
+      TypeError, ValueError: another optimizer's state dict, keys of groups that are missing or not
+        known, arrays or leaves that do not match; names the parameter.
 
     >>> import numpy as np
     >>> from adamfn.interop.torch import from_state_dict
@@ -129,8 +127,8 @@ def to_state_dict(
     """Continues a run in torch: converts its state to a torch optimizer's `state_dict()`.
 
     Args:
-      state: the state of the same member of the family as `like`, by itself or inside a chain or a
-        wrapper.
+      state: the state of the same member of the family as `like`, also inside wrappers. (Adam,
+        RAdam and SparseAdam keep the same moments, and each goes on from the others'.)
       like: `optimizer.state_dict()` of the torch optimizer that is to go on. Its hyperparameters
         are kept; its state may be empty.
       layout: the inverse of `from_state_dict`'s, such as `from_flax`; `paths` and `optimizer` are
@@ -141,8 +139,7 @@ def to_state_dict(
       `jax.tree.map(torch.as_tensor, state_dict["state"])`, `load_state_dict` accepts it.
 
     Raises:
-      TypeError, ValueError: a state of another member of the family, or of other leaves. (Adam,
-        RAdam and SparseAdam keep the same moments, and each goes on from the others'.)
+      TypeError, ValueError: a state of another member of the family, or of other leaves.
 
     >>> import adamfn, jax.numpy as jnp
     >>> from adamfn.interop.torch import to_state_dict
@@ -160,7 +157,7 @@ def to_state_dict(
     entries = {p.key: dict(p.state) for p in parameters if p.state}
     groups = copy.deepcopy(list(like["param_groups"]))
     for path, parameter in match(parameters, list(moments), paths).items():
-        kept = _entries(parameter, path, moments[path], layout, optimizer)
+        kept = _entries(parameter, member_of(parameter, optimizer), path, moments[path], layout)
         entries[parameter.key] = kept
         if "bias_correction" in parameter.group:  # apex counts in the group
             groups[parameter.group_index]["step"] = kept["step"]
@@ -205,14 +202,10 @@ def _kept(
 
 
 def _entries(
-    parameter: TorchParameter,
-    path: str,
-    moments: LeafMoments,
-    layout: Layout | None,
-    optimizer: str | None,
+    parameter: TorchParameter, member: Member, path: str, kept: LeafMoments, layout: Layout | None
 ) -> dict[str, Any]:
-    member, group = member_of(parameter, optimizer), parameter.group
-    expected, found = type(member.stage().init(())), type(moments.node)
+    group, node = parameter.group, kept.node
+    expected, found = type(member.stage().init(())), type(node)
     codes = "state1" in parameter.state or "t_beta3" in group
     if codes or found is not expected:
         raise TypeError(
@@ -222,15 +215,15 @@ def _entries(
             " does what this run did."
         )
     way_out = " Pass the state of one run, outside jax.jit."
-    count = number_of(f"the count of the state at {path}", moments.node.count, way_out)
+    count = number_of(f"the count of the state at {path}", node.count, way_out)
     # SparseAdam and the look-alikes count in a Python int, the others in a float32 tensor.
     in_int = {"SparseAdam", "bias_correction", "correct_bias"} & {member.optimizer, *group}
     entries: dict[str, Any] = {"step": int(count) if in_int else np.array(count, np.float32)}
     if "mu_product" in member.scalars:
-        entries["mu_product"] = np.array(moments.node.mu_product, np.float32)
+        entries["mu_product"] = np.array(node.mu_product, np.float32)
     for field, key in member.keys.items():
         known = parameter.state.get(key)
         shape = None if known is None else known.shape
-        array = laid_out(f"{key} of {parameter}", moments.kept[field], path, layout, shape)
+        array = laid_out(f"{key} of {parameter}", kept.kept[field], path, layout, shape)
         entries[key] = np.array(array, order="C")
     return entries
