@@ -1,10 +1,19 @@
-"""What JAX compiles is kept where `make test` says.
+"""Where JAX keeps what it compiles, and how the programs of tests are compiled.
 
-Each of its processes has a folder of its own, and those that tests start have none: a file is not
-written at once, and tests kill what they start.
+What JAX compiles is kept where `make test` says. Each of its processes has a folder of its own, and
+those that tests start have none: a file is not written at once, and tests kill what they start.
+
+Tests that do not depend on XLA's optimizations are compiled without them: the documentation's
+examples, and what says `pytestmark = pytest.mark.unoptimized` (a file) or has that mark (a test),
+with the reason. Compiling is three quarters of all tests' time, and takes a third as long without
+LLVM's optimizations and XLA's fusion emitters. Roundings, compiled text, bytes and long loops are
+tested in the others, whose programs are compiled as a user's are.
 """
 
 import os
+from functools import cached_property
+
+import pytest
 
 PROCESS = os.environ.get("PYTEST_XDIST_WORKER")
 FOLDER = os.environ.pop("JAX_COMPILATION_CACHE_DIR", None) if PROCESS else None
@@ -12,3 +21,70 @@ if FOLDER:
     import jax
 
     jax.config.update("jax_compilation_cache_dir", os.path.join(FOLDER, PROCESS))
+
+UNOPTIMIZED = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+
+
+class Compiler:
+    """JAX's compiler, with its options or with those of `UNOPTIMIZED`."""
+
+    given = None  # the function that another stands for
+
+    @cached_property
+    def options(self):
+        """Those of `UNOPTIMIZED` that this version of XLA has."""
+        import jax
+
+        def accepts(name, value):
+            try:
+                jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+            except jax.errors.JaxRuntimeError:
+                return False
+            return True
+
+        return {name: value for name, value in UNOPTIMIZED.items() if accepts(name, value)}
+
+    def switch(self):
+        """Changes the options, and drops what was compiled with others."""
+        import jax
+        from jax._src import compiler  # `jit` takes options, but not an operation outside of one
+
+        options, given = self.options, compiler.get_compile_options
+        jax.clear_caches()
+        if self.given:
+            compiler.get_compile_options, self.given = self.given, None
+            return
+
+        def unoptimized(*arguments, env_options_overrides=None, **named):
+            overrides = options | dict(env_options_overrides or {})
+            return given(*arguments, env_options_overrides=overrides, **named)
+
+        compiler.get_compile_options, self.given = unoptimized, given
+
+
+COMPILER = Compiler()
+
+
+def _depends_on_optimizations(item):
+    if isinstance(item, pytest.DoctestItem):
+        return False
+    return item is None or item.get_closest_marker("unoptimized") is None
+
+
+def pytest_configure(config):
+    """Tells pytest the mark."""
+    config.addinivalue_line("markers", "unoptimized: compiled without XLA's optimizations")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before the test's fixtures."""
+    if not COMPILER.given and not _depends_on_optimizations(item):
+        COMPILER.switch()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """After the test's fixtures."""
+    if COMPILER.given and _depends_on_optimizations(nextitem):
+        COMPILER.switch()

@@ -1,41 +1,28 @@
-"""The call of a chain's program on one leaf, for tests of what runs it."""
+"""The call of a chain's program on one leaf, for tests of the backends."""
 
 import jax
 import jax.numpy as jnp
 
-from adamfn.chains import calls
-from adamfn.chains import segment as joined
-from adamfn.chains.chain import elements, structure_of
-from adamfn.core.layers import layers_of
-from adamfn.core.leaf import kept_by_leaf
+from adamfn.backends.calls import Step
+from adamfn.chains import segment
+from adamfn.chains.chain import chain_of
 from adamfn.core.program import Call
-from adamfn.formats import choose_formats
 
 
 def call_of(tx, g, p):
-    """What `step` would call for a leaf at its first step, and the operands."""
-    stages = list(elements(structure_of(tx)))
-    count, states = joined.count_of(stages, joined.first_states(stages, p))
-    scalars, _ = joined.scalars_at(stages, states, count, {})
-    formats = [choose_formats(stage.moments, g) for stage in stages]
-    kept = [
-        [
-            kept_by_leaf(stage, state, g, own)[0]
-            for stage, state, own in zip(stages, states, formats, strict=True)
-        ]
-    ]
-    (program,) = calls.leaf_programs(
-        stages,
-        formats,
-        joined.masks_of(stages, g, p),
-        layers_of(stages, g, p),
-        scalars,
-        [g],
-        [p],
-        kept,
-        returns=False,
-        moves=True,
-    )
-    vector = calls.Vectors(scalars)[program.dtype]
+    """The call that `step` makes for a leaf at its first step, and its operands."""
+    stages = chain_of(tx).parts
+    wanted = segment.Wanted(updates=False, params=True)
+    states = segment.first_states(stages, p)
+    count = segment.next_count(stages, states)
+    ((leaf,), _) = segment.leaves_of(stages, g, states, p, wanted)
+    scalars, remembered = segment.scalars_at(stages, states, count, {"grads": [g]})
+    gates = [new["taken"] for new in remembered if "taken" in new]
+    step = Step(stages, scalars, gates[0] if gates else None, count, "auto")
+    (whole,) = segment.segments_of(stages)
+    program = segment.program_of(step, whole, leaf, wanted)
+    places = tuple(place for place in whole if leaf.active[place])
+    kept = [[leaf.kept[place] for place in places]]
     arrays = [jnp.zeros((1, 2), jnp.uint32), *jax.tree.leaves(kept), g, p]
-    return Call(program, 1, jax.tree.structure(kept)), [vector, count, *arrays]
+    call = Call(program, 1, jax.tree.structure(kept))
+    return call, [step.vector(places, program.dtype), count, *arrays]

@@ -14,7 +14,7 @@ from ahead_of_time import candidates, cost, hlo, machines, meshes, traffic, tree
 
 MIB = 2**20
 BUFFER = "f32[4,512,512]{2,1,0}"
-LOOP = (Path(__file__).parent / "data" / "loop_over_pieces.hlo").read_text()
+LOOP = (Path(__file__).parent / "data" / "loop_over_chunks.hlo").read_text()
 
 
 def entry(*lines, before=""):
@@ -56,7 +56,7 @@ def test_parts_of_an_instruction():
     assert root.named("calls", "branch_computations") == ["c", "d", "e"]
 
 
-def test_a_loop_counts_its_pieces_as_often_as_it_runs():
+def test_a_loop_counts_its_chunks_as_often_as_it_runs():
     found = traffic.traffic(LOOP)
     # In each of four turns a slice of a MiB is read, through a fusion in a fusion, and one written.
     assert found.moved == pytest.approx(4 * 2 * MIB, rel=1e-4)
@@ -165,16 +165,16 @@ def test_a_deliberate_copy_shows(cpu):
     assert copied.temporary - plain.temporary == pytest.approx(leaf, rel=1e-4)
 
 
-def test_a_loop_over_pieces_shows_no_more_than_its_pieces(cpu):
-    def pieces(x):
-        def piece(i, x):
+def test_a_loop_over_chunks_shows_no_more_than_its_chunks(cpu):
+    def chunks(x):
+        def chunk(i, x):
             part = jax.lax.dynamic_slice_in_dim(x, 128 * i, 128)
             return jax.lax.dynamic_update_slice_in_dim(x, jnp.sqrt(part), 128 * i, 0)
 
-        return jax.lax.fori_loop(0, 8, piece, x)
+        return jax.lax.fori_loop(0, 8, chunk, x)
 
     x = jax.ShapeDtypeStruct((1024, 4096), jnp.float32)
-    text = jax.jit(pieces, donate_argnums=0).lower(x).compile().as_text()
+    text = jax.jit(chunks, donate_argnums=0).lower(x).compile().as_text()
     assert "while" in text
     assert traffic.traffic(text).moved == pytest.approx(2 * 4 * 1024 * 4096, rel=0.01)
 

@@ -200,3 +200,50 @@ def test_the_reference_is_what_optax_computes_in_double_precision(peer, hyperpar
         grads, **hyperparameters, nesterov=peer in (optax.nadam, optax.nadamw), params=params
     )
     assert reference.worst_error(found, expected) < 1e-12
+
+
+def test_injected_hyperparameters_are_exact():
+    # Nine decades of gradients; 5e-7 of a step's largest update is eight float32 roundings.
+    normal = np.random.default_rng(1).standard_normal
+    scale = np.logspace(-6, 3, 512)
+    gradients = np.float32(normal((60, 512)) * scale)
+    tx = optax.inject_hyperparams(adamfn.adam)(learning_rate=1e-3)
+    state = tx.init(jnp.zeros(512))
+    _, found = jax.jit(
+        lambda state, gs: jax.lax.scan(
+            lambda s, g: tx.update(g, s, jnp.zeros(512))[::-1], state, gs
+        )
+    )(state, gradients)
+    assert reference.worst_error(found, reference.updates(gradients)) < 5e-7
+
+
+def trajectory(tx, gradients):
+    """The sums of the updates, in float64 so that the sum's own roundings do not show."""
+    zeros = jnp.zeros_like(gradients[0])
+
+    def step(state, g):
+        updates, state = tx.update(g, state, zeros)
+        return state, updates
+
+    _, moves = jax.jit(lambda gs: jax.lax.scan(step, tx.init(zeros), gs))(gradients)
+    return np.cumsum(np.float64(moves), axis=0)
+
+
+def apart(found, expected):
+    """The largest distance at any step, relative to the way gone until then."""
+    return np.max(np.max(np.abs(found - expected), 1) / np.max(np.abs(expected), 1))
+
+
+@pytest.mark.parametrize("kind", ["noise", "constant"])
+def test_1532_injected_hyperparameters_do_not_drift(kind):
+    """Optax #1532: a trajectory with inject_hyperparams left the one without."""
+    normal = np.random.default_rng(3).standard_normal
+    noise = normal((1000, 64)) if kind == "noise" else np.ones((1000, 64))
+    gradients = jnp.float32(noise * np.logspace(-4, 1, 64))
+
+    def drift(adam):
+        injected = optax.inject_hyperparams(adam)(learning_rate=1e-3)
+        return apart(trajectory(injected, gradients), trajectory(adam(1e-3), gradients))
+
+    assert drift(adamfn.adam) < 1e-6
+    assert drift(optax.adam) > 3e-6

@@ -1,5 +1,7 @@
 """AMSGrad, NAdam, RAdam, Adamax and lazy Adam against their formulas in float64."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,8 +30,28 @@ def gradients(steps, seed, dtype=np.float32):
     return (scales * rng.standard_normal((steps, 64, 64)) * rows).astype(dtype)
 
 
+@cache
+def transformation(member, **hyperparameters):
+    return getattr(adamfn, member)(**hyperparameters)
+
+
+@cache
+def compiled(update):
+    """Once for all gradients of a shape."""
+    return jax.jit(update)
+
+
 def run(tx, grads):
-    """The updates of all steps, in one compiled loop."""
+    """The updates of all steps."""
+    state, found = tx.init(grads[0]), []
+    for g in grads:
+        updates, state = compiled(tx.update)(g, state)
+        found.append(np.asarray(updates))
+    return np.stack(found)
+
+
+def run_in_a_loop(tx, grads):
+    """The same in one program."""
 
     def step(state, g):
         updates, state = tx.update(g, state)
@@ -39,7 +61,7 @@ def run(tx, grads):
 
 
 def worst_error(member, grads, **hyperparameters):
-    found = run(getattr(adamfn, member)(**hyperparameters), jnp.asarray(grads))
+    found = run(transformation(member, **hyperparameters), grads)
     expected = np.stack(list(getattr(reference, member)(grads, **hyperparameters)))
     return reference.worst_error(found, expected)
 
@@ -68,7 +90,7 @@ def test_many_steps(member):
     # Averages forget their roundings; b2^t and the products of momenta must be right. Measured:
     # 0.9e-6 to 1.5e-6.
     grads = gradients(3000, 5)[:, ::8, ::8]
-    found = run(getattr(adamfn, member)(), jnp.asarray(grads))
+    found = run_in_a_loop(transformation(member), jnp.asarray(grads))
     expected = np.stack(list(getattr(reference, member)(grads)))
     assert reference.worst_error(found, expected) < 3e-6
 
@@ -100,13 +122,13 @@ def test_radam_counts_gradients_exactly(b2):
 
 def test_radam_begins_to_divide_at_its_sixth_step():
     # rho is 4.99 at the fifth and 5.99 at the sixth.
-    updates = run(adamfn.radam(learning_rate=1.0), jnp.full((6, 1), 100.0))[:, 0]
+    updates = run(adamfn.radam(learning_rate=1.0), np.full((6, 1), 100.0, np.float32))[:, 0]
     np.testing.assert_allclose(updates[:5], -100, rtol=1e-6)
     assert -0.1 < updates[5] < 0
 
 
 def test_amsgrad_does_not_speed_up_when_gradients_shrink():
-    grads = jnp.concatenate([jnp.full((20, 1), 10.0), jnp.full((200, 1), 0.1)])
+    grads = np.float32([[10.0]] * 20 + [[0.1]] * 200)
     found = {m: run(getattr(adamfn, m)(b2=0.9), grads) for m in ("adam", "amsgrad")}
     assert abs(found["adam"][-1, 0]) > 9e-4
     assert abs(found["amsgrad"][-1, 0]) < 2e-5
@@ -154,27 +176,26 @@ def test_a_nan_wakes_a_row():
 
 
 @pytest.mark.parametrize("member", MEMBERS)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
-def test_zero_gradients_give_zero_updates(member, dtype):
-    tx = getattr(adamfn, member)()
-    params = jnp.zeros(3, dtype)
+def test_zero_gradients_give_zero_updates(member):
+    tx = transformation(member)
+    params = {x: np.zeros(3, x) for x in (np.float16, jnp.bfloat16, np.float32, np.complex64)}
+    params = {jnp.dtype(dtype).name: zeros for dtype, zeros in params.items()}
     state = tx.init(params)
     for _ in range(8):
-        updates, state = tx.update(params, state, params)
-        assert updates.dtype == dtype
-        np.testing.assert_array_equal(np.asarray(updates), 0)
+        updates, state = compiled(tx.update)(params, state, params)
+        for dtype, u in updates.items():
+            assert u.dtype == dtype
+            np.testing.assert_array_equal(np.asarray(u), 0, err_msg=dtype)
 
 
 @pytest.mark.parametrize("member", MEMBERS)
 def test_a_complex_leaf_is_scaled_by_its_modulus(member):
     tx = getattr(adamfn, member)(learning_rate=1.0)
     g = np.array([[3 + 4j, -1j], [2, 5 - 12j]], np.complex64)
-    angle = jnp.exp(0.7j)
-    straight, turned = (run(tx, jnp.stack([x] * 9)) for x in (g, g * angle))
+    angle = np.exp(np.complex64(0.7j))
+    straight, turned, real = (run(tx, np.stack([x] * 9)) for x in (g, g * angle, np.abs(g)))
     np.testing.assert_allclose(turned, straight * angle, rtol=2e-6)
-    np.testing.assert_allclose(
-        np.abs(straight), np.abs(run(tx, jnp.stack([np.abs(g)] * 9))), rtol=2e-6
-    )
+    np.testing.assert_allclose(np.abs(straight), np.abs(real), rtol=2e-6)
 
 
 @pytest.mark.parametrize("member", MEMBERS)
@@ -183,7 +204,7 @@ def test_traced_hyperparameters(member):
 
     @jax.jit
     def with_traced(b1, b2, eps):
-        return run(getattr(adamfn, member)(1e-3, b1, b2, eps), grads)
+        return run_in_a_loop(getattr(adamfn, member)(1e-3, b1, b2, eps), grads)
 
     hyperparameters = (np.float32(0.9), np.float32(0.99), np.float32(1e-6))
     expected = getattr(reference, member)(grads, 1e-3, *map(float, hyperparameters))
@@ -221,6 +242,7 @@ def test_nadam_refuses_a_negative_momentum_decay():
         adamfn.nadam(momentum_decay=-1)
 
 
+@pytest.mark.unoptimized  # structures
 @pytest.mark.parametrize("member", MEMBERS)
 def test_schedules_decay_and_masks_go_round_any_member(member):
     tx = optax.chain(

@@ -96,6 +96,7 @@ CHAINS = {
 }
 
 
+@pytest.mark.unoptimized  # what is computed, not how: below, members are compiled as a user's
 @pytest.mark.parametrize("name", [*MEMBERS, *CHAINS])
 def test_every_dtype_and_every_stage(name, switches):
     tx = CHAINS[name] if name in CHAINS else MEMBERS[name]()
@@ -116,16 +117,29 @@ def test_every_dtype_and_every_stage(name, switches):
     jax.block_until_ready(both(params, tx.init(params)))
 
 
+def two_steps(tx, grads, carry):
+    return jax.lax.fori_loop(0, 2, lambda _, carry: adamfn.step(tx, grads, *carry)[::-1], carry)
+
+
 @pytest.mark.parametrize("name", MEMBERS)
 def test_x64_around_a_part_of_a_program(name):
     # A state goes on inside with the dtypes that it has, so a loop takes it.
     tx, params, grads = trees(name)
+    carry = jax.eval_shape(lambda: (tx.init(params), params))
+    for x64 in (True, False):
+        with jax.enable_x64(x64):
+            lowered = jax.jit(lambda carry: two_steps(tx, grads, carry)).lower(carry)
+            assert lowered.out_info == carry
+
+
+@pytest.mark.unoptimized  # dtypes
+def test_steps_with_x64_and_without():
+    tx, params, grads = trees("amsgrad")
     carry = (tx.init(params), params)
     for x64 in (True, False):
         with jax.enable_x64(x64):
-            carry = jax.lax.fori_loop(
-                0, 2, lambda _, carry: adamfn.step(tx, grads, *carry)[::-1], carry
-            )
+            carry = two_steps(tx, grads, carry)
+    assert int(carry[0][0].count) == 4
 
 
 @pytest.mark.parametrize("name", MEMBERS)
@@ -135,6 +149,7 @@ def test_no_tracer_leaks(name):
         jax.jit(lambda *trees: steps(tx, *trees)).trace(params, grads)
 
 
+@pytest.mark.unoptimized  # operation by operation
 @pytest.mark.parametrize("name", MEMBERS)
 def test_debugging_switches_eagerly(name, switches):
     tx = MEMBERS[name]()
@@ -145,6 +160,7 @@ def test_debugging_switches_eagerly(name, switches):
         params = adamfn.apply_updates(params, updates)
 
 
+@pytest.mark.unoptimized  # its checks stand between any two operations
 def test_checkify():
     tx, params, grads = trees("adamw")
     errors = checkify.float_checks | checkify.index_checks | checkify.div_checks
@@ -154,12 +170,14 @@ def test_checkify():
     error.throw()
 
 
+@pytest.mark.unoptimized  # operation by operation
 def test_without_jit(switches):
     tx, params, grads = trees("adamw")
     with jax.disable_jit():
         adamfn.step(tx, grads, tx.init(params), params)
 
 
+@pytest.mark.unoptimized  # operation by operation
 @pytest.mark.parametrize("name", MEMBERS)
 def test_a_python_number_without_jit(name, switches):
     tx = MEMBERS[name]()

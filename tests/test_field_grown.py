@@ -4,6 +4,8 @@ Fairseq issue 140 (layers added to a loaded model), DeepSpeed pull 8471 (one cou
 that came at different times), optax issue 1371 (a part of a state begun anew).
 """
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,9 @@ import reference
 
 import adamfn
 from adamfn.interop import carry_over, convert
+
+# What is carried over, to the bit; and steps to 1e-5.
+pytestmark = pytest.mark.unoptimized
 
 FORMATS = ["float32", "bfloat16", "8bit", "4bit", "factored", "blockmean"]
 RNG = np.random.default_rng(0)
@@ -31,9 +36,14 @@ PARAMS = {name: jnp.ones(shape) for name, shape in SHAPES.items()}
 FEWER = {name: PARAMS[name] for name in OLD}
 
 
+@cache
+def compiled(update):
+    return jax.jit(update)
+
+
 def run(tx, params, state, grads, **extra):
     """The state after some steps, and the updates of each."""
-    update, moves = jax.jit(tx.update), []
+    update, moves = compiled(tx.update), []
     for count in range(len(jax.tree.leaves(grads)[0])):
         g = jax.tree.map(lambda x, count=count: x[count], grads)
         updates, state = update(g, state, params, **extra)
@@ -41,8 +51,17 @@ def run(tx, params, state, grads, **extra):
     return state, jax.tree.map(lambda *xs: np.stack(xs), *moves)
 
 
+@cache
 def first(tx):
     return run(tx, FEWER, tx.init(FEWER), {n: g[:STEPS] for n, g in OLD.items()})
+
+
+@cache
+def lean(member, moments):
+    return getattr(adamfn, member)(0.1, moments=moments)
+
+
+ADAM = adamfn.adam(0.1)
 
 
 def later(names=SHAPES):
@@ -56,7 +75,7 @@ def same(a, b):
 
 def test_a_late_leaf_is_corrected_for_its_own_steps():
     """As in torch: its first step is one rate long, and it goes on as if it had run alone."""
-    tx = adamfn.adam(0.1)
+    tx = ADAM
     state, _ = first(tx)
     carried = carry_over(tx, state, PARAMS)
     assert (carried.new, carried.dropped) == (("k",), ())
@@ -70,7 +89,7 @@ def test_a_late_leaf_is_corrected_for_its_own_steps():
 
 
 def test_with_one_count_a_late_leaf_is_corrected_for_all_steps():
-    tx = adamfn.adam(0.1)
+    tx = ADAM
     state, _ = first(tx)
     after, state, new, _ = carry_over(tx, state, PARAMS, one_count=True)
     assert after is tx
@@ -84,9 +103,9 @@ def test_with_one_count_a_late_leaf_is_corrected_for_all_steps():
 
 
 @pytest.mark.parametrize("moments", FORMATS)
-@pytest.mark.parametrize("member", [adamfn.adamw, adamfn.amsgrad])
+@pytest.mark.parametrize("member", ["adamw", "amsgrad"])
 def test_what_fits_is_carried_to_the_bit(member, moments):
-    tx = member(moments=moments)
+    tx = lean(member, moments)
     state, _ = first(tx)
     grown = carry_over(tx, state, PARAMS, one_count=True).state
     assert jax.tree.structure(grown) == jax.tree.structure(tx.init(PARAMS))
@@ -103,7 +122,7 @@ def test_what_fits_is_carried_to_the_bit(member, moments):
 
 
 def test_a_run_may_grow_twice_and_shrink():
-    tx = adamfn.adam(0.1)
+    tx = ADAM
     state, _ = first(tx)
     tx, state, *_ = carry_over(tx, state, PARAMS)
     state, _ = run(tx, PARAMS, state, later())
@@ -155,7 +174,7 @@ def test_late_leaves_may_have_a_transformation_of_their_own():
 
 
 def test_a_leaf_of_another_shape_begins_afresh():
-    tx = adamfn.adam(0.1)
+    tx = ADAM
     state, _ = first(tx)
     params = FEWER | {"z": jnp.ones(5)}
     _, state, new, dropped = carry_over(tx, state, params)
@@ -209,12 +228,12 @@ def test_what_cannot_be_carried_over_is_named():
 
 
 @pytest.mark.parametrize("moments", FORMATS)
-@pytest.mark.parametrize("member", [adamfn.adamw, adamfn.amsgrad])
+@pytest.mark.parametrize("member", ["adamw", "amsgrad"])
 def test_a_float32_state_goes_over_into_a_format_and_back(member, moments):
-    exact, lean = member(0.1), member(0.1, moments=moments)
+    exact, stored_by = lean(member, "float32"), lean(member, moments)
     state, _ = first(exact)
     stored = convert(state, "float32", to=moments)
-    expected = lean.init(FEWER)
+    expected = stored_by.init(FEWER)
     assert jax.tree.structure(stored) == jax.tree.structure(expected)
     for a, b in zip(*map(jax.tree.leaves, (stored, expected)), strict=True):
         assert (a.shape, a.dtype, a.weak_type) == (b.shape, b.dtype, b.weak_type)
@@ -223,9 +242,9 @@ def test_a_float32_state_goes_over_into_a_format_and_back(member, moments):
     same(back[0].mu["z"], state[0].mu["z"])  # small leaves are float32 everywhere
     same(jax.jit(lambda s: convert(s, moments, to="float32"))(stored), back)
     g = {name: x[STEPS] for name, x in OLD.items()}
-    moved, after = lean.update(g, stored, FEWER)
+    moved, after = compiled(stored_by.update)(g, stored, FEWER)
     assert jax.tree.structure(after) == jax.tree.structure(expected)
-    whole, _ = exact.update(g, state, FEWER)
+    whole, _ = compiled(exact.update)(g, state, FEWER)
     a, b = (np.ravel(x["m"]).astype(float) for x in (moved, whole))
     # Cosines of formats that keep every nu, and of those that keep means, on random gradients.
     least = 0.9 if moments in ("factored", "blockmean") else 0.99

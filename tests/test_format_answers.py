@@ -79,7 +79,7 @@ class Talkative(formats.BaseFormat, Another):
         (OtherBlocks(), 256, True, 256, None),
         (Talkative(), 0, False, None, None),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_answers(format, block, rows, kernel, native):
     names = ("block", "stores_rows", "kernel_block", "native_code")

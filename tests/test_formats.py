@@ -192,6 +192,7 @@ def test_four_bits_round_nu_to_the_right_logarithm_on_average():
     assert abs(error.mean()) < 0.05
 
 
+@pytest.mark.unoptimized  # shapes; codes of numbers to their unit
 @pytest.mark.parametrize("name", PER_ELEMENT)
 @pytest.mark.parametrize(
     "shape", [(4, 256), (3, 100), (2, 257), (5, 511), (2, 3, 130), (3, 640), (1, 1)]

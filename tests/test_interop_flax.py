@@ -10,54 +10,29 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import linen as nn
 from flax import nnx, serialization
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
+from flax_networks import (
+    STEPS,
+    TRANSFORMATIONS,
+    Network,
+    linen_state,
+    linen_step,
+    loss_of,
+    train_step,
+)
 
 import adamfn
 from adamfn.interop.flax import Optimizer, TrainState
 
-X = jnp.asarray(np.random.default_rng(0).standard_normal((16, 8)), jnp.float32)
-Y = jnp.sin(X[:, :3])
-STEPS = 20
-TRANSFORMATIONS = {
-    "adam": lambda: adamfn.adam(3e-3),
-    "adamw": lambda: adamfn.adamw(optax.cosine_decay_schedule(3e-3, STEPS)),
-    "8bit": lambda: adamfn.adamw(3e-3, moments="8bit"),
-    "clipped": lambda: adamfn.chain(optax.clip_by_global_norm(0.1), adamfn.adamw(3e-3)),
-    "MultiSteps": lambda: optax.MultiSteps(adamfn.adamw(3e-3), 2),
-    "optax": lambda: optax.adamw(3e-3),
-}
+# Two curves of one run, apart by roundings; copies of states, to the bit; and errors.
+pytestmark = pytest.mark.unoptimized
 # Roundings of float32, which training pulls apart; in 8 bits one can turn a code to its neighbour.
 TOLERANCE = dict.fromkeys(TRANSFORMATIONS, 1e-5) | {"8bit": 1e-4}
 OF_A_LOSS = 5e-7  # four roundings of the first loss, which is 1: later ones are sums that cancel
-native = pytest.mark.skipif(adamfn.backend().name != "native", reason="there is no native code")
-
-
-class Network(nnx.Module):
-    def __init__(self, width=128):
-        rngs = nnx.Rngs(0)
-        self.hidden = nnx.Linear(8, width, rngs=rngs)
-        self.norm = nnx.BatchNorm(width, rngs=rngs)  # has variables that are no parameters
-        self.inner = nnx.Linear(width, width, use_bias=False, rngs=rngs)
-        self.out = nnx.Linear(width, 3, rngs=rngs)
-
-    def __call__(self, x):
-        return self.out(self.inner(nnx.relu(self.norm(self.hidden(x)))))
-
-
-def loss_of(model):
-    return jnp.mean((model(X) - Y) ** 2)
-
-
-def train_step(model, optimizer, wrt=nnx.Param, **extra):
-    loss, grads = nnx.value_and_grad(loss_of, argnums=nnx.DiffState(0, wrt))(model)
-    optimizer.update(model, grads, **extra)
-    return loss
 
 
 def arrays(tree):
@@ -66,26 +41,6 @@ def arrays(tree):
 
 def assert_equal(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
-
-
-class Dense(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(3)(nn.Dense(128, use_bias=False)(nn.relu(nn.Dense(128)(x))))
-
-
-def linen_state(cls, tx, **fields):
-    model = Dense()
-    params = model.init(jax.random.key(0), X)["params"]
-    return cls.create(apply_fn=model.apply, params=params, tx=tx, **fields)
-
-
-def linen_step(state, **extra):
-    def loss_of(params):
-        return jnp.mean((state.apply_fn({"params": params}, X) - Y) ** 2)
-
-    loss, grads = jax.value_and_grad(loss_of)(state.params)
-    return state.apply_gradients(grads=grads, **extra), loss
 
 
 # Curves
@@ -132,44 +87,6 @@ def test_models_as_graphs_and_as_trees(graph):
     found = [float(train_step(model, optimizer)) for _ in range(5)]
     expected = [float(train_step(same, theirs)) for _ in range(5)]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
-# The step that is compiled
-
-
-def compiled_nnx(cls, name):
-    model = Network(1024)
-    optimizer = cls(model, TRANSFORMATIONS[name](), wrt=nnx.Param)
-    lowered = nnx.jit(train_step, donate_argnums=(0, 1)).lower(model, optimizer)
-    return lowered.compile().compiled, nnx.state((model, optimizer))
-
-
-def compiled_linen(cls, name):
-    state = linen_state(cls, TRANSFORMATIONS[name]())
-    return jax.jit(linen_step, donate_argnums=0).lower(state).compile(), state
-
-
-@native
-@pytest.mark.parametrize("name", ["adam", "adamw", "8bit", "clipped"])
-def test_a_donated_step_needs_memory_for_gradients_alone(name):
-    gradients = 4 * 1024**2  # the inner layer's; the others are a hundredth of it
-    ours, carried = compiled_nnx(Optimizer, name)
-    theirs, _ = compiled_nnx(nnx.Optimizer, name)
-    assert "adamfn_step" in ours.as_text()
-    assert ours.memory_analysis().temp_size_in_bytes < 1.1 * gradients
-    if name == "8bit":  # in float32 XLA folds the update into the sum
-        assert theirs.memory_analysis().temp_size_in_bytes > 2 * gradients  # updates too
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(carried))
-    assert ours.memory_analysis().alias_size_in_bytes == held - 4  # the last rate, which none reads
-
-
-@native
-@pytest.mark.parametrize("name", ["adam", "adamw", "8bit", "clipped"])
-def test_a_donated_train_state_is_written_in_place(name):
-    ours, carried = compiled_linen(TrainState, name)
-    assert "adamfn_step" in ours.as_text()
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(carried.replace(step=jnp.zeros((), int))))
-    assert ours.memory_analysis().alias_size_in_bytes == held - 4  # as above
 
 
 # What flax's can do

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import adamfn
-from adamfn.chains.layout import Packed
+from adamfn.chains.packed import Packed
 
 SHAPES = {"large": (200, 300), "vectors": [(1,), (33,), (0,), (1000,)], "scalar": ()}
 

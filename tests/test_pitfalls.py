@@ -17,6 +17,9 @@ import reference
 
 import adamfn
 
+# What those issues name goes wrong by far more than a rounding.
+pytestmark = pytest.mark.unoptimized
+
 DTYPES = [jnp.float32, jnp.float16, jnp.bfloat16]
 RECIPES = {
     "adam": adamfn.adam(0.1),
@@ -32,23 +35,6 @@ def _own_trace_counts():
 
 def dtypes(tree):
     return jax.tree.map(lambda x: (x.dtype, x.weak_type), tree)
-
-
-def trajectory(tx, gradients):
-    """The sums of the updates, in float64 so that the sum's own roundings do not show."""
-    zeros = jnp.zeros_like(gradients[0])
-
-    def step(state, g):
-        updates, state = tx.update(g, state, zeros)
-        return state, updates
-
-    _, moves = jax.jit(lambda gs: jax.lax.scan(step, tx.init(zeros), gs))(gradients)
-    return np.cumsum(np.float64(moves), axis=0)
-
-
-def apart(found, expected):
-    """The largest distance at any step, relative to the way gone until then."""
-    return np.max(np.max(np.abs(found - expected), 1) / np.max(np.abs(expected), 1))
 
 
 def test_206_the_rate_applied_is_read_from_the_state():
@@ -144,21 +130,6 @@ def test_1426_weight_decay_may_be_a_schedule(wrap, mask):
     assert rates[0] == 0.5
     assert rates[-1] == 0.0
     assert len(set(rates)) == 7
-
-
-@pytest.mark.parametrize("kind", ["noise", "constant"])
-def test_1532_injected_hyperparameters_do_not_drift(kind):
-    """Optax #1532: a trajectory with inject_hyperparams left the one without."""
-    normal = np.random.default_rng(3).standard_normal
-    noise = normal((1000, 64)) if kind == "noise" else np.ones((1000, 64))
-    gradients = jnp.float32(noise * np.logspace(-4, 1, 64))
-
-    def drift(adam):
-        injected = optax.inject_hyperparams(adam)(learning_rate=1e-3)
-        return apart(trajectory(injected, gradients), trajectory(adam(1e-3), gradients))
-
-    assert drift(adamfn.adam) < 1e-6
-    assert drift(optax.adam) > 3e-6
 
 
 def test_1414_b2_injected_as_bfloat16_is_refused():

@@ -86,7 +86,7 @@ def test_a_block_that_is_cut_is_refused_by_name():
     tx = sharded(adamfn.adam(moments="8bit"), on(P(None, "model")))
     params = {"w": abstract(64, 256)}
     state = jax.eval_shape(adamfn.adam(moments="8bit").init, params)
-    expected = r"leaf at w is float32\[64,256\].*has 128 of its last .*blocks of 256.*whole_blocks"
+    expected = r"leaf at w is float32\[64,256\].*has 128 elements of its last .*blocks of 256.*whole_blocks"
     with pytest.raises(ValueError, match=expected):
         jax.eval_shape(functools.partial(adamfn.step, tx), params, state, params)
 

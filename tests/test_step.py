@@ -67,6 +67,7 @@ def assert_same_params(found, expected):
     )
 
 
+@pytest.mark.unoptimized  # operation by operation
 @pytest.mark.parametrize(
     "tx", [optax.adam(0.1), optax.chain(adamfn.adam(0.1))], ids=["optax", "inside optax"]
 )
@@ -258,6 +259,7 @@ def test_a_new_rate_compiles_nothing():
     assert state[-1].learning_rate == np.float32(0.2)
 
 
+@pytest.mark.unoptimized  # what JAX makes of a step, not its last digits
 @pytest.mark.parametrize("moments", ["float32", "8bit"])
 def test_vmap_scan_grad_and_donation(moments):
     tx = adamfn.adam(0.1, moments=moments)
@@ -301,6 +303,18 @@ def test_a_donated_step_is_in_place(moments):
     compiled = step.lower(params, tx.init(params), params).compile()
     # The scalars, and the thousand numbers behind them by which XLA counts the cost: no leaf.
     assert compiled.memory_analysis().temp_size_in_bytes < 4096 + 4 * 1000
+
+
+@pytest.mark.parametrize("moments", adamfn.formats.FORMATS)
+def test_temporary_memory_of_a_compiled_update(moments):
+    # GPT-2's proportions: a third of it is one leaf.
+    shapes = [(2048, 512), (1000,)] + [(256, 2368)] * 4
+    params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    tx = adamfn.adamw(moments=moments)
+    state = jax.eval_shape(tx.init, params)
+    compiled = jax.jit(tx.update, donate_argnums=1).lower(params, state, params).compile()
+    # Measured: 0.7 to 2.9.
+    assert compiled.memory_analysis().temp_size_in_bytes <= 4 * (4 * 2048 * 512)
 
 
 def test_gradients_and_parameters_that_are_one_array():

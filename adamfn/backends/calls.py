@@ -1,7 +1,7 @@
 """Calls of programs: which leaves share a call, and how a call is made."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from adamfn.backends.primitive import Backend, bind_primitive
 from adamfn.backends.shards import run_on_shards
 from adamfn.backends.xla import run_call, run_whole
 from adamfn.core.leaf import Leaf
-from adamfn.core.placement import Shards
+from adamfn.core.placement import Shards, split_like, split_together
 from adamfn.core.program import Call, Program
 from adamfn.core.stage import Stage
 from adamfn.core.varying import axes_of
@@ -83,9 +83,12 @@ def together(
 
 
 def run_leaves(
-    step: Step, program: Program, places: tuple[int, ...], leaves: Sequence[Leaf]
+    step: Step, program: Program, places: tuple[int, ...], leaves: Sequence[Leaf], last: bool
 ) -> None:
-    """Runs a program on some leaves, and puts the results into them."""
+    """Runs a program on some leaves, and puts the results into them.
+
+    Updates of the last segment are split over a mesh as gradients are; those before, as moments.
+    """
     rows = [[leaf.kept[place] for place in places] for leaf in leaves]
     vector = step.vector(places, program.dtype)
     if program.fused:
@@ -96,7 +99,9 @@ def run_leaves(
         operands = [vector, step.count, indices, *jax.tree.leaves(rows), *grads, *params]
         if not program.known:
             jax.eval_shape(partial(run_call, call), *operands)  # mistakes show before it lowers
-        results = bind(call, step.backend, leaves[0].shards, operands)
+        shards = leaves[0].shards
+        shards = shards if shards is None or last else replace(shards, home=shards.axes)
+        results = bind(call, step.backend, shards, operands)
         rows = jax.tree.unflatten(call.kept, results[: call.arrays_kept])
         moved = [results[call.arrays_kept :][k :: len(leaves)] for k in range(len(leaves))]
     else:
@@ -105,8 +110,11 @@ def run_leaves(
         given += [leaf.seen] if program.given_grads else []
         arrays = leaf.update, leaf.param if program.reads_params else None, row
         index = np.uint32(leaf.index)
-        row, one = run_whole(program, vector, step.count, index, arrays, given)
-        rows, moved = [row], [one]
+        homes = [] if program.update_dtype is None else [leaf.grad if last else leaf.update]
+        homes += [leaf.param] if program.moves else []
+        arrays, given = split_together((arrays, given), leaf.update, row)
+        new, one = run_whole(program, vector, step.count, index, arrays, given)
+        rows, moved = [jax.tree.map(split_like, new, row)], [[*map(split_like, one, homes)]]
     for leaf, row, own in zip(leaves, rows, moved, strict=True):
         for place, new in zip(places, row, strict=True):
             leaf.kept[place] = new
@@ -120,9 +128,7 @@ def run_leaves(
 def bind(
     call: Call, backend: Backend, shards: Shards | None, operands: list[jax.Array]
 ) -> list[jax.Array]:
-    """The results of a call: by XLA alone, on the shards of its leaves, or as a primitive."""
+    """The results of a call, on the shards of its leaves if they are split."""
     if shards is not None:
         return run_on_shards(call, backend, shards, operands)
-    return (
-        run_call(call, *operands) if backend == "xla" else bind_primitive(call, backend, operands)
-    )
+    return bind_primitive(call, backend, operands)

@@ -89,12 +89,13 @@ def format_of(program: Program) -> Format | None:
 def can_run(call: Call, avals: Any) -> bool:
     """Whether a call can run in native code here, and gains by it."""
     # Of a float32 update alone XLA makes as few passes, with the parameters' sum in the last.
-    format = format_of(call.program)
-    if not call.program.moves and format is None and not bits_of(call.program):
+    format, bits = format_of(call.program), bits_of(call.program)
+    if not call.program.moves and format is None and not bits:
         return False
     leaves = avals[3 + call.arrays_kept :]
     return (
         answer(format, "native_code") is not None
+        and call.program.update_dtype in (None, jnp.float32 if bits else leaves[0].dtype)
         and call.program.dtype == jnp.float32
         and all(aval.dtype in (jnp.float32, jnp.bfloat16) for aval in leaves)
         and scalar_places(call.program) is not None

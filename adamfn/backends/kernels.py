@@ -1,7 +1,4 @@
-"""Which Pallas kernel runs a leaf's program: Mosaic's on TPU, Triton's on GPU.
-
-`means` is none, but serves on GPU where a kernel would move more.
-"""
+"""Which Pallas kernel runs the program of a leaf: by Mosaic on TPU, by Triton on GPU."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,20 +7,19 @@ from typing import Any
 
 import jax
 
-from adamfn.backends import means
 from adamfn.backends.tile import common_block
 from adamfn.backends.tpu import kernel as mosaic
 from adamfn.core.program import Call
 
 _by_triton: tuple[Any, ...] = ()
-if find_spec("jax.experimental.pallas.triton"):  # which JAX will drop: XLA then runs what it ran
+if find_spec("jax.experimental.pallas.triton"):  # which JAX will drop
     from adamfn.backends import gpu as triton
 
     _by_triton = (triton,)
 
 _KERNELS: dict[str, tuple[Any, ...]] = {
-    "cuda": (*_by_triton, means),
-    "rocm": (*_by_triton, means),
+    "cuda": _by_triton,
+    "rocm": _by_triton,
     "tpu": (mosaic,),
     "cpu": (mosaic, *_by_triton),  # interpreted
 }
@@ -32,10 +28,10 @@ _KERNELS: dict[str, tuple[Any, ...]] = {
 def kernel_for(
     call: Call, avals: Sequence[Any], platform: str, *, asked: bool
 ) -> Callable[..., list[jax.Array]] | None:
-    """The kernel for a call on a platform, as `run_call` of it; None if XLA is to run it.
+    """A kernel that replaces `run_call` for a call on a platform; None if XLA is to run it.
 
-    Unasked, there is one for formats that store by blocks alone: of what needs no block XLA makes
-    one kernel by itself.
+    If it is not asked for, there is one for formats with blocks only: XLA makes one kernel of an
+    elementwise program by itself.
     """
     block = common_block(call, avals)
     if block is None or not (block or asked):

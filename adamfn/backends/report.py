@@ -1,10 +1,12 @@
-"""`backend`: what runs programs here, and why."""
+"""`backend`: what runs programs on this machine, and why."""
 
 from typing import NamedTuple
 
 import jax
 
 from adamfn.backends.native import loader
+
+_KERNELS = {"tpu": ("8 and 4 bits, factored and blockmean", "Mosaic")}
 
 
 class Runner(NamedTuple):
@@ -17,12 +19,12 @@ class Runner(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        """In words."""
+        """As a sentence."""
         return f"{self.name} on {self.platform}: {self.reason}"
 
 
 def backend(platform: str | None = None) -> Runner:
-    """What runs `update` and `step` of our chains, and why.
+    """Says what runs `update` and `step` of a chain, and why.
 
     Args:
       platform: `"cpu"`, `"gpu"` or `"tpu"`; None for JAX's default.
@@ -39,13 +41,11 @@ def backend(platform: str | None = None) -> Runner:
     XLA fuses the rest.
     """
     platform = jax.default_backend() if platform is None else platform
-    known = ("cpu", "gpu", "cuda", "rocm", "tpu", jax.default_backend())
+    known = dict.fromkeys(("cpu", "gpu", "cuda", "rocm", "tpu", jax.default_backend()))
     if platform not in known:
         raise ValueError(f"backend: platform is {platform!r}; expected one of {', '.join(known)}.")
     if platform != "cpu":
-        kept, compiler = "8 and 4 bits", "Triton"
-        if platform == "tpu":
-            kept, compiler = "8 and 4 bits, factored and blockmean", "Mosaic"
+        kept, compiler = _KERNELS.get(platform, ("8 and 4 bits", "Triton"))
         reason = f"moments in {kept} in one kernel a leaf, by {compiler}; XLA fuses the rest."
         return Runner(platform, "kernels", reason)
     native = loader.load()

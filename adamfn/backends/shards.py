@@ -13,7 +13,16 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from adamfn.backends.primitive import Backend, bind_primitive
 from adamfn.core.leaf import Leaf
-from adamfn.core.placement import Axes, Path, Shards, axes_beside, axes_of_spec, size, spec_of
+from adamfn.core.placement import (
+    Axes,
+    Path,
+    Shards,
+    axes_beside,
+    axes_of_spec,
+    size,
+    spec_of,
+    split_like,
+)
 from adamfn.core.program import Call
 from adamfn.formats.blocks import cut_block
 from adamfn.formats.format import answer
@@ -37,10 +46,10 @@ def split_of(leaf: Leaf, given: Mapping[Path, Shards] | None) -> Shards | None:
       ValueError: a shard would have a part of a block; names the leaf.
     """
     shards = _by_type(leaf) if given is None else given.get(leaf.path)
-    return shards if shards and _can_split(leaf, shards) else None
+    return shards if shards and _can_split(leaf, shards, asked=given is not None) else None
 
 
-def _can_split(leaf: Leaf, shards: Shards) -> bool:
+def _can_split(leaf: Leaf, shards: Shards, *, asked: bool) -> bool:
     if len(set(shards.mesh.axis_types)) > 1:
         return False
     last = size(shards.axes[-1], shards.mesh) if shards.axes else 1
@@ -50,7 +59,7 @@ def _can_split(leaf: Leaf, shards: Shards) -> bool:
         if block is None:
             return False
         cut = cut_block(block, shape, last)
-        if cut is not None and shards.home is None and shape[-1] <= cut:
+        if cut is not None and not asked and shape[-1] <= cut:
             return False  # JAX can reshape what is split within the one block of a row
         if cut is not None:
             raise ValueError(
@@ -70,7 +79,8 @@ def _by_type(leaf: Leaf) -> Shards | None:
         return None
     arrays = [x for x in jax.tree.leaves((leaf.kept, leaf.param, g)) if jnp.shape(x) == g.shape]
     found = next(own for own in map(_sharding_in_type, arrays) if _is_explicit(own.mesh))
-    return Shards(found.mesh, axes_of_spec(found.spec, g.ndim))
+    home = axes_of_spec(_sharding_in_type(g).spec, g.ndim)
+    return Shards(found.mesh, axes_of_spec(found.spec, g.ndim), home)
 
 
 def _sharding_in_type(x: Any) -> Any:
@@ -118,8 +128,16 @@ def run_on_shards(
         out_specs=specs[: len(like)],
         check_vma=False,  # a leaf that is everywhere is computed everywhere
     )(vector, count, numbers, [_laid(x, mesh, s) for x, s in zip(arrays, specs, strict=True)])
-    homes = [None] * len(kept) + [shards.home] * (len(like) - len(kept))
-    return [_brought(x, was, home, mesh) for x, was, home in zip(results, like, homes, strict=True)]
+    if _is_explicit(mesh):
+        n, ends = len(kept), len(kept) + len(updates)
+        return [
+            *map(split_like, results[:n], kept),
+            *(_laid(x, mesh, spec_of(shards.home)) for x in results[n:ends]),
+            *map(split_like, results[ends:], like[ends:]),
+        ]
+    home = NamedSharding(mesh, spec_of(shards.home))
+    moved = [jax.lax.with_sharding_constraint(x, home) for x in results[len(kept) :]]
+    return [*results[: len(kept)], *moved]
 
 
 def _first_number(strides: Sequence[int], shard: jax.Array, axes: Axes) -> jax.Array:
@@ -138,16 +156,6 @@ def _laid(x: jax.Array, mesh: Any, spec: PartitionSpec) -> jax.Array:
     if not _is_explicit(mesh) or mine.mesh.empty:
         return x
     return jax.sharding.reshard(x, NamedSharding(mine.mesh, spec))
-
-
-def _brought(x: jax.Array, like: jax.Array, home: Axes | None, mesh: Any) -> jax.Array:
-    """A result, brought where it belongs."""
-    theirs = _sharding_in_type(like)
-    if _is_explicit(mesh):
-        return x if theirs.mesh.empty else jax.sharding.reshard(x, theirs)
-    if home is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_of(home)))
 
 
 def _is_explicit(mesh: Mesh | AbstractMesh) -> bool:

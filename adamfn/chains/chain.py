@@ -126,12 +126,6 @@ class Wrapped(Chain):
         """The state of the chain inside."""
         return self.inner.init(params)
 
-
-class _WithBackend(Wrapped):
-    def __init__(self, inner: Chain, backend: Backend) -> None:
-        super().__init__(inner)
-        self._backend: Backend = backend
-
     def advance(
         self,
         updates: PyTree,
@@ -140,8 +134,22 @@ class _WithBackend(Wrapped):
         extra: Mapping[str, Any],
         wanted: Wanted,
     ) -> Moved:
-        wanted = wanted._replace(backend=self._backend)
-        return self.inner.advance(updates, state, params, extra, wanted)
+        """One step of the chain inside."""
+        like = updates if params is None else where_updated(params, updates)
+        return self.inner.advance(updates, state, params, extra, self.adjusted(wanted, like))
+
+    def adjusted(self, wanted: Wanted, like: PyTree) -> Wanted:
+        """What the wrapper wants of the chain inside; `like` has the shapes of the leaves."""
+        return wanted
+
+
+class _WithBackend(Wrapped):
+    def __init__(self, inner: Chain, backend: Backend) -> None:
+        super().__init__(inner)
+        self._backend: Backend = backend
+
+    def adjusted(self, wanted: Wanted, like: PyTree) -> Wanted:
+        return wanted._replace(backend=self._backend)
 
 
 def chain_of(tx: Any) -> Chain | None:

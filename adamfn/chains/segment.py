@@ -114,7 +114,7 @@ def run(
                 made[key] = program_of(step, segment, leaf, ends)
             programs.append(made[key])
         for program, places, own in together(step, programs, leaves, segment):
-            run_leaves(step, program, places, own)
+            run_leaves(step, program, places, own, last=segment is segments[-1])
     paths = [leaf.path for leaf in leaves]
     next_states: list[PyTree] = []
     for place, (stage, state) in enumerate(zip(stages, states, strict=True)):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from adamfn.core.hyperparameters import scalar
 
@@ -96,14 +97,24 @@ def decay(name: str, value: Any) -> Decay:
     return Decay(Shares(complement, rate), jnp.where(rate == 0, _LOG_OF_ZERO, jnp.log1p(-some)))
 
 
+def times(x: jax.Array, factor: chex.Numeric) -> jax.Array:
+    """The product of an array and a scalar. Operations of `lax` are faster to trace."""
+    return lax.mul(x, lax.full_like(x, factor))
+
+
+def plus(x: jax.Array, term: chex.Numeric) -> jax.Array:
+    """The sum of an array and a scalar."""
+    return lax.add(x, lax.full_like(x, term))
+
+
 def average(old: jax.Array, new: jax.Array, b: Shares) -> jax.Array:
     """One step of the average, `b old + (1 - b) new`.
 
     It steps from the nearer end: that rounds about half as much, and with b = 0 it returns `new` to
     the last bit.
     """
-    step = new - old
-    from_old = old + b.complement * step
+    step = lax.sub(new, old)
+    from_old = lax.add(old, times(step, b.complement))
     return from_old if b.rate is None else jnp.where(b.rate < 0.5, new - b.rate * step, from_old)
 
 
@@ -120,7 +131,8 @@ def bounded(g: jax.Array) -> jax.Array:
         size = jnp.maximum(abs(g.real), abs(g.imag))
         over = (size > largest) & (size <= info.max)
         return g * jnp.where(over, largest / jnp.where(over, size, 1), 1)
-    return jnp.where(abs(g) <= info.max, jnp.clip(g, -largest, largest), g)
+    finite = lax.le(lax.abs(g), lax.full_like(g, info.max))
+    return lax.select(finite, lax.clamp(-largest, g, largest), g)
 
 
 def averaged(
@@ -128,7 +140,8 @@ def averaged(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The bounded gradient, and both averages after it: of g and of |g|^2."""
     g = bounded(g)
-    return g, average(mu, g, at.b1), average(nu, jnp.real(g * jnp.conj(g)), at.b2)
+    square = jnp.real(g * jnp.conj(g)) if jnp.iscomplexobj(g) else lax.mul(g, g)
+    return g, average(mu, g, at.b1), average(nu, square, at.b2)
 
 
 def bias(b: Decay, count: jax.Array) -> jax.Array:

@@ -10,8 +10,9 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from adamfn.core.averages import MomentScalars, average, averaged
+from adamfn.core.averages import MomentScalars, average, averaged, plus, times
 from adamfn.formats.bits import quotient, root
 
 Array: TypeAlias = jax.Array
@@ -26,12 +27,12 @@ def unchanged(u: Array) -> Array:
 
 def multiply(u: Array, factor: Array) -> Array:
     """The formula of `bias_correct`, `scale_by_lr` and `clip_by_global_norm`."""
-    return u * factor
+    return times(u, factor)
 
 
 def add_multiple(u: Array, p: Array, rate: Array) -> Array:
     """The formula of `add_decayed_weights` and `add_corrected_decay`."""
-    return u + rate * p
+    return lax.add(u, times(p, rate))
 
 
 def add_agreeing_multiple(u: Array, p: Array, rate: Array) -> Array:
@@ -44,7 +45,7 @@ def ratio(g: Array, mu: Array, nu: Array, at: MomentScalars, ahead: Array | None
     g, mu, nu = averaged(g, mu, nu, at)
     share = at.b1.complement
     m = mu if ahead is None else mu * ((1 - share) * ahead) + g * share
-    return quotient(m, root(nu + at.eps_root) + at.eps), mu, nu
+    return quotient(m, plus(root(plus(nu, at.eps_root)), at.eps)), mu, nu
 
 
 def max_ratio(g: Array, mu: Array, nu: Array, nu_max: Array, at: MomentScalars) -> Arrays:

@@ -1,14 +1,14 @@
-"""Where the parameters are, in a form to reason about, and what is wrong if they cannot be."""
+"""Where parameters are on a mesh, and where the arrays of a state belong beside them."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adamfn.core.varying import vary_together
 from adamfn.trees import PyTree, describe
@@ -33,8 +33,8 @@ class Shards:
     mesh: Mesh | AbstractMesh
     axes: Axes
     """The mesh axes that split each dimension of its moments."""
-    home: Axes | None = None
-    """Likewise of the parameter, where results belong; None for the place of their operands."""
+    home: Axes
+    """Likewise of the updates. So are parameters, unless explicit axes split them otherwise."""
 
 
 def size(names: Sequence[str], mesh: Mesh | AbstractMesh) -> int:
@@ -51,38 +51,37 @@ def place(
       caller: what error messages begin with.
       params: the parameters.
       shardings: a `NamedSharding` for each of them, or for each subtree.
-      all_used: whether one that is for no parameter is a mistake.
+      all_used: whether to refuse a sharding of no parameter.
 
     Raises:
       ValueError, TypeError: as `state_shardings`.
     """
-    given = cast("dict[Path, Any]", dict(jax.tree.leaves_with_path(shardings)))
-    for path, sharding in given.items():
-        if not isinstance(sharding, NamedSharding):
-            raise TypeError(
-                f"{caller}: shardings at {_name(path)} is {_describe(sharding)}; expected a"
-                " jax.sharding.NamedSharding, which knows its mesh."
-            )
-    first = next(iter(given.items()), None)
-    if first is None:
+    given: dict[Path, Any] = dict(jax.tree.leaves_with_path(shardings))
+    if not given:
         raise ValueError(
             f"{caller}: shardings has no leaves; expected a NamedSharding for each parameter,"
             " or one for all of them, such as NamedSharding(mesh, PartitionSpec())."
         )
+    first = next(iter(given))
     for path, sharding in given.items():
-        if sharding.mesh != first[1].mesh:
+        if not isinstance(sharding, NamedSharding):
+            is_spec = isinstance(sharding, PartitionSpec)
+            found = f"the spec {sharding}" if is_spec else describe(sharding)
+            raise TypeError(
+                f"{caller}: shardings at {_name(path)} is {found}; expected a"
+                " jax.sharding.NamedSharding, which knows its mesh."
+            )
+        if sharding.mesh != given[first].mesh:
             raise ValueError(
                 f"{caller}: the sharding at {_name(path)} is on {sharding.mesh}, and that at"
-                f" {_name(first[0])} on {first[1].mesh}; expected one mesh for all of them."
+                f" {_name(first)} on {given[first].mesh}; expected one mesh for all of them."
             )
     placed: dict[Path, Placed] = {}
-    used: set[Path] = set()
-    leaves = cast("list[tuple[Path, Any]]", jax.tree.leaves_with_path(params, is_leaf=_is_none))
+    unused, mesh = {*given} - {()} if all_used else set[Path](), given[first].mesh
+    leaves: list[tuple[Path, Any]] = jax.tree.leaves_with_path(params, is_leaf=lambda x: x is None)
     for path, leaf in leaves:
-        heads = (path[:length] for length in range(len(path) + 1))
-        head = next((head for head in heads if head in given), None)
-        if head is not None:
-            used.add(head)
+        head = next((path[:k] for k in range(len(path) + 1) if path[:k] in given), None)
+        unused -= {head}
         if leaf is None:
             continue
         if head is None:
@@ -91,26 +90,31 @@ def place(
                 f" {describe(leaf)}; expected a NamedSharding there or above it. Make them from"
                 " params: jax.tree.map(lambda p: NamedSharding(mesh, ...), params)."
             )
-        sharding = given[head]
-        placed[path] = Placed(
-            leaf.shape, _axes_on(caller, path, leaf, sharding), sharding.memory_kind
-        )
-    for path in given:
-        if all_used and path and path not in used:
+        spec = given[head].spec
+        axes = axes_of_spec(spec, leaf.ndim)
+        if len(axes) > leaf.ndim or any(map(lambda n, x: n % size(x, mesh), leaf.shape, axes)):
+            sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
             raise ValueError(
-                f"{caller}: found a sharding at {_name(path)}, where params has no leaf;"
-                " expected shardings with the structure of params, or of its upper part."
+                f"{caller}: the parameter at {_name(path)} is {describe(leaf)}, and its"
+                f" sharding is {spec} on a mesh of {sizes}; expected at most one entry a"
+                " dimension, and axes whose sizes divide it."
             )
-    return placed, first[1].mesh
+        placed[path] = Placed(leaf.shape, axes, given[head].memory_kind)
+    for path in unused:
+        raise ValueError(
+            f"{caller}: found a sharding at {_name(path)}, where params has no leaf;"
+            " expected shardings with the structure of params, or of its upper part."
+        )
+    return placed, mesh
 
 
 def axes_beside(
     shape: tuple[int, ...], whole: tuple[int, ...], axes: Axes, mesh: Mesh | AbstractMesh
 ) -> Axes:
-    """The axes that split an array of the state, for those that split its parameter.
+    """The axes that split an array of the state, given the axes that split its parameter.
 
-    A dimension that is shorter than the parameter's has one number for each block of its elements,
-    and is split if no shard has a part of a block.
+    A dimension shorter than the parameter's has an entry for each block of elements, and is split
+    if no shard has a part of a block.
     """
 
     def divides(n: int, m: int, names: tuple[str, ...]) -> bool:
@@ -128,65 +132,44 @@ def spec_of(axes: Axes) -> PartitionSpec:
 
 
 def axes_of_spec(spec: PartitionSpec, dimensions: int) -> Axes:
-    """The axes that a `PartitionSpec` names for each of so many dimensions."""
+    """The inverse of `spec_of`, for an array with so many dimensions."""
     names = tuple(spec) + (None,) * (dimensions - len(spec))
     return tuple((n,) if isinstance(n, str) else tuple(n or ()) for n in names)
 
 
-def zeros_beside(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Zeros that lie where a parameter lies, and are split as it is where that cuts no block.
+def split_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """The array, split as another one whose type names explicit axes of a mesh."""
+    theirs = jax.typeof(like).sharding
+    is_explicit = AxisType.Explicit in theirs.mesh.axis_types
+    return jax.sharding.reshard(x, theirs) if is_explicit else x
 
-    Args:
-      leaf: the parameter.
-      like: the shape and dtype of the zeros.
-    """
+
+def split_together(arrays: PyTree, update: jax.Array, kept: PyTree) -> PyTree:
+    """Arrays of one leaf, those of its shape split like what is kept of it, or else its update."""
+    like = next(x for x in jax.tree.leaves((kept, update)) if x.shape == update.shape)
+    return jax.tree.map(lambda x: split_like(x, like) if x.shape == like.shape else x, arrays)
+
+
+def zeros_beside(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros of another shape and dtype beside a parameter, split as it is if this cuts no block."""
     if like.shape == jnp.shape(leaf):
         return jnp.zeros_like(leaf, like.dtype)
-    traced = isinstance(leaf, Tracer)
-    device = None
+    traced, device = isinstance(leaf, Tracer), None
     if traced or getattr(leaf, "committed", False):
-        # What is traced says in its type along which explicit axes of a mesh it is split.
+        # The type of a traced array says which explicit axes of a mesh split it.
         device = jax.typeof(leaf).sharding if traced else leaf.sharding
     if isinstance(device, NamedSharding):
         axes: Axes = ()
         if len(like.shape) == leaf.ndim:
             whole = axes_of_spec(device.spec, leaf.ndim)
             axes = axes_beside(like.shape, leaf.shape, whole, device.mesh)
-        device = NamedSharding(device.mesh, spec_of(axes), memory_kind=device.memory_kind)
-        if traced and not any(axes):
-            device = None
+        split = NamedSharding(device.mesh, spec_of(axes), memory_kind=device.memory_kind)
+        device = split if any(axes) or not traced else None
     elif device is not None and len(device.device_set) > 1:
-        device = None  # a sharding of the parameter's own shape
+        device = None  # a sharding of this one shape
     zeros = jnp.zeros(like.shape, like.dtype, device=device)
     return vary_together([zeros, leaf])[0] if traced else zeros
 
 
-def _axes_on(caller: str, path: Path, leaf: Any, sharding: NamedSharding) -> Axes:
-    """The axes that split a parameter, checked."""
-    axes = axes_of_spec(sharding.spec, leaf.ndim)
-    if len(axes) > leaf.ndim or any(
-        n % size(names, sharding.mesh) for n, names in zip(leaf.shape, axes, strict=True)
-    ):
-        raise ValueError(
-            f"{caller}: the parameter at {_name(path)} is {describe(leaf)}, and its"
-            f" sharding is {sharding.spec} on a mesh of {_sizes(sharding.mesh)}; expected at most"
-            " one entry a dimension, and axes whose sizes divide it."
-        )
-    return axes
-
-
-def _sizes(mesh: Mesh | AbstractMesh) -> str:
-    return ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
-
-
 def _name(path: Path) -> str:
     return jax.tree_util.keystr(path) or "the root"
-
-
-def _describe(sharding: Any) -> str:
-    name = type(sharding).__name__
-    return f"the spec {sharding}" if isinstance(sharding, PartitionSpec) else f"a {name}"
-
-
-def _is_none(leaf: Any) -> bool:
-    return leaf is None

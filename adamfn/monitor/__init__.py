@@ -1,14 +1,12 @@
-"""Seeing inside a run: what every layer does while it trains, and what is wrong with it.
+"""Seeing inside a run: figures of every layer while it trains, and what is wrong with it.
 
 `step`, or `observe` before a step, measures every layer; `faults`, `report`, `picture` and `flat`
-show it.
+show the result.
 """
 
-from adamfn.monitor.faults import WORDS, Fault, faults
-from adamfn.monitor.looks import flat, looks
-from adamfn.monitor.observing import Observation, observe
+from adamfn.monitor.observing import Observation, observe, step
 from adamfn.monitor.pictures import picture, report
-from adamfn.monitor.stepping import step
+from adamfn.monitor.reading import WORDS, Fault, faults, flat, looks
 
 __all__ = [
     "WORDS",

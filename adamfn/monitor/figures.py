@@ -1,29 +1,29 @@
-r"""What is measured of one leaf, or of each layer of a stacked one: float32 scalars.
+r"""The figures of one leaf, or of each layer of a stacked one: float32 scalars.
 
 | figure | of the n elements |
 |---|---|
-| `gradient`, `update`, `weight` | root mean squares, $\sqrt{\sum x^2 / n}$; the old weight |
-| `update_over_weight` | their ratio; 0 for a weight of zeros, which has no size yet |
+| `gradient`, `update`, `weight` | root mean squares, $\sqrt{\sum x^2 / n}$; of the old weight |
+| `update_over_weight` | ratio of the two; 0 for a weight of zeros, which has no size yet |
 | `zeros`, `still` | shares of the gradient and of the update that are exactly 0 |
 | `rate` | the learning rate $\alpha$ of the step |
 | `step_10`, `step_50`, `step_90` | quantiles of the effective step, $|u| / \alpha$ |
 | `agreement` | share of nonzero gradients with the sign of mu |
 | `signal` | mean of $\hat m^2 / \hat v$, where v is not 0 |
-| `by_eps` | share of v > 0 with $\sqrt{\hat v} < \epsilon$, where eps is most of the divisor |
+| `by_eps` | share of v > 0 with $\sqrt{\hat v} < \epsilon$: eps is most of the divisor |
 | `lowest`, `highest`, `largest` | shares of nu's codes at either end, of mu's at the largest size |
 | `lost` | share of nonzero updates that rounding a 16-bit weight loses: p + u = p |
 | `not_finite_gradient`, `..._moments`, `..._weight` | how many elements are NaN or infinite |
 
-`signal` is the square of what Kingma and Ba (2015, section 2.1) call the signal-to-noise ratio: 1
-for a constant gradient, (1 - b1) / (1 + b1) = 0.05 for noise alone. There the effective step has a
-median of 0.15, and as mu has the gradient in it, a share 1/2 + asin(sqrt(1 - b1^2)) / pi = 0.64
-agrees. Update over weight is watched in the CS231n notes (about 1e-3), and is what LARS (You,
-Gitman and Ginsburg, 2017) keeps constant. Quantiles come from the shares below 23 steps from 2^-12
-to 8, linear between, so nothing is sorted or sent: right to a tenth; below 2^-12 they are 0.
+`signal` is the square of the signal-to-noise ratio of Kingma and Ba (2015, section 2.1): 1 for a
+constant gradient, (1 - b1) / (1 + b1) = 0.05 for noise alone. For noise the effective step has a
+median of 0.15, and a share 1/2 + asin(sqrt(1 - b1^2)) / pi = 0.64 of the gradients agrees with mu,
+which has them in it. The CS231n notes watch update over weight (about 1e-3); LARS (You, Gitman and
+Ginsburg, 2017) keeps it constant. Quantiles are interpolated from the shares below 23 steps from
+2^-12 to 8, so no device sorts or sends elements. They are right to a tenth; below 2^-12 they are 0.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,6 @@ import numpy as np
 
 from adamfn.chains.transform import wide_sum
 from adamfn.core.varying import vary_together
-from adamfn.formats import EightBit, Format, FourBit, Linear, Pair
 from adamfn.trees import wide_dtype
 
 Figures = dict[str, jax.Array]
@@ -41,20 +40,20 @@ _EDGES = np.exp2(np.array([*range(-12, -4), *np.arange(-4, 3.5, 0.5)], np.float3
 """The steps below which elements are counted."""
 
 _SMALLEST, _LARGEST = 1e-12, 1e12
-"""Between these root mean squares no square overflows, and none that counts vanishes."""
+"""Between these root mean squares no square overflows, and no square that matters vanishes."""
 
 
 class Moments(NamedTuple):
-    """The moments of a leaf, as its stage keeps and as its formula reads them."""
+    """The decoded moments of a leaf, and what follows from them."""
 
     mu: jax.Array
     nu: jax.Array
     ratio: jax.Array | None
-    """Root mean square gradient over noise: the corrected mu over the corrected root; or None."""
+    """The corrected mu over the corrected root of nu; None if the formula is not Adam's."""
     by_eps: jax.Array | None
-    """Where eps is most of the denominator; None if the formula is not Adam's."""
+    """Where eps is most of the denominator; None likewise."""
     ends: dict[str, jax.Array]
-    """`at_the_ends`."""
+    """Where codes are at either end of their levels."""
 
 
 @partial(jax.jit, static_argnames="axis")  # leaves of one shape are traced once
@@ -75,7 +74,7 @@ def measure(
         return jnp.sum(x, axes, dtype=jnp.float32)
 
     def count(where: jax.Array) -> jax.Array:
-        return total(where.astype(jnp.bfloat16))  # what XLA on CPU adds up fastest
+        return total(where.astype(jnp.bfloat16))  # XLA on CPU adds these up fastest
 
     def share(where: jax.Array) -> jax.Array:
         return count(where) / number
@@ -100,24 +99,21 @@ def measure(
     if moments is not None:
         parts["moments"] = (moments.mu, moments.nu)
     sizes = [size(x) for x in (g, u, p)]
-    differences = [total(jnp.abs(x - x)) for x in parts.get("moments", ())]  # 0, or NaN
+    usual = [(x > _SMALLEST) & (x < _LARGEST) for x in sizes]
+    usual += [total(jnp.abs(x - x)) == 0 for x in parts.get("moments", ())]  # else NaN
     # Most leaves are finite and of a usual size: they are read once, and not three times.
-    is_usual = jnp.all(jnp.stack(differences) == 0) if differences else jnp.array(True)
-    for x in sizes:
-        is_usual &= jnp.all((x > _SMALLEST) & (x < _LARGEST))
     gradient, moved, weight, *counts = jax.lax.cond(
-        is_usual,
+        jnp.all(jnp.stack(usual)),
         lambda: vary_together([*sizes, *[jnp.zeros_like(sizes[0])] * len(parts)]),
         lambda: vary_together(
             [*map(size_of_scaled, (g, u, p)), *(not_finite(*part) for part in parts.values())]
         ),
     )
-    scale = jnp.where(weight == 0, 1, weight)
     figures = {
         "gradient": gradient,
         "update": moved,
         "weight": weight,
-        "update_over_weight": jnp.where(weight == 0, 0, moved / scale),
+        "update_over_weight": jnp.where(weight == 0, 0, moved / jnp.where(weight == 0, 1, weight)),
         "zeros": share(g == 0),
         "still": share(u == 0),
     }
@@ -146,35 +142,11 @@ def measure(
 
 def _quantiles(below: jax.Array) -> list[jax.Array]:
     """The steps that `QUANTILES` of the elements are below, from the shares below the edges."""
-    place, edges = (
-        jnp.expand_dims(x, tuple(range(1, below.ndim))) for x in (np.arange(len(_EDGES)), _EDGES)
-    )
-
-    def at(x: jax.Array, index: jax.Array) -> jax.Array:  # no gather, which a mesh may refuse
-        return jnp.sum(jnp.where(place == index, x, 0), 0)
-
+    low, high = below[:-1], below[1:]
+    widths = np.diff(_EDGES).reshape(-1, *[1] * (below.ndim - 1))
     found: list[jax.Array] = []
     for share in QUANTILES.values():
-        after = jnp.clip(jnp.sum(below < share, 0), 1, len(_EDGES) - 1)
-        low, high, start, end = (at(x, k) for x in (below, edges) for k in (after - 1, after))
-        part = jnp.clip((share - low) / jnp.where(high == low, 1, high - low), 0, 1)
-        found.append(jnp.where(below[0] >= share, 0, start + part * (end - start)))
+        parts = jnp.clip((share - low) / jnp.maximum(high - low, 1e-30), 0, 1)
+        quantile = _EDGES[0] + jnp.sum(parts * widths, 0)
+        found.append(jnp.where(below[0] >= share, 0, quantile))
     return found
-
-
-def at_the_ends(format: Format | None, row: Any) -> dict[str, jax.Array]:
-    """Which codes of a leaf in a lean format stand at either end of their levels."""
-    if isinstance(format, EightBit):
-        mu, nu = row[:2]
-        return {"lowest": nu == 1, "highest": nu == 255, "largest": jnp.abs(mu) == 127}
-    if isinstance(format, FourBit):
-        nu = row[1].astype(jnp.int32)
-        mu = (nu - 1) % 15
-        return {
-            "lowest": nu > 15 * 16,
-            "highest": (nu > 0) & (nu <= 15),
-            "largest": (nu > 0) & ((mu == 0) | (mu == 14)),
-        }
-    if isinstance(format, Pair) and isinstance(format.mu, Linear):
-        return {"largest": jnp.abs(row[0]) == 127}
-    return {}

@@ -1,4 +1,4 @@
-"""`observe`: what a training step does to every leaf."""
+"""`observe` measures every leaf at a training step; `step` observes a step and takes it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamfn.chains.step import check_extra
+from adamfn.chains import step as stepping
 from adamfn.chains.transform import Transformation, apply_updates, where_updated
 from adamfn.core.averages import increment
 from adamfn.core.varying import vary_together
 from adamfn.interop.states import leaves_by_path
 from adamfn.monitor.figures import Figures, measure
-from adamfn.monitor.states import chain_states, count_of, rate_around, read
+from adamfn.monitor.states import count_of, moments_of, rate_of, states_of
 from adamfn.stages.round_weights import rounding_states, whole_weights
 from adamfn.trees import PyTree, as_array, check_inexact, describe
 
@@ -23,29 +23,27 @@ from adamfn.trees import PyTree, as_array, check_inexact, describe
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Observation:
-    """What was seen of a step. A tree of two arrays: it goes through `jit` and `scan`."""
+    """The figures of a step. A tree of two arrays: it goes through `jit` and `scan`."""
 
     step: jax.Array
-    """The step's number, 1 at the first, int32; 0 where it was not looked at."""
+    """The number of the step, 1 at the first, int32; 0 if it was not looked at."""
     values: jax.Array
-    """All figures end to end, float32; 0 where it was not looked at. In one array, since each that
-    a branch returns and a loop stacks costs about as much as measuring a small leaf."""
+    """All figures, float32; 0 if the step was not looked at. One array, because to return one more
+    from a branch and to stack it in a loop costs as much as to measure a small leaf."""
     places: tuple[tuple[str, str, int | None], ...] = field(metadata={"static": True})
-    """The leaf's path and the name of each figure, and how many layers it is of, if of layers."""
+    """For each figure the leaf's path, the figure's name, and the number of layers, if any."""
 
     @property
     def leaves(self) -> dict[str, Figures]:
-        """By a leaf's path, then by a figure's name: a scalar, or a vector of one for each layer.
+        """By a leaf's path, then by a figure's name: a scalar, or a vector with one for each layer.
 
-        What `scan` or `vmap` put before their axes stays there.
+        The axes that `scan` or `vmap` put before these stay there.
         """
-        found: dict[str, Figures] = {}
-        start = 0
+        found, start = dict[str, Figures](), 0
         for path, name, layers in self.places:
-            end = start + (1 if layers is None else layers)
-            where = start if layers is None else slice(start, end)
+            where = start if layers is None else slice(start, start + layers)
             found.setdefault(path, {})[name] = self.values[..., where]
-            start = end
+            start += 1 if layers is None else layers
         return found
 
 
@@ -61,35 +59,34 @@ def observe(
     layers: Mapping[str, int] | None = None,
     **extra: Any,
 ) -> Observation:
-    """What the training step that is about to be taken does to every leaf, in a few scalars each.
+    """Measures what the training step to come does to every leaf, in a few scalars each.
 
-    `adamfn.monitor.figures` defines them. A pure function, for inside a jitted step, before
-    `update` or `step`; `monitor.step` is both, and copies less. When it looks, it takes `tx.update`
-    once more by itself, so that the program of the training stays as it is. On a mesh it gathers no
-    leaf. Inside `jax.shard_map` the figures are those of a device's own shards.
+    `adamfn.monitor.figures` defines them. A pure function: call it inside a jitted step, before
+    `update` or `step`; `monitor.step` is both, and copies less. For a look it takes `tx.update`
+    once more, so that the program of the training stays as it is. On a mesh it gathers no leaf;
+    inside `jax.shard_map` each device measures its shards.
 
     Args:
-      tx: the transformation that the step is taken with.
+      tx: the transformation of the step.
       grads: the gradients; None where a leaf is not trained.
       state: the state before the step; of flax's optimizer `nnx.as_pure(optimizer.opt_state)`.
       params: the parameters before the step.
-      ours: where `tx` is optax's, the transformation of ours that is inside; where optax makes it,
-        as `optax.inject_hyperparams(adamfn.adam)` does, one made with the same arguments.
-      every: looks at the first step and at each so many after it.
+      ours: if `tx` is optax's, the transformation of ours that is inside; if optax makes it, as
+        `optax.inject_hyperparams(adamfn.adam)` does, one made with the same arguments.
+      every: looks at the first step and at every n-th after it.
       when: looks only where this bool, a scalar, is true: `optax.MultiSteps(tx, k)` moves nothing
         before `state.mini_step == k - 1`.
       layers: by the beginning of a path, the axis along which layers are stacked: `{"blocks": 0}`
-        measures every layer of the leaves under `blocks` by itself.
-      **extra: what `update` takes besides, such as `learning_rate=`.
+        measures each layer of the leaves under `blocks` by itself.
+      **extra: further arguments of `update`, such as `learning_rate=`.
 
     Returns:
-      An `Observation`. Figures that need a rate, or moments, are left out where there are none.
+      An `Observation`. It has no figures of a rate or of moments if there are none.
 
     Raises:
-      TypeError: neither `tx` nor `ours` is ours; a leaf is not an array of floating point; `when`
-        or `layers` is something else; an argument in `extra` that no part of the chain takes.
+      TypeError: neither `tx` nor `ours` is ours; a leaf, or another argument, is something else.
       ValueError: a state of another chain, trees that do not match, layers along an axis that a
-        leaf lacks; names the leaf. `every` is not a number of steps.
+        leaf lacks; names the leaf.
 
     >>> import adamfn
     >>> import jax.numpy as jnp
@@ -101,7 +98,7 @@ def observe(
     >>> print(", ".join(f"{name} {figures[name]:.2f}" for name in ("weight", "update", "signal")))
     weight 3.00, update 0.10, signal 1.00
     """
-    check_extra(tx, extra, "observe")
+    stepping.check_extra(tx, extra, "observe")
     if not _is_integer(every) or every < 1:
         raise ValueError(f"observe: every is {every!r}; expected a number of steps, at least 1.")
     if not (isinstance(when, bool) or (hasattr(when, "dtype") and describe(when) == "bool[]")):
@@ -116,41 +113,39 @@ def observe(
             )
     axes = _axes(gs, {} if layers is None else layers)
     name, ours = ("tx", tx) if ours is None else ("ours", ours)
-    count = count_of(ours, chain_states(ours, state, name)[0])
+    count = count_of(states_of(ours, state, name=name)[0])
 
     def look() -> dict[str, Figures]:
         updates, after = tx.update(grads, state, params, **extra)
         us, weights = _by_path("updates", updates), ps
-        if rounding_states(after):  # what moves are the weights that these stand for
+        if rounding_states(after):  # measure the weights that bfloat16 and corrections stand for
             moved = whole_weights(apply_updates(params, updates), after)
             weights = _by_path("params", whole_weights(params, state))
             us = {path: w - weights[path] for path, w in _by_path("params", moved).items()}
-        chains = [read(ours, node, gs) for node in chain_states(ours, after)]
+        chains = [(moments_of(own, gs), rate_of(own, after)) for own in states_of(ours, after, gs)]
         found: dict[str, Figures] = {}
         for path, g in gs.items():
-            own = next((chain for chain in chains if path in chain.moments), chains[0])
-            rate = rate_around(after) if own.rate is None else own.rate
+            moments, rate = next((own for own in chains if path in own[0]), chains[0])
             u = us.get(path, jnp.zeros_like(g))  # None moves nothing
-            found[path] = measure(g, u, weights[path], own.moments.get(path), rate, axes.get(path))
+            found[path] = measure(g, u, weights[path], moments.get(path), rate, axes.get(path))
         return found
 
-    shapes = jax.eval_shape(look)
     places = tuple(
         (path, name, x.shape[0] if x.shape else None)
-        for path in gs
-        for name, x in shapes[path].items()
+        for path, figures in jax.eval_shape(look).items()
+        for name, x in figures.items()
     )
 
     def end_to_end() -> jax.Array:
         found = look()
-        values = [_whole(found[path][name]).reshape(-1) for path, name, _ in places]
+        values = [_replicated(found[path][name]).reshape(-1) for path, name, _ in places]
         return jnp.concatenate(values) if values else jnp.zeros(0)
 
     def result(number: Any, values: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # Both branches' vary over the axes that a gradient varies over.
+        # Both branches vary over the mesh axes that a gradient varies over.
         return jnp.asarray(number, jnp.int32), vary_together([values, *gs.values()])[0]
 
-    # Also for every=1 nothing that a compiler knows to be true: it would join the two updates.
+    # The condition is never a constant: XLA would merge this update with the step's.
     number, values = jax.lax.cond(
         (count % min(every, 2**31 - 1) == 0) & (count >= 0) & jnp.asarray(when, bool),
         lambda: result(increment(count), end_to_end()),
@@ -159,8 +154,54 @@ def observe(
     return Observation(number, values, places)
 
 
-def _whole(x: jax.Array) -> jax.Array:
-    """The figures of layers that a mesh with explicit axes splits, everywhere."""
+def step(
+    tx: Transformation,
+    grads: PyTree,
+    state: PyTree,
+    params: PyTree,
+    *,
+    ours: Transformation | None = None,
+    every: int = 1,
+    when: chex.Numeric = True,
+    layers: Mapping[str, int] | None = None,
+    return_updates: bool = False,
+    **extra: Any,
+) -> Any:
+    """Observes a training step and takes it: `observe`, then `adamfn.step`.
+
+    Separate calls have no order, so XLA copies each array that `step` writes in place. Here `step`
+    waits for the look, and nothing is copied. Arguments are those of the two functions; donate the
+    state and the parameters.
+
+    Returns:
+      The next parameters, the next state, with `return_updates` the updates, and the
+      `Observation`.
+
+    Raises:
+      TypeError, ValueError: as `observe` and `adamfn.step`.
+
+    >>> import adamfn
+    >>> import jax.numpy as jnp
+    >>> from adamfn import monitor
+    >>> tx = adamfn.adam(0.1)
+    >>> params = {"w": jnp.array([3.0, -3.0])}
+    >>> params, state, seen = monitor.step(tx, params, tx.init(params), params)
+    >>> print(f"{params['w'][0]:.1f}", seen.leaves["w"]["weight"])
+    2.9 3.0
+    """
+    seen = observe(
+        tx, grads, state, params, ours=ours, every=every, when=when, layers=layers, **extra
+    )
+    # Always 0, which XLA does not know, so it keeps the two in order. It would remove an
+    # optimization barrier before it decides which arrays to copy.
+    nothing = jnp.where(seen.step < 0, 1, 0).astype(jnp.int32)
+    state = jax.tree.map(lambda x: x + nothing if _is_count(x) else x, state)
+    moved = stepping.step(tx, grads, state, params, return_updates=return_updates, **extra)
+    return *moved, seen
+
+
+def _replicated(x: jax.Array) -> jax.Array:
+    """The figures of layers that explicit axes of a mesh split, on every device."""
     return jax.sharding.reshard(x, jax.P()) if any(jax.typeof(x).sharding.spec) else x
 
 
@@ -174,8 +215,13 @@ def _is_integer(x: Any) -> bool:
     return isinstance(x, int | np.integer) and not isinstance(x, bool)
 
 
+def _is_count(x: Any) -> bool:
+    """Whether an array of a state may be its count, which the program of every leaf reads."""
+    return jnp.shape(x) == () and jnp.result_type(x) == jnp.int32
+
+
 def _axes(leaves: Mapping[str, Any], layers: Any) -> dict[str, int]:
-    """The axis of the layers of each leaf that has some."""
+    """The axis along which the layers of a leaf are stacked, by the paths of such leaves."""
     if not isinstance(layers, Mapping) or not all(map(_is_integer, layers.values())):
         raise TypeError(
             f"observe: layers is {layers!r}; expected an axis for the beginning of each path, such"

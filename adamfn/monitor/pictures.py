@@ -1,33 +1,29 @@
-"""For eyes: a table of the last look, and a picture of a run. rich and matplotlib come in late."""
+"""A table of the last look, and a picture of a run. rich and matplotlib are imported where used."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from adamfn.monitor.faults import faults
-from adamfn.monitor.looks import layers_of, looks
+from adamfn.monitor.reading import faults, last_look, looks
 from adamfn.trees import describe
 
 COLUMNS = ("gradient", "update_over_weight", "step_50", "signal", "by_eps", "lost")
-"""The figures that the table shows, where a layer has them."""
+"""The figures in the table."""
 
 _SIZES = ("gradient", "update", "weight", "update_over_weight", "rate")
-"""What spans many powers of ten."""
+"""Figures that span many powers of ten."""
 
 
 def report(seen: Any, rows: int | None = None) -> Any:
-    """A table of the last step that was looked at: the worst layers first, with what is wrong.
+    """Makes a table of the last look: the worst layers first, with what is wrong.
 
     Args:
-      seen: an `Observation`, one stacked by `scan`, or a list of either.
+      seen: as in `looks`, and so are errors.
       rows: how many layers to show; None for all.
 
     Returns:
       A `rich.table.Table`, for `rich.print` or `rich.live.Live`.
-
-    Raises:
-      ValueError: no step was looked at, or a number of rows that is negative.
 
     >>> import adamfn
     >>> import jax.numpy as jnp
@@ -41,7 +37,7 @@ def report(seen: Any, rows: int | None = None) -> Any:
     from rich import box
     from rich.table import Table
 
-    wrong, (step, layers) = faults(seen), looks(seen)[-1]
+    wrong, (step, layers) = faults(seen), last_look(seen)
     words = {fault.layer: fault.word for fault in wrong}
     found = f"{len(wrong)} of {len(layers)} layers" if wrong else "nothing is wrong"
     title = f"step {step}: {found}"
@@ -58,20 +54,16 @@ def report(seen: Any, rows: int | None = None) -> Any:
 
 
 def picture(seen: Any, losses: Sequence[float] | None = None, figure: str = "gradient") -> Any:
-    """A picture of a run: layers against steps in colours of a figure, with the loss above.
+    """Draws a run: layers against steps in colours of a figure, with the loss above.
 
     Args:
-      seen: a list of `Observation`s, or one that `scan` stacked.
+      seen: as in `looks`, and so are errors.
       losses: the loss of every training step, from the first.
-      figure: a figure of `adamfn.monitor.figures`. What is not finite is red; grey is zero on a
-        logarithmic scale, or not there.
+      figure: a figure of `adamfn.monitor.figures`. Red is not finite; grey is missing, or zero on
+        a logarithmic scale.
 
     Returns:
       A `matplotlib.figure.Figure`, for `.savefig(path)`.
-
-    Raises:
-      TypeError: `losses` is something else.
-      ValueError: no step was looked at, or no layer has the figure.
 
     >>> import adamfn
     >>> import jax.numpy as jnp
@@ -84,7 +76,7 @@ def picture(seen: Any, losses: Sequence[float] | None = None, figure: str = "gra
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    last, found = layers_of(seen), looks(seen)
+    last, found = last_look(seen)[1], looks(seen)
     if not any(figure in own for own in last.values()):
         known = dict.fromkeys(name for own in last.values() for name in own)
         wanted = f"one of {', '.join(known)}" if known else "layers, of which there are none"

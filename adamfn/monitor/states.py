@@ -1,7 +1,7 @@
-"""Finding what a chain of ours keeps of each leaf, whatever its state is wrapped in."""
+"""The states of a chain of ours inside any state, and the moments that they hold."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,166 +10,122 @@ from adamfn.chains.chain import chain_of
 from adamfn.chains.packed import Packed, packed_chain_of
 from adamfn.chains.transform import summary
 from adamfn.core import formulas
-from adamfn.core.averages import Decay, Shares, bias
+from adamfn.core.averages import Decay, bias
 from adamfn.core.leaf import decode, kept_by_leaf
 from adamfn.core.stage import EmptyState, Stage, counted
 from adamfn.formats import choose_formats
 from adamfn.formats.arrangement import kept_leaves
-from adamfn.monitor.figures import Moments, at_the_ends
+from adamfn.formats.format import answer
+from adamfn.monitor.figures import Moments
 from adamfn.trees import PyTree, describe, path_name
 
-_KNOWN = (
-    formulas.ratio,
-    formulas.max_ratio,
-    formulas.nesterov_ratio,
-    formulas.rectified_ratio,
-    formulas.infinity_ratio,
-)
-"""The formulas whose first scalars are `MomentScalars` with an eps."""
+States: TypeAlias = list[tuple[Stage, Any]]
+"""The stages of a chain, each with its state."""
 
 
-class ChainState(NamedTuple):
-    """What one state of a chain says of a step."""
+def states_of(
+    tx: Any, state: PyTree, leaves: Mapping[str, Any] | None = None, name: str = "tx"
+) -> list[States]:
+    """The states of a chain: its state itself, or all that optax's wrappers hold, in their order.
 
-    rate: jax.Array | None
-    moments: dict[str, Moments]
-    """By the paths of the leaves that it has moments of."""
-
-
-def chain_states(tx: Any, state: PyTree, name: str = "tx") -> list[Any]:
-    """The states of a chain in a state, by itself or inside optax's wrappers, in their order.
+    Args:
+      tx: the chain.
+      state: the state to search.
+      leaves: the gradients by their paths. Where they are given, packed states are unpacked.
+      name: what error messages call the chain.
 
     Raises:
       TypeError: the transformation is not ours.
       ValueError: there is no state of it.
     """
-    if not _names(tx):
+    chain = chain_of(tx)
+    if chain is None or not chain.stages:
         raise TypeError(
             f"observe: {name} is {summary(tx)}; expected a transformation of adamfn's, such as"
             " adamw(). Inside optax's wrappers, ours= is the one that is wrapped, or one made as it"
             " was."
         )
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: _is_state_of(tx, node))
-    found = [node for node in nodes if _is_state_of(tx, node)]
-    if not found:
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: _paired(tx, node) is not None)
+    nodes = [node for node in nodes if _paired(tx, node) is not None]
+    if not nodes:
         raise ValueError(
-            f"observe: found no state of {', '.join(_names(tx))} in {describe(state)};"
-            " expected the state that `update` returned. It belongs to another chain, or was"
-            " restored into other containers: restore into tx.init(params)."
+            f"observe: found no state of {', '.join(stage.name for stage in chain.stages)} in"
+            f" {describe(state)}; expected the state that `update` returned. It belongs to another"
+            " chain, or was restored into other containers: restore into tx.init(params)."
         )
-    return found
+    return [_paired(tx, node, leaves) or [] for node in nodes]
 
 
-def count_of(tx: Any, node: Any) -> jax.Array:
-    """The steps that a state of a chain has counted."""
-    return next(state.count for _, state in _stages(tx, node) if _has(state, "count"))
+def count_of(states: States) -> jax.Array:
+    """The steps that a chain has counted."""
+    return next(state.count for _, state in states if _has(state, "count"))
 
 
-def rate_around(state: PyTree) -> Any:
-    """The rate that `optax.inject_hyperparams` keeps for what it makes; None without it."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: _has(node, "hyperparams"))
+def rate_of(states: States, around: PyTree) -> Any:
+    """The learning rate that a chain keeps, or `optax.inject_hyperparams` around it, or None."""
+    rates = [state.learning_rate for _, state in states if _has(state, "learning_rate")]
+    if rates:
+        return rates[-1]
+    nodes = jax.tree.leaves(around, is_leaf=lambda node: _has(node, "hyperparams"))
     found = [node.hyperparams.get("learning_rate") for node in nodes if _has(node, "hyperparams")]
     return found[0] if len(found) == 1 else None
 
 
-def read(tx: Any, node: Any, params: dict[str, Any]) -> ChainState:
-    """What a state of a chain says, of parameters by their paths."""
-    rate, moments = None, dict[str, Moments]()
-    for stage, state in _stages(tx, node, params):
-        rate = state.learning_rate if _has(state, "learning_rate") else rate
-        if stage.has_moments and not moments:
-            moments = _moments(stage, state, jnp.maximum(count_of(tx, node), 1), params)
-    return ChainState(rate, moments)
+def moments_of(states: States, leaves: Mapping[str, Any]) -> dict[str, Moments]:
+    """The moments in a chain's states, by the paths of their leaves."""
+    found: dict[str, Moments] = {}
+    pairs = [pair for pair in states if pair[0].has_moments][:1]
+    entries = [(stage, state, *kept) for stage, state in pairs for kept in kept_leaves(state)]
+    for stage, state, path, parts, _ in entries:
+        name = path_name(path)
+        tree, fields = {name: leaves[name]}, {field: {name: x} for field, x in parts.items()}
+        (format,) = formats = choose_formats(stage.moments, tree)
+        (row,) = kept_by_leaf(stage, state._replace(**fields), tree, formats)
+        mu, nu, *more = row if format is None else decode(format, row)
+        quotient = _quotient(stage, state, count_of(states), mu, (more or [nu])[0])
+        ends = answer(format, "ends")(*row[:2]) if format else {}
+        found[name] = Moments(mu, nu, *quotient, ends)
+    return found
+
+
+def _quotient(stage: Stage, state: Any, count: jax.Array, mu: Any, nu: Any) -> tuple[Any, Any]:
+    """The corrected mu over the corrected root of nu, and where eps is most of the divisor."""
+    if stage.formula.__module__ != formulas.__name__ or stage.formula is formulas.atan2_ratio:
+        return None, None
+    count = jnp.maximum(count, 1)
+    at = stage.scalars(count, state, {})[0][0]
+    c1, c2 = (bias(Decay(b, jnp.log1p(jnp.negative(b.complement))), count) for b in (at.b1, at.b2))
+    is_largest = stage.formula is formulas.infinity_ratio  # nu is |g| + eps, not its square
+    root, factor, least = (
+        (nu, 1, 2 * at.eps) if is_largest else (jnp.sqrt(nu), jnp.sqrt(c2), at.eps)
+    )
+    return jnp.abs(mu) / jnp.where(root == 0, 1, root) * (factor / c1), root < least
 
 
 def _has(node: Any, field: str) -> bool:
     return field in getattr(node, "_fields", ())  # every tuple has a method `count`
 
 
-def _parts(part: Any) -> Any:
-    """What a transformation is made of: a tuple, a stage, another transformation, or None."""
-    if type(part) is tuple or isinstance(part, Stage):
-        return part
-    chain = chain_of(part)
-    return chain and chain.structure
+def _paired(part: Any, node: Any, leaves: Mapping[str, Any] | None = None) -> States | None:
+    """The stages of a structure with their states; None if the node is the state of another."""
+    if isinstance(part, Stage):
+        # A rate that is an array is not kept: the chain that ours= stands for may have none.
+        others = (EmptyState, counted(EmptyState)) if part.start else ()
+        return [(part, node)] if isinstance(node, (*part.states, *others)) else None
+    if type(part) is tuple:
+        if type(node) is not tuple or len(node) != len(part):
+            return None
+        pairs = [_paired(*both, leaves) for both in zip(part, node, strict=True)]
+        return None if None in pairs else [pair for own in pairs for pair in own or ()]
+    chain, packed = chain_of(part), packed_chain_of(part)
+    if packed is not None and leaves is not None:
+        node = packed.repacked(node, _unpacked(node, leaves))
+    return [] if chain is None else _paired(chain.structure, node, leaves)
 
 
-def _names(part: Any) -> list[str]:
-    made_of = _parts(part)
-    if isinstance(made_of, Stage):
-        return [made_of.name]
-    parts = made_of if type(made_of) is tuple else () if made_of is None else (made_of,)
-    return [name for inner in parts for name in _names(inner)]
-
-
-def _is_state_of(part: Any, node: Any) -> bool:
-    made_of = _parts(part)
-    if type(made_of) is tuple:
-        return (
-            type(node) is tuple
-            and len(node) == len(made_of)
-            and all(map(_is_state_of, made_of, node))
-        )
-    if isinstance(made_of, Stage):
-        # No rate is kept that is given as an array, which a stand-in's tx does not know.
-        empty = (EmptyState, counted(EmptyState))
-        return isinstance(node, (*made_of.states, *empty) if made_of.start else made_of.states)
-    return made_of is None or _is_state_of(made_of, node)
-
-
-def _stages(
-    part: Any, node: Any, params: dict[str, Any] | None = None
-) -> Iterator[tuple[Stage, Any]]:
-    """The stages, and the state of each; where parameters are given, not packed."""
-    made_of = _parts(part)
-    if isinstance(made_of, Stage):
-        yield made_of, node
-    elif type(made_of) is tuple:
-        packed = packed_chain_of(part)
-        if params is not None and packed is not None:
-            node = packed.repacked(node, _params_of(node, params))
-        for inner, own in zip(made_of, node, strict=True):
-            yield from _stages(inner, own, params)
-    elif made_of is not None:
-        yield from _stages(made_of, node, params)
-
-
-def _params_of(node: Any, params: dict[str, Any]) -> PyTree:
-    """The parameters as the tree that a packed state is of: without those that were masked."""
+def _unpacked(node: Any, leaves: Mapping[str, Any]) -> PyTree:
+    """The tree of leaves that a packed state is of: without the ones that a wrapper masked."""
     fields = jax.tree.leaves(node, is_leaf=lambda part: isinstance(part, Packed))
     packed = next(field for field in fields if isinstance(field, Packed))
     paths, treedef = jax.tree.flatten_with_path(packed.leaves, is_leaf=lambda leaf: leaf is None)
-    return treedef.unflatten([params[path_name(path)] for path, _ in paths])
-
-
-def _moments(
-    stage: Stage, state: Any, count: jax.Array, params: dict[str, Any]
-) -> dict[str, Moments]:
-    """The moments of every leaf that the state has some of."""
-    kept = {path_name(path): (parts, scales) for path, parts, scales in kept_leaves(state)}
-    names = sorted(kept)  # the order of a dictionary's leaves
-    tree = {name: params[name] for name in names}
-    fields = {field: {name: kept[name][0][field] for name in names} for field in stage.keeps}
-    flat = state._replace(**fields)
-    formats = choose_formats(stage.moments, tree)
-    rows = kept_by_leaf(stage, flat, tree, formats)
-    found: dict[str, Moments] = {}
-    for name, format, row in zip(names, formats, rows, strict=True):
-        mu, nu, *more = row[:-1] if format is None else decode(format, row)
-        ratio = by_eps = None
-        if stage.formula in _KNOWN:
-            at = stage.scalars(count, state, {})[0][0]
-            c1, c2, eps = bias(_decay(at.b1), count), bias(_decay(at.b2), count), at.eps
-            second = (more or [nu])[0]
-            if stage.formula is formulas.infinity_ratio:
-                root, c2, by_eps = second, 1.0, second < 2 * eps
-            else:
-                root = jnp.sqrt(second)
-                by_eps = root < eps
-            ratio = jnp.abs(mu) / jnp.where(root == 0, 1, root) * (jnp.sqrt(c2) / c1)
-        found[name] = Moments(mu, nu, ratio, by_eps, at_the_ends(format, row))
-    return found
-
-
-def _decay(shares: Shares) -> Decay:
-    return Decay(shares, jnp.log1p(jnp.negative(shares.complement)))
+    return treedef.unflatten([leaves[path_name(path)] for path, _ in paths])

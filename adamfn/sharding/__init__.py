@@ -1,4 +1,4 @@
-"""Meshes of devices: where an optimizer's state lives, and steps on the shards of leaves."""
+"""Meshes of devices: where an optimizer's state is, and steps on the shards of leaves."""
 
 from adamfn.sharding.blocks import whole_blocks
 from adamfn.sharding.states import state_shardings

@@ -1,4 +1,4 @@
-"""`whole_blocks`: blocks that no shard of a leaf cuts."""
+"""`whole_blocks`: formats whose blocks no shard cuts."""
 
 from typing import Any, cast
 
@@ -16,23 +16,23 @@ from adamfn.trees import PyTree, path_name
 def whole_blocks(
     moments: Moments, params: PyTree, shardings: PyTree, zero_axis: str | None = None
 ) -> Moments:
-    """The same formats, in blocks that no shard of a leaf has only a part of.
+    """Makes blocks of formats so small that each is on one device.
 
-    Where a device's part of the last axis is no multiple of a block, the largest smaller block
-    that divides it is taken, down to 16; a block costs 12 bytes in `"8bit"` and `"4bit"`, 4 in
-    `"factored"` and `"blockmean"`. Where none does, the leaf is kept in `"bfloat16"`.
+    If a device's part of the last axis is no multiple of a block, the largest smaller block that
+    divides it is taken, down to 16. A block costs 12 bytes in `"8bit"` and `"4bit"`, 4 in
+    `"factored"` and `"blockmean"`. If none divides it, the leaf is stored in `"bfloat16"`.
 
     Args:
       moments: as recipes take it.
       params: the parameters, or their shapes and dtypes.
-      shardings: as `state_shardings` and `sharded` take them.
+      shardings: as in `state_shardings` and `sharded`.
       zero_axis: likewise.
 
     Returns:
-      What `moments=` takes: a function of a leaf's path and the leaf.
+      A function of a leaf's path and the leaf, for `moments=`.
 
     Raises:
-      TypeError, ValueError: as `state_shardings`, and as recipes do of `moments`.
+      TypeError, ValueError: as `state_shardings`, and as recipes for `moments`.
 
     >>> import adamfn
     >>> import jax
@@ -40,7 +40,7 @@ def whole_blocks(
     >>> from jax.sharding import AbstractMesh
     >>> mesh = AbstractMesh((4,), ("model",))
     >>> params = {"w": jax.ShapeDtypeStruct((512, 768), jnp.float32)}
-    >>> split = jax.NamedSharding(mesh, jax.P(None, "model"))  # 192 of a row on a device
+    >>> split = jax.NamedSharding(mesh, jax.P(None, "model"))  # a device has 192 of a row
     >>> moments = adamfn.sharding.whole_blocks("8bit", params, split)
     >>> print(moments("w", params["w"]))
     EightBit(block=192)
@@ -48,32 +48,31 @@ def whole_blocks(
     moments = check_moments(moments)
     placed, mesh = place("whole_blocks", params, shardings)
     chosen: dict[str, Format] = {}
+
+    def choose(path: str, leaf: Any) -> Format:
+        return chosen.get(path) or get(moments(path, leaf) if callable(moments) else moments)
+
     leaves = cast("list[tuple[Any, Any]]", jax.tree.leaves_with_path(params))
     for path, leaf in leaves:
-        format = _format(moments, path_name(path), leaf)
+        name, axes = path_name(path), placed[path].axes
+        format = choose(name, leaf)
         block = answer(format, "block")
         if not block or not format.holds(leaf.shape, leaf.dtype):
             continue
+        chosen[name] = get("bfloat16")
         for smaller in range(block, 15, -16):
             exact = size_for(leaf.shape[-1], smaller)
-            candidate, axes = answer(format, "resized")(exact), placed[path].axes
+            candidate = answer(format, "resized")(exact)
             if zero_axis is not None:
-                arrays = _stored(candidate, leaf.shape)
-                axes = split_further(placed[path], zero_axis, arrays, mesh)
+                axes = split_further(placed[path], zero_axis, _stored(candidate, leaf.shape), mesh)
             if cut_block(exact, leaf.shape, size(axes[-1], mesh)) is None:
-                chosen[path_name(path)] = candidate
+                chosen[name] = candidate
                 break
-        else:
-            chosen[path_name(path)] = get("bfloat16")
-    return lambda path, leaf: chosen[path] if path in chosen else _format(moments, path, leaf)
-
-
-def _format(moments: Moments, path: str, leaf: Any) -> Format:
-    return get(moments(path, leaf) if callable(moments) else moments)
+    return choose
 
 
 def _stored(format: Format, shape: tuple[int, ...]) -> list[Any]:
-    """The shapes of what a format keeps of a leaf."""
+    """The shapes of the arrays that a format stores of a leaf."""
     moment = jax.ShapeDtypeStruct(shape, jnp.float32)
     noise = jax.ShapeDtypeStruct(shape, jnp.uint32)
     stored = jax.tree.leaves(jax.eval_shape(format.encode, moment, moment, noise))

@@ -1,45 +1,43 @@
-"""`sharded`: an optimizer whose steps run on the shards of leaves."""
+"""`sharded`: an optimizer that steps the shards of leaves."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import AxisType
 
-from adamfn.chains.chain import Chain, Moved, Wrapped, chain_of
+from adamfn.chains.chain import Chain, Wrapped, chain_of
 from adamfn.chains.packed import packed_chain_of
 from adamfn.chains.segment import Wanted
 from adamfn.chains.transform import (
     GradientTransformation,
     check_transformation,
     summary,
-    where_updated,
 )
 from adamfn.core.placement import Path, Shards, place
-from adamfn.sharding.states import shardings_of, with_zero
+from adamfn.sharding.states import shardings_of
 from adamfn.trees import PyTree, as_array, check_inexact
 
 
 def sharded(
     tx: GradientTransformation, shardings: PyTree, zero_axis: str | None = None
 ) -> GradientTransformation:
-    """The same optimizer on a mesh of devices, each of which steps its own shards of the leaves.
+    """The same optimizer on a mesh of devices, each of which steps its shards of the leaves.
 
-    XLA partitions its own operations, and cannot partition native code and kernels. So each leaf's
-    program runs inside `jax.shard_map`, on whatever part of the leaf's moments a device keeps. Of
-    gradient and parameter it takes the same part, and XLA gathers what it makes of them where the
-    parameter belongs. What is stored is what one device would store: the noise of rounding is made
-    from an element's number in the whole leaf.
+    XLA cannot partition native code and kernels. So the fused program of each leaf runs inside
+    `jax.shard_map`, on the part of the leaf's moments that a device has and the same part of
+    gradient and parameter; XLA then gathers the results where the parameter belongs. The codes are
+    those of one device: random bits are made from an element's index in the whole leaf.
 
-    With `zero_axis` moments are split along that axis further, as `state_shardings` does it.
-    `init` lays the state out so; `state_shardings` of the same arguments says how, for
-    `in_shardings` of `jax.jit` and for checkpoints.
+    The norm of `clip_by_global_norm` is that of the global gradients, and its factor a scalar of
+    the program on the shards. XLA partitions the formulas that need a statistic of their leaf
+    (`clip_updates`, `cautious_updates`, `lazy_adam`), and all programs of a leaf whose format does
+    not say how it is cut, or on a mesh of which some axes are explicit and some are not. Inside
+    `jax.shard_map` a shard is a leaf, and this does nothing.
 
-    A leaf goes through XLA as without this where a stage looks at all of it, as `clip_updates` and
-    `cautious_updates` do, or a format is not one of ours. So does everything inside of
-    `jax.shard_map`, and on a mesh of which some axes are explicit and some are not.
-
-    Where all axes of the mesh are explicit, every optimizer of ours takes its steps so by itself.
+    With `zero_axis` moments are split further along that axis. `init` places the state as
+    `state_shardings` of the same arguments says, which is for `in_shardings` of `jax.jit` and for
+    checkpoints. Without `sharded`, every optimizer of ours steps on shards if all axes of the mesh
+    are explicit.
 
     Args:
       tx: a recipe, or a chain; parts of it that are not ours run as always.
@@ -47,15 +45,12 @@ def sharded(
       zero_axis: the name of a mesh axis, usually the one that the batch is split along.
 
     Returns:
-      A `GradientTransformation` with the same state. In a `chain` it is not joined with others.
+      A `GradientTransformation` with the same state. In a `chain` it is not fused with others.
 
     Raises:
       TypeError, ValueError: `tx` is of another library, or `packed`; at `init` and `update` as
-        `state_shardings`, and where a device would have a part of a block, which `whole_blocks`
-        mends; names the leaf.
-
-    References:
-      As `state_shardings`, for the axis.
+        `state_shardings`, and if a shard would cut a block, which `whole_blocks` mends; names the
+        leaf.
 
     >>> from functools import partial
     >>> import adamfn
@@ -83,7 +78,7 @@ def sharded(
     if packed_chain_of(tx) is not None:
         raise ValueError(
             "sharded: found a packed chain, whose long leaves are on one device; expected the chain"
-            " that it was made of. Leave `packed` out."
+            " inside. Leave `packed` out."
         )
     return _Sharded(inner, shardings, zero_axis).transformation
 
@@ -99,18 +94,8 @@ class _Sharded(Wrapped):
             return self.inner.init(params)
         return jax.jit(self.inner.init, out_shardings=self._laid_out(params)[1])(params)
 
-    def advance(
-        self,
-        updates: PyTree,
-        state: PyTree,
-        params: PyTree,
-        extra: Mapping[str, Any],
-        wanted: Wanted,
-    ) -> Moved:
-        if not _inside_shard_map():
-            like = updates if params is None else where_updated(params, updates)
-            wanted = wanted._replace(shards=self._laid_out(like)[0])
-        return self.inner.advance(updates, state, params, extra, wanted)
+    def adjusted(self, wanted: Wanted, like: PyTree) -> Wanted:
+        return wanted if _inside_shard_map() else wanted._replace(shards=self._laid_out(like)[0])
 
     def _laid_out(self, params: PyTree) -> tuple[dict[Path, Shards], PyTree]:
         """How the leaves are split, and the shardings of the state."""
@@ -120,12 +105,12 @@ class _Sharded(Wrapped):
         key = treedef, *((x.shape, x.dtype) for x in shapes)
         if key not in self._known:
             like = treedef.unflatten(shapes)
-            # Leaves that a wrapper has masked have shardings all the same.
+            # There are shardings of leaves that a wrapper has masked, too.
             placed, mesh = place("sharded", like, self._shardings, all_used=False)
             state = jax.eval_shape(self.inner.init, like)
-            owners, split = with_zero("sharded", state, placed, self._zero_axis, mesh)
-            shards = {path: Shards(mesh, split[path].axes, placed[path].axes) for path in placed}
-            self._known[key] = shards, shardings_of(state, owners, split, mesh)
+            laid_out, split = shardings_of("sharded", state, placed, mesh, self._zero_axis)
+            shards = {path: Shards(mesh, split[path], placed[path].axes) for path in placed}
+            self._known[key] = shards, laid_out
         return self._known[key]
 
 

@@ -29,13 +29,13 @@ def test_a_deliberate_copy_shows(machine):
     assert found.kernels == 2
 
 
-def test_a_loop_over_pieces_shows_its_pieces(machine):
+def test_a_loop_over_chunks_shows_its_chunks(machine):
     def halved(x):
-        def piece(i, x):
+        def chunk(i, x):
             part = jax.lax.dynamic_slice_in_dim(x, 1024 * i, 1024)
             return jax.lax.dynamic_update_slice_in_dim(x, part / 2, 1024 * i, 0)
 
-        return jax.lax.fori_loop(0, SHAPE[0] // 1024, piece, x)
+        return jax.lax.fori_loop(0, SHAPE[0] // 1024, chunk, x)
 
     x = cost.on(cost.one_chip(machine), trees.abstract(SHAPE, "float32"))
     lowered = jax.jit(halved, donate_argnums=0).lower(x)

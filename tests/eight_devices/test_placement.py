@@ -9,6 +9,9 @@ import adamfn
 from adamfn import formats
 from adamfn.sharding import state_shardings
 
+# Where arrays are.
+pytestmark = pytest.mark.unoptimized
+
 P = jax.P
 MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 RECIPES = {
@@ -64,7 +67,7 @@ def leaf_of(path):
     """The name of the leaf that an array of a state belongs to; None for a scalar of the step."""
     for key, following in zip(path, (*path[1:], None), strict=True):
         if getattr(key, "name", None) == "scales":
-            return sorted(SHAPES)[following.idx]
+            return following.key
         if getattr(key, "key", None) in SHAPES:
             return key.key
     return None

@@ -1,4 +1,4 @@
-"""How a leaf lies in a TPU's memory, and how it is cut into tiles for a kernel."""
+"""How a leaf is laid out in a TPU's memory, and how it is cut into tiles for a kernel."""
 
 import math
 from typing import NamedTuple
@@ -11,46 +11,81 @@ from adamfn.formats.indices import wrapped
 
 LANES = 128
 _WIDEST = 2048
-"""Elements of a row in a tile, and of a block, at most."""
+"""The most elements of a row in a tile, and of a block."""
 _MOST_BLOCKS = 4096
-"""Blocks in a row: what is kept of them lies in the near memory for a whole row."""
+"""The most blocks in a row: the scales of a whole row are in the near memory."""
 
 
 class Cut(NamedTuple):
-    """How a leaf lies in memory as `(slabs, ..., ...)`, and how it is cut into tiles."""
+    """A leaf in memory as three axes, `(slabs, ..., ...)`, and its tiles."""
 
+    shape: tuple[int, ...]
+    """The leaf's, or with all rows in one slab."""
     order: tuple[int, ...]
-    """Its axes from the outermost: first those of the slabs, then two of them."""
-    merged: bool
-    """Whether the slabs are so many more rows."""
+    """Its axes from the outermost in memory: first the slabs' axes, then two more."""
     turned: bool
     """Whether its last axis comes before the rows."""
     flat: bool
-    """Whether it has one axis: then 128 neighbouring blocks make a column of blocks, as if each
-    were of another row."""
+    """Whether it has one axis. Then 128 neighbouring blocks make a column, as if each were of
+    another row."""
     rows: int
     length: int
+    """The elements of a row."""
     size: int
+    """The elements of a block."""
     width: int
+    """The elements of a row in a tile."""
 
     @property
     def blocks(self) -> int:
-        """How many a row has."""
+        """The number of blocks in a row."""
         return -(-self.length // self.size)
 
     @property
     def columns(self) -> int:
-        """How many blocks of a row are in a tile."""
+        """The number of blocks of a row in a tile."""
         return self.width // self.size
 
-    def grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """How many tiles there are: slabs, tiles of 128 rows, tiles of a row."""
-        slabs = math.prod(shape) // (self.rows * self.length) if not self.flat else 1
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """The number of tiles: slabs, tiles of 128 rows, tiles of a row."""
+        slabs = 1 if self.flat else math.prod(self.shape) // (self.rows * self.length)
         return slabs, -(-self.rows // LANES), -(-self.length // self.width)
 
 
-def _places(shape: tuple[int, ...]) -> tuple[int, int]:
-    """The innermost axis and the one around it that XLA chooses: those that need least padding."""
+def cut_of(shape: tuple[int, ...], block: int, *, merges: bool = True) -> Cut | None:
+    """How a leaf is cut into blocks, of any size if `block` is 0; None if it cannot be.
+
+    If it `merges`, slabs of few rows become one slab of many, which is another shape.
+    """
+    if not shape:
+        return None
+    length, size = shape[-1], size_for(shape[-1], block or LANES)
+    if size > _WIDEST:
+        return None
+    if len(shape) == 1:
+        whole = -(-length // (size * LANES)) * size
+        width = max(_WIDEST // (8 * size), 1) * (8 * size)
+        fits = size <= _WIDEST // 2 and whole * LANES < 2**31
+        return Cut(shape, (0,), False, True, LANES, whole, size, width) if fits else None
+    last = len(shape) - 1
+    inner, outer = _two_innermost(shape)
+    if last not in (inner, outer):
+        return None
+    rows = shape[outer if inner == last else inner]
+    slabs = tuple(a for a in range(last + 1) if a not in (inner, outer))
+    unit = math.lcm(size, LANES)
+    width = min(max(_WIDEST // unit, 1), -(-length // unit)) * unit
+    order = *slabs, outer, inner
+    if merges and order == tuple(range(last + 1)) and rows < LANES and rows % 32 == 0:
+        order, rows = (0, 1), math.prod(shape[:-1])
+        shape = rows, length
+    cut = Cut(shape, order, inner != last, False, rows, length, size, width)
+    return cut if cut.blocks <= _MOST_BLOCKS else None
+
+
+def _two_innermost(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The innermost axis and the one around it, as XLA chooses them: with the least padding."""
 
     def padded(pair: tuple[int, int]) -> tuple[int, int, int]:
         inner, outer = shape[pair[0]], shape[pair[1]]
@@ -62,103 +97,51 @@ def _places(shape: tuple[int, ...]) -> tuple[int, int]:
     return min(((a, b) for a in axes for b in axes if a != b), key=padded)
 
 
-def cut_of(shape: tuple[int, ...], block: int, *, merges: bool = True) -> Cut | None:
-    """How a leaf is cut into blocks, of any size if it is 0; None if it is not cut."""
-    if not shape:
-        return None
-    length, size = shape[-1], size_for(shape[-1], block or LANES)
-    if size > _WIDEST:
-        return None
-    if len(shape) == 1:
-        whole = -(-length // (size * LANES)) * size
-        width = max(_WIDEST // (8 * size), 1) * (8 * size)
-        fits = size <= _WIDEST // 2 and whole * LANES < 2**31
-        return Cut((0,), False, False, True, LANES, whole, size, width) if fits else None
-    last = len(shape) - 1
-    inner, outer = _places(shape)
-    if last not in (inner, outer):
-        return None
-    rows = shape[outer if inner == last else inner]
-    slabs = tuple(a for a in range(last + 1) if a not in (inner, outer))
-    unit = math.lcm(size, LANES)
-    width = min(max(_WIDEST // unit, 1), -(-length // unit)) * unit
-    by_order = inner == last and outer == last - 1
-    merged = merges and by_order and rows < LANES and rows % 32 == 0
-    if merged:
-        rows *= math.prod(shape[a] for a in slabs)
-    cut = Cut((*slabs, outer, inner), merged, inner != last, False, rows, length, size, width)
-    return cut if cut.blocks <= _MOST_BLOCKS else None
-
-
 def viewed(x: jax.Array, cut: Cut) -> jax.Array:
-    """A leaf, or an array like it with axes of 1, as the kernel takes it: three axes."""
-    if cut.merged:
-        return x.reshape(1, -1, x.shape[-1])
+    """A leaf, or an array like it with some axes of 1, as three axes in the order of memory."""
     x = x.transpose(cut.order)
     return x.reshape(-1, *x.shape[-2:])
 
 
-def lies_by_rows(kept: tuple[int, ...], cut: Cut) -> bool:
-    """Whether what is kept of blocks, in whole vectors of a row's, lies row after row.
-
-    XLA chooses so where either way needs no padding.
-    """
-    last = len(kept) - 1
-    whole = cut.order == tuple(range(last + 1)) and cut.blocks % LANES == 0
-    return whole and _places(kept) == (last, last - 1)
-
-
 def unviewed(x: jax.Array, shape: tuple[int, ...], cut: Cut) -> jax.Array:
-    """The array of a shape that one of these views is of."""
-    if cut.merged:
-        return x.reshape(shape)
+    """The inverse of `viewed`, for an array of this shape."""
     x = x.reshape([shape[axis] for axis in cut.order])
     return x.transpose([cut.order.index(axis) for axis in range(len(shape))])
 
 
-def numbers_in(
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
+def is_row_major(scales: tuple[int, ...], cut: Cut) -> bool:
+    """Whether the scales of blocks are row after row in memory.
+
+    XLA chooses so if a row of them is whole vectors: neither order then needs padding.
+    """
+    last = len(scales) - 1
+    whole = cut.order == tuple(range(last + 1)) and cut.blocks % LANES == 0
+    return whole and _two_innermost(scales) == (last, last - 1)
+
+
+def indices_in(
     cut: Cut,
+    strides: tuple[int, ...],
     slab: jax.Array,
     row: jax.Array,
     block: jax.Array,
     within: jax.Array,
 ) -> jax.Array:
-    """The numbers of elements in the whole leaf, modulo 2^32, after that of the first.
-
-    Args:
-      shape: the leaf's.
-      strides: those that its elements are numbered by.
-      cut: how it is cut.
-      slab: that of the elements.
-      row: their rows.
-      block: the number of their block in its row.
-      within: their places in the block.
-    """
+    """The indices, from the leaf's first modulo 2^32, of elements at these places in a tile."""
     if cut.flat:
         return (block * LANES + row) * cut.size + within
-    place = block * cut.size + within
-    if cut.merged:
-        return row * wrapped(strides[-2]) + place
+    column = block * cut.size + within
     *slabs, outer, inner = cut.order
-    numbers = row * wrapped(strides[inner if cut.turned else outer]) + place
+    indices = row * wrapped(strides[inner if cut.turned else outer]) + column
     for axis in reversed(slabs):
-        numbers += jax.lax.rem(slab, jnp.int32(shape[axis])) * wrapped(strides[axis])
-        slab = jax.lax.div(slab, jnp.int32(shape[axis]))
-    return numbers
+        indices += jax.lax.rem(slab, jnp.int32(cut.shape[axis])) * wrapped(strides[axis])
+        slab = jax.lax.div(slab, jnp.int32(cut.shape[axis]))
+    return indices
 
 
-def inside_of(
-    shape: tuple[int, ...],
-    cut: Cut,
-    slab: jax.Array,
-    row: jax.Array,
-    block: jax.Array,
-    within: jax.Array,
-) -> jax.Array:
-    """Whether elements, as in `numbers_in`, are of the leaf."""
+def inside_of(cut: Cut, row: jax.Array, block: jax.Array, within: jax.Array) -> jax.Array:
+    """Whether elements at these places, as for `indices_in`, are in the leaf."""
     if cut.flat:
-        return (block * LANES + row) * cut.size + within < shape[0]
+        return (block * LANES + row) * cut.size + within < cut.shape[0]
     inside = block * cut.size + within < cut.length
     return inside & (row < cut.rows) if cut.rows % LANES else inside

@@ -1,9 +1,9 @@
-"""The blocks of a leaf of one axis, brought from where they lie end to end into a TPU's lanes.
+"""The blocks of a leaf with one axis, moved from end to end in memory into a TPU's lanes.
 
-128 neighbouring blocks of `size` elements lie in `size` rows of 128 lanes, and a block begins
+128 neighbouring blocks of `size` elements fill `size` rows of 128 lanes, and a block begins
 anywhere in a row. In a kernel's tile each block has a lane to itself. Eight blocks take `size / 16`
-whole rows, so the same part of every eighth block lies in rows equally far apart: sixteen of these
-are moved at a time, in loads and stores with a stride, and then the square of 128 is turned over.
+whole rows, so the same part of every eighth block is in rows equally far apart: sixteen of these
+are moved at a time, in loads and stores with a stride, and then the square of 128 is transposed.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu
 from adamfn.backends.tpu.cut import LANES
 
 _PERIOD = 8
-"""Blocks that take a whole number of rows, whatever multiple of 16 their size is."""
+"""Blocks that take a whole number of rows, for every size that is a multiple of 16."""
 _ALIKE = LANES // _PERIOD
 
 
@@ -27,13 +27,9 @@ def squares(size: int) -> int:
 
 
 def gather_blocks(rows: Any, start: jax.Array, size: int, square: Any) -> jax.Array:
-    """The tile of 128 blocks that lie end to end.
+    """The tile of 128 blocks that are end to end in rows of 32-bit lanes, from row `start` on.
 
-    Args:
-      rows: a reference to rows of 128 lanes, of 32 bits each.
-      start: the row that the first block begins in.
-      size: that of a block, a multiple of 16.
-      square: a reference to memory for `squares(size)` of them, one below another.
+    `square` refers to memory for `squares(size)` squares, one below another.
     """
     apart = size // _ALIKE
 
@@ -44,15 +40,15 @@ def gather_blocks(rows: Any, start: jax.Array, size: int, square: Any) -> jax.Ar
         for at in range(squares(size)):
             part = _from_lane(size * block + LANES * at, read)
             square[pl.ds(LANES * at + block, _ALIKE, stride=_PERIOD), :] = part
-    _turn_over(size, square)
+    _transpose(size, square)
     return square[:size, :]
 
 
 def scatter_blocks(tile: jax.Array, rows: Any, start: jax.Array, size: int, square: Any) -> None:
-    """Undoes `gather_blocks`: puts the blocks of a tile end to end."""
+    """The inverse of `gather_blocks`."""
     apart = size // _ALIKE
     square[:size, :] = tile
-    _turn_over(size, square)
+    _transpose(size, square)
     lane = jax.lax.broadcasted_iota(jnp.int32, (_ALIKE, LANES), 1)
 
     for row in range(apart):
@@ -71,7 +67,7 @@ def scatter_blocks(tile: jax.Array, rows: Any, start: jax.Array, size: int, squa
 
 
 def _from_lane(lane: int, read: Callable[[int], jax.Array]) -> jax.Array:
-    """128 lanes from one on, of vectors of 128 that follow each other."""
+    """128 lanes, beginning at one of them, of consecutive vectors of 128."""
     at, shift = divmod(lane, LANES)
     if shift == 0:
         return read(at)
@@ -80,7 +76,7 @@ def _from_lane(lane: int, read: Callable[[int], jax.Array]) -> jax.Array:
     return jnp.where(place < LANES - shift, these, next_ones)
 
 
-def _turn_over(size: int, square: Any) -> None:
+def _transpose(size: int, square: Any) -> None:
     for at in range(squares(size)):
         here = pl.ds(LANES * at, LANES)
         square[here, :] = square[here, :].T

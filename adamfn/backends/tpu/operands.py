@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from adamfn.backends.tpu.cut import LANES, Cut, lies_by_rows, unviewed, viewed
+from adamfn.backends.tpu.cut import LANES, Cut, is_row_major, unviewed, viewed
 from adamfn.backends.tpu.lanes import gather_blocks, scatter_blocks
 
 
@@ -17,26 +17,26 @@ class Operand(NamedTuple):
     view: jax.Array
     spec: pl.BlockSpec
     staged: int
-    """Rows of 128 that it is brought into in the near memory; 0 if it is used where it comes."""
+    """The rows of 128 of its copy in the near memory; 0 if it is used where it arrives."""
     turned: bool
-    """Whether it is turned over on its way there: its rows lie as rows, and not in the lanes."""
+    """Whether it is transposed on its way there: its rows are not in the lanes."""
     by_block: bool
-    """Whether it has one number for all of a row, or of a block in it."""
+    """Whether it has one number for a whole row, or for a block of it."""
 
     @property
     def dtype(self) -> Any:
-        """That of its place in the near memory, of 32 bits."""
+        """The dtype of its copy in the near memory, of 32 bits."""
         real = jnp.issubdtype(self.view.dtype, jnp.floating)
         return jnp.dtype(jnp.float32 if real else jnp.int32)
 
 
-def operand(x: jax.Array, leaf: tuple[int, ...], cut: Cut) -> Operand:
-    """An array like the leaf, or what is kept of its blocks."""
-    by_block = x.shape != leaf
+def operand_of(x: jax.Array, cut: Cut) -> Operand:
+    """The operand for an array of the leaf's shape, or for the scales of its blocks."""
+    by_block = x.shape != cut.shape
     if cut.flat:
         each = cut.columns if by_block else cut.width  # in a lane
         staged = 0 if by_block else cut.width
-        if leaf[0] % LANES:  # which only a copy would cut into rows
+        if cut.shape[0] % LANES:  # only a copy would have rows
             spec = pl.BlockSpec((each * LANES,), lambda s, i, j: (j,))
             return Operand(x, spec, staged, turned=False, by_block=by_block)
         if by_block:
@@ -45,7 +45,7 @@ def operand(x: jax.Array, leaf: tuple[int, ...], cut: Cut) -> Operand:
         spec = pl.BlockSpec((each, LANES), lambda s, i, j: (j, 0))
         return Operand(x.reshape(-1, LANES), spec, staged, turned=False, by_block=False)
     view = viewed(x, cut)
-    if by_block and lies_by_rows(x.shape, cut):
+    if by_block and is_row_major(x.shape, cut):
         spec = pl.BlockSpec((None, LANES, cut.blocks), lambda s, i, j: (s, i, 0))
         return Operand(view, spec, cut.blocks, turned=True, by_block=True)
     if by_block:
@@ -59,8 +59,8 @@ def operand(x: jax.Array, leaf: tuple[int, ...], cut: Cut) -> Operand:
     return Operand(view, spec, cut.width, turned=True, by_block=False)
 
 
-def factor(x: jax.Array, cut: Cut) -> Operand:
-    """A factor of the leaf, of which any axis may be 1."""
+def factor_of(x: jax.Array, cut: Cut) -> Operand:
+    """The operand for a factor of the leaf, which has some axes of 1."""
     only = math.prod(x.shape[a] for a in cut.order[:-2]) == 1  # one for all slabs
     view = viewed(x, cut)
     view = view.transpose(0, 2, 1) if cut.turned else view  # rows before the last axis
@@ -76,64 +76,63 @@ def factor(x: jax.Array, cut: Cut) -> Operand:
     return Operand(view, spec, cut.width, turned=True, by_block=False)
 
 
-def unview(own: Operand, x: jax.Array, shape: tuple[int, ...], cut: Cut) -> jax.Array:
-    """The array of a shape that one like the operand's view is of."""
+def result_of(operand: Operand, x: jax.Array, shape: tuple[int, ...], cut: Cut) -> jax.Array:
+    """A result like the operand's view, as an array of this shape."""
     if cut.flat:
         return x.reshape(shape)
-    upright = own.by_block and not own.turned and not cut.turned
+    upright = operand.by_block and not operand.turned and not cut.turned
     return unviewed(x.transpose(0, 2, 1) if upright else x, shape, cut)
 
 
-def stage(own: Operand, ref: Any, space: Any) -> None:
-    """Brings an operand's part into the near memory."""
+def stage(operand: Operand, ref: Any, space: Any) -> None:
+    """Copies an operand's part into its space in the near memory."""
     x = ref[...].astype(space.dtype)
-    if own.turned:
-        x = jnp.broadcast_to(x, (LANES, own.staged)).T
+    if operand.turned:
+        x = jnp.broadcast_to(x, (LANES, operand.staged)).T
     space[...] = x.reshape(space.shape)
 
 
-def unstage(own: Operand, space: Any, ref: Any) -> None:
-    """Brings what `stage` brought to where it came from."""
-    x = space[...].T if own.turned else space[...]
+def unstage(operand: Operand, space: Any, ref: Any) -> None:
+    """The inverse of `stage`."""
+    x = space[...].T if operand.turned else space[...]
     ref[...] = x.astype(ref.dtype).reshape(ref.shape)
 
 
-def read(own: Operand, ref: Any, cut: Cut, first: jax.Array, k: jax.Array, square: Any) -> Any:
-    """The tile of an operand that belongs to some blocks.
-
-    Args:
-      own: the operand.
-      ref: to its place in the near memory.
-      cut: the leaf's.
-      first: the first block of this part of the leaf.
-      k: the number of the blocks, from there.
-      square: memory for `gather_blocks`, by dtype.
-    """
-    if own.by_block:
-        return _of_blocks(own, ref, cut, first, k)[...].reshape(1, LANES)
+def read(
+    operand: Operand, ref: Any, cut: Cut, first: jax.Array, k: jax.Array, squares: Any
+) -> jax.Array:
+    """The tile of an operand for the blocks `first + k`, from its reference in the near memory."""
+    if operand.by_block:
+        return _of_blocks(operand, ref, cut, first, k)[...].reshape(1, LANES)
     start = pl.multiple_of(k * cut.size, 16)
     if cut.flat:
-        return gather_blocks(ref, start, cut.size, square[own.dtype])
+        return gather_blocks(ref, start, cut.size, squares[operand.dtype])
     return ref[pl.ds(start, cut.size), :]
 
 
 def write(
-    own: Operand, ref: Any, cut: Cut, first: jax.Array, k: jax.Array, square: Any, tile: jax.Array
+    operand: Operand,
+    ref: Any,
+    cut: Cut,
+    first: jax.Array,
+    k: jax.Array,
+    squares: Any,
+    tile: jax.Array,
 ) -> None:
-    """Puts what became of a tile where `read` took it from."""
-    if own.by_block:
-        here = _of_blocks(own, ref, cut, first, k)
+    """The inverse of `read`."""
+    if operand.by_block:
+        here = _of_blocks(operand, ref, cut, first, k)
         here[...] = tile.reshape(here.shape)
         return
-    start, tile = pl.multiple_of(k * cut.size, 16), tile.astype(own.dtype)
+    start, tile = pl.multiple_of(k * cut.size, 16), tile.astype(operand.dtype)
     if cut.flat:
-        scatter_blocks(tile, ref, start, cut.size, square[own.dtype])
+        scatter_blocks(tile, ref, start, cut.size, squares[operand.dtype])
     else:
         ref[pl.ds(start, cut.size), :] = tile
 
 
-def _of_blocks(own: Operand, ref: Any, cut: Cut, first: jax.Array, k: jax.Array) -> Any:
+def _of_blocks(operand: Operand, ref: Any, cut: Cut, first: jax.Array, k: jax.Array) -> Any:
     if cut.flat:
         here = pl.ds(pl.multiple_of(k * LANES, LANES), LANES)
-        return ref.at[here] if own.view.ndim == 1 else ref.at[:, here]
+        return ref.at[here] if operand.view.ndim == 1 else ref.at[:, here]
     return ref.at[pl.ds(0 if ref.shape[0] == 1 else first + k, 1), :]
