@@ -44,7 +44,10 @@ def restore(tree: PyTree, into: PyTree) -> PyTree:
     }
     treedef = jax.tree.structure(into)
     indices = treedef.unflatten(range(treedef.num_leaves))
-    arrangements = [dict(_keys(indices, old)) for old in (False, True)]
+    arrangements = [
+        {index: {path[1:].removesuffix("/value") for path in paths} for index, paths in found_at}
+        for found_at in (_paths(indices, old) for old in (False, True))
+    ]
     chosen = max(arrangements, key=lambda keys: sum(not k.isdisjoint(found) for k in keys.values()))
     rows: list[tuple[str, Any, Any]] = []
     for index, (path, like) in enumerate(jax.tree.leaves_with_path(into)):
@@ -62,8 +65,8 @@ def restore(tree: PyTree, into: PyTree) -> PyTree:
     return treedef.unflatten([_placed(value, like) for _, value, like in rows])
 
 
-def _keys(node: Any, old: bool) -> Iterator[tuple[int, set[str]]]:
-    """Each leaf of a tree of indices, and the paths it may have in a restored tree.
+def _paths(node: Any, old: bool) -> Iterator[tuple[int, set[str]]]:
+    """Each leaf of a tree of indices, and the paths, after a slash, it may have in a restored tree.
 
     States of 0.2.0, if `old`, had numbered scales, and a count that could stand around a state.
     """
@@ -86,9 +89,8 @@ def _keys(node: Any, old: bool) -> Iterator[tuple[int, set[str]]]:
         children = jax.tree.leaves_with_path(node, is_leaf=lambda part: part is not node)
         parts = [({keystr(path, simple=True)}, part) for path, part in children]
     for names, part in parts:
-        for index, ends in _keys(part, old):
-            paths = {f"{name}/{end}".rstrip("/") for name in names for end in ends}
-            yield index, {path.removesuffix("/value") for path in paths}
+        for index, ends in _paths(part, old):
+            yield index, {f"/{name}{end}" for name in names for end in ends}
 
 
 def _placed(value: Any, like: Any) -> Any:
