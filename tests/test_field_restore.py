@@ -159,8 +159,12 @@ def test_variables_of_flax_lose_their_types():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s[:1], "has nothing at 2/learning_rate; expected float32.., and found 0/count"),
-        (lambda s: [*s, [jnp.ones(2)]], "has leaves for which `into` has no place: 3/0"),
+        (lambda s: s[:1], "at 2/learning_rate the tree has nothing; expected float32.."),
+        (lambda s: [*s, [jnp.ones(2)]], r"at 3/0 the tree has float32\[2\]; expected nothing"),
+        (
+            lambda s: [s[0], s[1], {"rate": s[2]["learning_rate"]}],
+            "at 2/learning_rate the tree has nothing; .* without a place: 2/rate",
+        ),
         (
             lambda s: [s[0] | {"count": np.int64(3)}, *s[1:]],
             r"at 0/count the tree has int64\[\]; expected int32\[\]",
@@ -170,7 +174,7 @@ def test_variables_of_flax_lose_their_types():
             lambda s: [s[0] | {"mu": s[0]["mu"] | {"w": np.ones((256, 16), np.float32)}}, *s[1:]],
             r"at 0/mu/w the tree has float32\[256,16\]; expected float32\[16,256\]",
         ),
-        (lambda s: {}, "has nothing at 0/count; expected int32.., and found nothing"),
+        (lambda s: {}, "at 0/count the tree has nothing; expected int32.*place: none"),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):

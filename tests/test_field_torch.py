@@ -153,14 +153,17 @@ def test_a_rate_given_at_update_is_the_last_decays_too():
         ({"clipping_threshold": 1.0}, "clipping_threshold=1.0, which no chain here does"),
         ({"alpha": 5.0, "t_beta3": None}, "alpha=5.0, which no chain here does; expected 0.0"),
         ({"adanorm": False}, r"adanorm=False, which is not known.* pass harmless=\['adanorm'\]"),
-        ({"correct_bias": True, "amsgrad": True}, "amsgrad beside correct_bias"),
+        (
+            {"correct_bias": True, "amsgrad": True},
+            "amsgrad=True, which no known optimizer does beside bias_correction or correct_bias",
+        ),
         (
             {"bias_correction": True, "adam_w_mode": 1, "amsgrad": True},
-            "amsgrad beside bias_correction",
+            "amsgrad=True, which no known optimizer does beside bias_correction",
         ),
         (
             {"caution": True, "amsgrad": False, "decoupled_weight_decay": False},
-            "caution and a decay that is not decoupled",
+            "caution=True, .* beside a decay that is not decoupled",
         ),
         ({"bias_correction": True}, "does not tell Adam from AdamW, .*adam_w_mode"),
         ({"caution": True}, "expected one of Adam, AdamW"),  # timm's NAdamW
@@ -225,7 +228,7 @@ def test_eight_bits_of_bitsandbytes(size, wrapped):
     np.testing.assert_allclose(state[0].mu["w"], mu, atol=1.01 * np.abs(mu).max() / 255)
     np.testing.assert_allclose(state[0].nu["w"], nu, atol=1.01 * nu.max() / 510)
     with pytest.raises(
-        ValueError, match=r"is bitsandbytes', which has codes .* torch\.optim\.AdamW"
+        TypeError, match=r"is bitsandbytes's; expected torch\.optim's.* that does what this run did"
     ):
         to_state_dict(state, like=state_dict(group, {}))
 
@@ -234,10 +237,13 @@ def test_eight_bits_of_bitsandbytes(size, wrapped):
     ("change", "message"),
     [
         ({"qmap2": None}, "has no qmap2; found step, state1"),
-        ({"absmax1": np.ones(5, np.float32)}, "has 5 scales for 5250 elements; expected one for"),
+        (
+            {"absmax1": np.ones(5, np.float32)},
+            "has 5 scales .* for 5250 elements; expected a scale for",
+        ),
         (
             {"qmap1": np.ones(16, np.float32)},
-            r"qmap1 of .* has the shape \(16,\); expected \(256,\)",
+            r"a table qmap1 of the shape \(16,\) for .*; expected .* the shape \(256,\)",
         ),
         ({"unorm_vec": np.ones(1)}, "has unorm_vec, of bitsandbytes' max_unorm"),
         ({"gnorm_vec": np.ones(100)}, "has gnorm_vec, of bitsandbytes' percentile_clipping"),
@@ -275,14 +281,18 @@ def test_a_frozen_parameter_is_named():
     both = state_dict({"correct_bias": True})
     both["param_groups"][0]["params"] = [0, 1]
     params = {"w": jnp.float32(PARAM), "frozen": jnp.ones(3)}
-    with pytest.raises(ValueError, match=r"1, matched with frozen: .* fresh=\['frozen'\]"):
+    with pytest.raises(
+        ValueError, match=r"no step with, frozen \(torch's parameter 1\)\. .* fresh=\['frozen'\]"
+    ):
         from_state_dict(both, params, paths=["w", "frozen"])
     tx, state = from_state_dict(both, {"w": params["w"]}, paths=["w", None])
     tx.update({"w": params["w"]}, state, {"w": params["w"]})
     tx, state = from_state_dict(both, params, paths=["w", "frozen"], fresh=["frozen"])
     assert [part[0].count for part in state] == [STEP, 0]
     for wrong in (["x"], "frozen"):
-        with pytest.raises(ValueError, match=r"fresh is .*; expected a list of some of the leaves"):
+        with pytest.raises(
+            ValueError, match=r"fresh is .*; expected the leaves that torch took no step with"
+        ):
             from_state_dict(both, params, paths=["w", "frozen"], fresh=wrong)
 
 
@@ -314,7 +324,7 @@ def test_a_saved_file_is_read_without_torch():
 def test_a_file_that_holds_something_else_is_refused(tmp_path):
     path = tmp_path / "x.pt"
     path.write_bytes(pickle.dumps({}))
-    with pytest.raises(ValueError, match=r"is no zip archive; .* torch before 1\.6"):
+    with pytest.raises(ValueError, match=r"is no zip archive .* torch before 1\.6"):
         load(path)
     for content, message in (
         ({"x": np.float64(1.0)}, r"the file has a numpy\S*; expected containers, numbers"),
@@ -326,5 +336,5 @@ def test_a_file_that_holds_something_else_is_refused(tmp_path):
             load(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x/other", "")
-    with pytest.raises(ValueError, match=r"has no data\.pkl"):
+    with pytest.raises(ValueError, match=r"is no zip archive with a data\.pkl"):
         load(path)

@@ -221,8 +221,18 @@ def test_what_the_target_holds_besides_stays():
         (from_state, optax.amsgrad(0.1), adamfn.adam(), "state holds a ScaleByAmsgradState"),
         (to_state, adamfn.amsgrad(), optax.adam(0.1), "state holds a ScaleByMaxMomentsState"),
         (to_state, adamfn.nadam(), optax.adam(0.1), "holds a ScaleByNesterovMomentsState"),
-        (from_state, optax.masked(optax.adam(0.1), MASK), adamfn.adam(), "only like has .* b/"),
-        (to_state, adamfn.adam(), optax.masked(optax.adam(0.1), MASK), "only state has .* b/"),
+        (
+            from_state,
+            optax.masked(optax.adam(0.1), MASK),
+            adamfn.adam(),
+            r"mu at b/count: found nothing in state, expected float32\[\]",
+        ),
+        (
+            to_state,
+            adamfn.adam(),
+            optax.masked(optax.adam(0.1), MASK),
+            r"mu at b/.*: found float32.* in state, expected nothing as in like",
+        ),
         (
             from_state,
             optax.chain(optax.adam(0.1), optax.adam(0.1)),
@@ -270,18 +280,20 @@ def test_partitions_under_jit():
 
 def test_shapes_that_differ_are_named():
     other = PARAMS | {"a": jnp.ones((3, 2))}
-    with pytest.raises(ValueError, match=r"mu at a: found float32\[3,2\], expected float32\[2,3\]"):
+    with pytest.raises(
+        ValueError, match=r"mu at a: found float32\[3,2\] .*expected float32\[2,3\]"
+    ):
         from_state(optax.adam(0.1).init(other), adamfn.adam().init(PARAMS))
 
 
 def test_abstract_states_are_refused():
     theirs, ours = (tx.init(PARAMS) for tx in PAIRS["adam"])
     shapes = jax.eval_shape(lambda: (theirs, ours))
-    with pytest.raises(TypeError, match="from_state: found shapes without values in like"):
+    with pytest.raises(TypeError, match="from_state: like has shapes without values"):
         from_state(theirs, like=shapes[1])
-    with pytest.raises(TypeError, match="from_state: found shapes without values in state"):
+    with pytest.raises(TypeError, match="from_state: state has shapes without values"):
         from_state(shapes[0], like=ours)
-    with pytest.raises(ValueError, match="moments of a leaf at the root; expected"):
+    with pytest.raises(ValueError, match=r"mu at the root: found .* in state, expected nothing"):
         from_state(optax.adam(0.1).init(jnp.ones(3)), like=ours)
 
 

@@ -171,7 +171,7 @@ def test_a_parameter_without_a_step_begins_afresh():
     state_dict = small()
     del state_dict["state"][1]
     with pytest.raises(
-        ValueError, match=r"no step was taken with torch's parameter 1, .* z: it is"
+        ValueError, match=r"fresh is \(\); expected .* no step with, z \(torch's parameter 1\)"
     ):
         from_state_dict(state_dict, PARAMS)  # most often it is frozen
     tx, state = from_state_dict(state_dict, PARAMS, fresh=["z"])
@@ -395,8 +395,12 @@ SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0, "nesterov": False, "params
 SPARSE = Tensor(np.ones((2, 3)))
 SPARSE.is_sparse = True
 BAD = {
-    "no state dict": (3, TypeError, "found a int; expected a torch optimizer's state_dict"),
-    "a model's": ({"fc.weight": 0}, TypeError, "found fc.weight: int; expected a torch"),
+    "no state dict": (3, TypeError, "the state dict is 3; expected a torch optimizer's state_dict"),
+    "a model's": (
+        {"fc.weight": 0},
+        TypeError,
+        r"the state dict is \{'fc.weight': 0\}; expected a torch",
+    ),
     "another optimizer": (
         {"state": {}, "param_groups": [SGD]},
         ValueError,
@@ -411,7 +415,7 @@ BAD = {
     "a missing key": (
         without(small(), "state", 1, "exp_avg_sq"),
         ValueError,
-        "the state of torch's parameter 1 has no exp_avg_sq; found step, exp_avg, expected",
+        "the state of torch's parameter 1 has no exp_avg_sq; found step, exp_avg. Pass",
     ),
     "a missing hyperparameter": (
         without(small(), "param_groups", 0, "lr"),
@@ -421,42 +425,54 @@ BAD = {
     "groups that are none": (
         {"state": {}, "param_groups": None},
         TypeError,
-        "state: dict, param_groups: NoneType; exp",
+        "the state dict is .*'param_groups': None.*; expected",
     ),
-    "a group without params": ({"state": {}, "param_groups": [{}]}, TypeError, "the key params"),
+    "a group without params": (
+        {"state": {}, "param_groups": [{}]},
+        TypeError,
+        "params of group 0 is None; expected",
+    ),
     "a state that is none": (
         {"state": [], "param_groups": []},
         TypeError,
-        "found state: list, param_groups: list; expected",
+        r"the state dict is \{'param_groups': \[\], 'state': \[\]\}; expected",
     ),
     "one beta": (small(betas=0.9), TypeError, "betas in the group of .* is 0.9; expected two numb"),
     "a step that is not finite": (
         small(steps=float("nan")),
         TypeError,
-        "step of torch's parameter 0 is nan; expected a finite number",
+        r"step of torch's parameter 0 is .*nan.*; expected a finite number",
     ),
     "string keys": (
         {**small(), "state": {"0": {}, "1": {}}},
-        ValueError,
-        "state has a dict at '0'; expected a mapping for each of the groups' params, 0, 1",
+        TypeError,
+        r"state\['0'\] is \{\}; expected .* JSON makes strings of numbers",
     ),
-    "entries that are none": ({**small(), "state": {0: 3}}, ValueError, "state has a int at 0"),
-    "too few names": (small(param_names=["w"]), ValueError, r"has the param_names \['w'\] for 2"),
-    "a name for all": (small(param_names=3), ValueError, "group 0 has the param_names 3 for 2"),
+    "entries that are none": (
+        {**small(), "state": {0: 3}},
+        TypeError,
+        r"state\[0\] is 3; expected",
+    ),
+    "too few names": (
+        small(param_names=["w"]),
+        TypeError,
+        r"names of group 0 is \['w'\]; expected",
+    ),
+    "a name for all": (small(param_names=3), TypeError, "param_names of group 0 is 3; expected"),
     "params that are no list": (
         {"state": {}, "param_groups": [SGD | {"params": 3}]},
         TypeError,
-        "params of group 0 has 3; expected a list of numbers or names",
+        "params of group 0 is 3; expected .* numbers or names as params",
     ),
     "the groups of the optimizer itself": (
         {"state": {}, "param_groups": [SGD | {"params": [Tensor(np.ones(3))]}]},
         TypeError,
-        "params of group 0 has Tensor; .* optimizer.param_groups the tensors themselves",
+        r"params of group 0 is \[<.*\(optimizer.param_groups has the tensors themselves",
     ),
     "moments that NumPy cannot read": (
         {**small(), "state": {0: {"step": 1, "exp_avg": [[1], [2, 3]], "exp_avg_sq": 0}}},
         TypeError,
-        "exp_avg of torch's parameter 0 is a list that NumPy cannot read",
+        "exp_avg of torch's parameter 0, matched with w, is a list; expected a dense array",
     ),
     "a beta out of range": (
         small(betas=(0.9, 1.0)),
@@ -474,27 +490,27 @@ BAD = {
     "no number": (
         small(lr="fast"),
         TypeError,
-        "lr in the group of .* is 'fast'; expected a number",
+        "lr in the group of .* is 'fast'; expected a finite number",
     ),
     "too many parameters": (
         small(shapes=((2, 3), (3,), (3,))),
         ValueError,
-        "leaves for 2 parameters, expected 3 .* one side alone has torch's parameter 2",
+        "params has nothing for torch's parameter 2; expected one of the leaves w, z",
     ),
     "too few parameters": (
         small(shapes=((2, 3),)),
         ValueError,
-        "leaves for 2 parameters, expected 1 .* one side alone has z",
+        "params has 'z' for no torch parameter; expected",
     ),
     "another shape": (
         small(shapes=((3, 2), (3,))),
         ValueError,
-        r"exp_avg of .* 0, matched with w: found the shape \(3, 2\), expected \(2, 3\)\. layout=",
+        r"exp_avg of .* 0, matched with w, has the shape \(3, 2\); expected \(2, 3\)\. layout=",
     ),
     "a sparse tensor": (
         {**small(), "state": {0: {"step": 1, "exp_avg": SPARSE, "exp_avg_sq": 0}}},
         TypeError,
-        "exp_avg of torch's parameter 0 is a sparse tensor",
+        "exp_avg of torch's parameter 0, matched with w, is sparse .*; expected a dense",
     ),
     "a step that is none": (
         {**small(), "state": {0: {"step": "x", "exp_avg": 0, "exp_avg_sq": 0}}},
@@ -504,7 +520,7 @@ BAD = {
     "no moments": (
         {**small(), "state": {0: {"step": 1, "exp_avg": "x", "exp_avg_sq": 0}}},
         TypeError,
-        "exp_avg of torch's parameter 0 is 'x'; expected an array",
+        "exp_avg of torch's parameter 0, matched with w, is a str; expected a dense array",
     ),
 }
 
@@ -519,14 +535,17 @@ def test_a_bad_state_dict_is_refused(case):
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
-        (["w"], "paths has entries for 1 parameters, expected 2"),
+        (["w"], "paths has nothing for torch's parameter 1; expected"),
         (["w", "y"], r"paths has 'y' for torch's parameter 1; expected one of the leaves w, z"),
-        (["w", "w"], "paths has 'w' for torch's parameter 0 and for torch's parameter 1"),
-        (["w", None], "no torch parameter matches the leaf at z"),
-        ({0: "w"}, "paths has no entry for torch's parameter 1"),
-        ({0: "w", 1: "z", 2: "y"}, "paths names 2"),
-        ("wz", "paths is 'wz'; expected a sequence of paths"),
-        (5, "paths is 5; expected a sequence"),
+        (
+            ["w", "w"],
+            "paths has 'w' for torch's parameter 1; expected one of the leaves w, z for each",
+        ),
+        (["w", None], "paths has nothing for the leaf at z"),
+        ({0: "w"}, "paths has nothing for torch's parameter 1"),
+        ({0: "w", 1: "z", 2: "y"}, "paths has 2 for no torch parameter"),
+        ("wz", "paths has 'wz' for .* a sequence in torch's order"),
+        (5, "paths has 5 for .* a sequence in torch's order"),
     ],
     ids=str,
 )
@@ -540,14 +559,16 @@ def test_parameters_that_cannot_be_taken_over():
         from_state_dict(small(), PARAMS | {"w": jnp.ones((2, 3), int)})
     with pytest.raises(TypeError, match=r"the leaf at w is complex64\[2,3\]; expected a real one"):
         from_state_dict(small(), PARAMS | {"w": jnp.ones((2, 3), jnp.complex64)})
-    with pytest.raises(ValueError, match="params has no leaves"):
-        from_state_dict({"state": {}, "param_groups": []}, {})
-    with pytest.raises(ValueError, match="optimizer is 'SGD'; expected one of Adam"):
+    with pytest.raises(ValueError, match="params has nothing for torch's parameter 0"):
+        from_state_dict(small(), {})
+    with pytest.raises(ValueError, match=r"optimizer is 'SGD', the .*; expected one of Adam"):
         from_state_dict(small(), PARAMS, optimizer="SGD")
     for optimizer in ("AdamW", "RAdam"):
-        with pytest.raises(ValueError, match=f"optimizer is '{optimizer}', and .* is that of Adam"):
+        with pytest.raises(
+            ValueError, match=f"optimizer is '{optimizer}', the .*; expected one of Adam. "
+        ):
             from_state_dict(small(), PARAMS, optimizer=optimizer)
-    with pytest.raises(TypeError, match="layout is 'flax'; expected a function"):
+    with pytest.raises(TypeError, match="layout is 'flax'; expected one like to_flax"):
         from_state_dict(small(), PARAMS, layout="flax")
     with pytest.raises(
         TypeError, match=r"a tensor of torch's; .* Pass \.detach\(\)\.cpu\(\)\.numpy"
@@ -559,26 +580,39 @@ def test_parameters_that_cannot_be_taken_over():
 
 def test_a_state_that_cannot_be_handed_over():
     state = adamfn.adam().init(PARAMS)
-    with pytest.raises(TypeError, match="NAdam's, which goes on from a ScaleByNesterovMoments"):
+    with pytest.raises(
+        TypeError,
+        match=r"NAdam's; expected .* a ScaleByNesterovMomentsState .*; found a ScaleByMoments",
+    ):
         to_state_dict(state, like=small("NAdam"))
-    with pytest.raises(TypeError, match="Adamax's, which goes on from a ScaleByInfinityMoments"):
+    with pytest.raises(
+        TypeError, match=r"Adamax's; expected .* a ScaleByInfinityMomentsState .*; found a ScaleByM"
+    ):
         to_state_dict(state, like=small("Adamax"))
-    with pytest.raises(TypeError, match="which goes on from a ScaleByMaxMomentsState"):
+    with pytest.raises(
+        TypeError, match=r"expected .* a ScaleByMaxMomentsState .*; found a ScaleByMomentsState"
+    ):
         to_state_dict(state, like=small(amsgrad=True))
-    with pytest.raises(ValueError, match=r"matched with w: found the shape \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"matched with w, has the shape \(2, 3\)"):
         to_state_dict(state, like=small(shapes=((3, 2), (3,))))
-    with pytest.raises(TypeError, match=r"the count of the state at w is a .*outside jax\.jit"):
+    with pytest.raises(TypeError, match=r"the count of the state at w is .*outside jax\.jit"):
         jax.jit(lambda state: to_state_dict(state, like=small()))(state)
-    with pytest.raises(TypeError, match=r"the count of the state at w is int32\[\]; expected"):
+    with pytest.raises(
+        TypeError, match=r"the count of the state at w is ShapeDtypeStruct.*; expected"
+    ):
         to_state_dict(jax.eval_shape(lambda: state), like=small())
     two = jax.tree.map(lambda x: jnp.stack([x, x]), state)
-    with pytest.raises(ValueError, match=r"at w has a count of shape \(2,\), as that of several"):
+    with pytest.raises(
+        TypeError, match=r"count of the state at w is .*\[0, 0\].* Pass the state of one run"
+    ):
         to_state_dict(two, like=small() | {"state": {}})
-    with pytest.raises(TypeError, match=r"mu at w is complex64\[2,3\]; expected an array of real"):
+    with pytest.raises(
+        TypeError, match=r"matched with w, is complex64\[2,3\]; expected a dense array of real"
+    ):
         to_state_dict(adamfn.adam().init(jax.tree.map(lambda x: 1j * x, PARAMS)), like=small())
-    with pytest.raises(TypeError, match="layout is 'flax'; expected a function"):
+    with pytest.raises(TypeError, match="layout is 'flax'; expected one like to_flax"):
         to_state_dict(state, like=small(), layout="flax")
-    with pytest.raises(TypeError, match="layout's result for w is None; expected an array"):
+    with pytest.raises(TypeError, match="layout's result for w is nothing; expected a dense array"):
         to_state_dict(state, like=small() | {"state": {}}, layout=lambda path, array: None)
     with pytest.raises(ValueError, match="state: found no moments"):
         to_state_dict(optax.sgd(0.1).init(PARAMS), like=small())
@@ -598,7 +632,7 @@ def test_groups_take_a_rate_at_update_and_work_in_flax():
     before = np.asarray(layer.bias)
     optimizer.update(layer, nnx.grad(lambda m: jnp.sum(m(jnp.ones((1, 2))) ** 2))(layer))
     assert np.all(np.abs(layer.bias - before) > 0.4)
-    with pytest.raises(TypeError, match="by_group: found a state of type NoneType; expected a tup"):
+    with pytest.raises(TypeError, match="by_group: found nothing as the state; expected a tuple"):
         tx.update(params, None, params)
 
 

@@ -69,7 +69,7 @@ def test_a_damaged_state_of_0_2_0_is_named():
     tx, params = RUNS["8bit"]
     flat = recorded("8bit/state/")
     del flat["0/scales/3/0/top"]
-    with pytest.raises(ValueError, match="has nothing at 0/scales/layers/1/kernel/0/top"):
+    with pytest.raises(ValueError, match="at 0/scales/layers/1/kernel/0/top the tree has nothing"):
         restore(flat, into=tx.init(params))
 
 
@@ -79,5 +79,5 @@ def test_places_without_codes_need_not_be_saved():
     flat = {path[1:]: leaf for path, leaf in RECORDED["named"]("", state).items() if leaf.size}
     found = restore(flat, into=jax.eval_shape(tx.init, params))
     jax.tree.map(np.testing.assert_array_equal, found, state)
-    assert found[0].mu["layers"][1]["kernel"].shape == (0, 0)
+    assert found[0].mu["layers"][1]["kernel"] is None
     assert found[0].mu["bias"].dtype == jnp.float32

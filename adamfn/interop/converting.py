@@ -23,16 +23,14 @@ def convert(state: PyTree, moments: Moments, to: Moments) -> PyTree:
       to: the format to go on in, likewise.
 
     Returns:
-      The state, with the structure that `init` of the same transformation with `moments=to` gives.
-      Codes are rounded to nearest; everything else is unchanged. It works under `jax.jit`, whose
-      `out_shardings` place the scales.
+      The state that the same transformation with `moments=to` goes on from. Codes are rounded to
+      nearest. It works under `jax.jit`, whose `out_shardings` place the scales.
 
     Raises:
       ValueError: no moments, packed ones, or not in the format `moments`; names the leaf.
       TypeError: not a format.
 
-    >>> import adamfn
-    >>> import jax.numpy as jnp
+    >>> import adamfn, jax.numpy as jnp
     >>> from adamfn.interop import convert
     >>> params = {"w": jnp.ones((64, 256))}
     >>> tx = adamfn.adam()
@@ -58,14 +56,10 @@ def _converted(node: Any, moments: Moments, to: Moments) -> Any:
             f"convert: found a {type(node).__name__}; expected a state of adamfn's, which has a"
             " field scales. adamfn.interop.optax.from_state converts a state of optax."
         )
-    names = leaf_fields(node)
+    keeps = dict.fromkeys(leaf_fields(node), zeros)
+    start = dict.fromkeys({*node._fields} - {*keeps, "count", "scales"})
     stage = Stage(
-        "convert",
-        jnp.negative,
-        keeps=dict.fromkeys(names, zeros),
-        start=dict.fromkeys({*node._fields} - {*names, "count", "scales"}),
-        state=type(node),
-        moments=moments,
+        "convert", jnp.negative, keeps=keeps, start=start, state=type(node), moments=moments
     )
     shapes = jax.tree.map(_shape, node.mu, node.nu, is_leaf=lambda part: part is None)
     before, after = choose_formats(moments, shapes), choose_formats(to, shapes)

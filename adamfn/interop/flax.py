@@ -24,11 +24,10 @@ _pure: Any = nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure
 class Optimizer(nnx.Optimizer[M]):
     """`flax.nnx.Optimizer`, whose `update` takes `adamfn.step`.
 
-    It is made, saved and sharded like flax's: `Optimizer(model, tx, wrt=nnx.Param)`. Donate model
-    and optimizer to the jitted function that calls `update`: the step then works in place.
+    It is made, saved and sharded like flax's. Donate model and optimizer to the jitted function
+    that calls `update`: the step then works in place.
 
-    >>> import adamfn
-    >>> import jax.numpy as jnp
+    >>> import adamfn, jax.numpy as jnp
     >>> from adamfn.interop.flax import Optimizer
     >>> from flax import nnx
     >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
@@ -46,17 +45,11 @@ class Optimizer(nnx.Optimizer[M]):
     def update(
         self, model: M, grads: PyTree, /, *, return_updates: bool = False, **kwargs: Any
     ) -> Any:
-        """Updates the model's parameters and the optimizer's state and step, in place.
+        """Updates the parameters of `model` that are `wrt`, and the optimizer's state, in place.
 
-        Args:
-          model: the model; its parameters that are `wrt` are updated.
-          grads: the gradients of `nnx.grad`, of these parameters at least.
-          return_updates: whether to return the updates, as flax's always does; they cost memory.
-          **kwargs: extra arguments of `tx.update`, such as `learning_rate=`.
-
-        Raises:
-          TypeError, ValueError: model and gradients are exchanged, a parameter has no gradient, or
-            as `adamfn.step`.
+        `grads` is the result of `nnx.grad`, for these parameters at least. Updates cost memory, and
+        are returned with `return_updates` only. `kwargs` are extra arguments of `tx.update`, such
+        as `learning_rate=`. The errors are those of `adamfn.step`.
         """
         if isinstance(model, nnx.State) and not isinstance(grads, nnx.State):
             raise TypeError(
@@ -85,8 +78,7 @@ class TrainState(train_state.TrainState):
 
     It is made by `create(apply_fn=, params=, tx=)`, subclassed, saved and sharded like flax's.
 
-    >>> import adamfn
-    >>> import jax.numpy as jnp
+    >>> import adamfn, jax.numpy as jnp
     >>> from adamfn.interop.flax import TrainState
     >>> params = {"w": jnp.array([1.0, -2.0])}
     >>> state = TrainState.create(apply_fn=None, params=params, tx=adamfn.adam(0.1))
@@ -98,14 +90,9 @@ class TrainState(train_state.TrainState):
     def apply_gradients(self, *, grads: PyTree, **kwargs: Any) -> Any:
         """The state after a step.
 
-        Args:
-          grads: the gradients of `params`. The collection of flax's fp8 layers, if there is one,
-            replaces that of `params`; the others go through `tx`.
-          **kwargs: fields of the train state to be replaced. Beyond flax's: extra arguments of
-            `tx.update`, such as `learning_rate=`, unless a field has that name.
-
-        Raises:
-          TypeError, ValueError: as `adamfn.step`.
+        `grads` has the gradients of `params`. The collection of flax's fp8 layers, if there is one,
+        replaces that of `params`. `kwargs` are fields of the train state to be replaced, and extra
+        arguments of `tx.update`, such as `learning_rate=`. The errors are those of `adamfn.step`.
         """
         names = {field.name for field in fields(self)}
         extra = {name: kwargs.pop(name) for name in kwargs.keys() - names}

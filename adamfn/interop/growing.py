@@ -1,6 +1,7 @@
 """`carry_over`: a run whose model got other parameters."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from adamfn.chains.leaves import way_out
 from adamfn.chains.transform import GradientTransformation, Transformation, check_transformation
 from adamfn.formats.arrangement import holds_moments, kept_leaves, leaf_fields, scales_key
-from adamfn.interop.states import is_placeholder, leaves_by_path, moment_states
+from adamfn.interop.states import leaves_by_path, moment_states
 from adamfn.trees import PyTree, check_inexact, describe, path_name
 
 
@@ -32,21 +33,16 @@ def carry_over(
     one_count: bool = False,
     late: Transformation | None = None,
 ) -> CarriedOver:
-    r"""Continues a run after parameters were added or removed.
+    """Continues a run after parameters were added or removed.
 
     The state of a parameter with the same path and shape is carried over to the bit, in any format.
-    The others begin at zero.
+    The others begin at zero. As in torch, each of these late parameters is corrected for the steps
+    that it has taken itself. For this they get a transformation of their own, which follows the
+    rate of the others, and the state becomes a pair, whose `step` is an `update` and a sum.
 
-    As in torch, each late parameter is corrected for the steps that it has taken itself: its first
-    step is one rate long. For this, late parameters get a transformation of their own, and the
-    state becomes a pair, whose `step` is an `update` and a sum, not one pass. They follow the rate
-    of the others, also a schedule. With `one_count`, `tx` and the structure of its state stay as
-    they are. A late parameter is then corrected as if it had taken all t steps, and its first step
-    is
-
-    $$ \frac{1 - b_1}{\sqrt{1 - b_2}} \cdot \frac{\sqrt{1 - b_2^t}}{1 - b_1^t} $$
-
-    rates long: up to 3.2 with the default decays. A warmup or a smaller rate hides that.
+    With `one_count`, `tx` and the structure of its state stay as they are. Late parameters are then
+    corrected as if they had taken all steps, and their first steps are up to (1 - b1) / sqrt(1 -
+    b2) rates long, 3.2 with the default decays. A warmup or a smaller rate hides that.
 
     Args:
       tx: the run's transformation: any that keeps moments, also in wrappers. Masks and labels that
@@ -60,8 +56,7 @@ def carry_over(
     Raises:
       TypeError, ValueError: a state without moments, a packed one, or one not made by `tx`.
 
-    >>> import adamfn
-    >>> import jax.numpy as jnp
+    >>> import adamfn, jax.numpy as jnp
     >>> from adamfn.interop import carry_over
     >>> params = {"w": jnp.ones(2), "old": jnp.ones(1)}
     >>> tx = adamfn.adam(0.1)
@@ -83,135 +78,113 @@ def carry_over(
     dropped = tuple(p for p in before if before[p] is not None and now.get(p) != before[p])
     if one_count or not new:
         return CarriedOver(tx, _filled(tx.init(params), state, new, dropped), new, dropped)
-    second = late or tx
-    groups = getattr(tx.update, "__self__", None)
-    if late is None and isinstance(groups, _Groups) and groups.late is not None:
-        second = groups.late  # a run that grows again: `tx` knows only the leaves it was made for
-    late_or_not = {path: int(path in new) for path in now}
-    both = _Groups(late_or_not, [tx, second], one_rate=late is None, late=second)
+    # A run that grows again: `tx` knows only the leaves that it was made for.
+    second = late or getattr(getattr(tx.update, "__self__", None), "late", None) or tx
+    groups = {path: int(path in new) for path in now}
+    both = _Groups(groups, [tx, second], one_rate=late is None, late=second)
     others, begun = both.init(params)
     state = _filled(others, state, (), dropped), begun
     return CarriedOver(GradientTransformation(both.init, both.update), state, new, dropped)
 
 
 def by_group(
-    groups: Mapping[str, int],
-    transformations: Sequence[Transformation],
-    *,
-    one_rate: bool = False,
+    groups: Mapping[str, int], transformations: Sequence[Transformation], *, one_rate: bool = False
 ) -> GradientTransformation:
     """Applies to each leaf the transformation of its group.
 
     Args:
       groups: for each leaf, by its path, the index of its transformation.
-      transformations: one for each group.
+      transformations: one for each group. The state is the tuple of theirs, each of the whole
+        tree's structure with None at the leaves of the others.
       one_rate: whether all take the learning rate that the first one takes.
-
-    Returns:
-      A `GradientTransformation` whose state is the tuple of theirs. Each has the whole tree's
-      structure, with None at the leaves of the others.
     """
     made = _Groups(groups, transformations, one_rate)
     return GradientTransformation(made.init, made.update)
 
 
+@dataclass(eq=False)
 class _Groups:
     """Several transformations side by side, each for some leaves."""
 
-    def __init__(
-        self,
-        groups: Mapping[str, int],
-        transformations: Sequence[Transformation],
-        one_rate: bool,
-        late: Transformation | None = None,
-    ) -> None:
-        self._groups, self._transformations, self._one_rate = groups, transformations, one_rate
-        self.late = late
+    groups: Mapping[str, int]
+    transformations: Sequence[Transformation]
+    one_rate: bool
+    late: Transformation | None = None
 
     def init(self, params: PyTree) -> PyTree:
         return tuple(
-            tx.init(self._chosen(params, group)) for group, tx in enumerate(self._transformations)
+            tx.init(self._chosen(params, group)) for group, tx in enumerate(self.transformations)
         )
 
     def update(
         self, updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, PyTree]:
-        expected = len(self._transformations)
+        expected = len(self.transformations)
         if not isinstance(state, tuple) or len(cast("tuple[Any]", state)) != expected:
             raise TypeError(
-                f"by_group: found a state of type {type(state).__name__}; expected a tuple of"
-                f" {expected}, one part for each group."
+                f"by_group: found {describe(state)} as the state; expected a tuple of {expected},"
+                " one part for each group."
                 f" {way_out(None if isinstance(state, tuple) else state, 'transformation')}"
             )
         next_state: list[PyTree] = []
         found: dict[str, Any] = {}
-        for group, (tx, part) in enumerate(zip(self._transformations, state, strict=True)):
+        for group, (tx, part) in enumerate(zip(self.transformations, state, strict=True)):
             chosen, ps = self._chosen(updates, group), self._chosen(params, group)
             moved, part = tx.update(chosen, part, ps, **extra)
             found |= {path: u for path, u in leaves_by_path(moved).items() if u is not None}
             next_state.append(part)
-            if self._one_rate and group == 0:
+            if self.one_rate and group == 0:
                 extra = _rate_in(part) | extra
         merged = jax.tree.map_with_path(lambda path, _: found[path_name(path)], updates)
         return merged, tuple(next_state)
 
     def _chosen(self, tree: PyTree, group: int) -> PyTree:
         def leaf_of(path: Any, leaf: Any) -> Any:
-            name = path_name(path)
-            if name not in self._groups:
+            if path_name(path) not in self.groups:
                 raise ValueError(
-                    f"by_group: found a leaf at {name}, which has no group; expected"
-                    f" {', '.join(self._groups)}. Pass the tree that the state was made for."
+                    f"by_group: found a leaf at {path_name(path)}, which has no group; expected"
+                    f" {', '.join(self.groups)}. Pass the tree that the state was made for."
                 )
-            return leaf if self._groups[name] == group else None
+            return leaf if self.groups[path_name(path)] == group else None
 
         return jax.tree.map_with_path(leaf_of, tree)
 
 
 def _rate_in(state: PyTree) -> dict[str, Any]:
     """The learning rate that a state remembers, as an argument; empty if it remembers none."""
-    nodes = jax.tree.leaves(state, is_leaf=_remembers_rate)
-    rates = [node.learning_rate for node in nodes if _remembers_rate(node)]
-    return {"learning_rate": rates[0]} if rates else {}
-
-
-def _remembers_rate(node: Any) -> bool:
-    return "learning_rate" in getattr(node, "_fields", ())
+    for path, leaf in jax.tree.leaves_with_path(state):
+        if path and getattr(path[-1], "name", None) == "learning_rate":
+            return {"learning_rate": leaf}
+    return {}
 
 
 def _shapes(state: PyTree) -> dict[str, tuple[int, ...] | None]:
     """The shape of every leaf that a state knows, by its path; None if it is masked."""
     shapes: dict[str, tuple[int, ...] | None] = {}
     for node in moment_states("carry_over: state", state):
-        for path, leaf in jax.tree.leaves_with_path(node.mu, is_leaf=is_placeholder):
-            if is_placeholder(leaf):
-                shapes.setdefault(path_name(path), None)
-        for path, parts, _ in kept_leaves(node):
-            shapes[path_name(path)] = next(x for x in parts.values() if x is not None).shape
+        for field in leaf_fields(node):
+            for path, leaf in leaves_by_path(getattr(node, field)).items():
+                shapes[path] = shapes.get(path) if leaf is None else leaf.shape
     return shapes
 
 
 def _filled(like: PyTree, state: PyTree, new: Collection[str], dropped: Collection[str]) -> PyTree:
     """`like` with the values of a state, except for new and dropped leaves."""
-    named = _named(state)
-    found = {name: leaf for name, _, leaf in named}
-    filled: list[Any] = []
-    for name, owner, leaf in _named(like):
-        old = found.pop(name, None)
-        carried = owner not in new and old is not None and describe(old) == describe(leaf)
+    old, filled = _named(state), list[Any]()
+    wrong: list[tuple[str, Any, Any]] = []
+    for name, (owner, leaf) in _named(like).items():
+        _, found = old.pop(name, (None, None))
+        carried = owner not in new and found is not None and describe(found) == describe(leaf)
+        filled.append(found if carried else leaf)
         if not carried and not _belongs(name, owner, new):
-            raise ValueError(
-                f"carry_over: at {name} the state has {describe(old)}; expected {describe(leaf)}."
-                " Pass the transformation that made the state. adamfn.interop.convert moves moments"
-                " to another format."
-            )
-        filled.append(old if carried else leaf)
-    for name, owner, leaf in named:
-        if name in found and not _belongs(name, owner, dropped):
-            raise ValueError(
-                f"carry_over: the state has {describe(leaf)} at {name}, for which the"
-                " transformation has no place. Pass the transformation that made the state."
-            )
+            wrong.append((name, found, leaf))
+    wrong += [(k, leaf, None) for k, (p, leaf) in old.items() if not _belongs(k, p, dropped)]
+    for name, found, expected in wrong:
+        raise ValueError(
+            f"carry_over: at {name} the state has {describe(found)}; expected"
+            f" {describe(expected)}. Pass the transformation that made the state."
+            " adamfn.interop.convert moves moments to another format."
+        )
     return jax.tree.unflatten(jax.tree.structure(like), filled)
 
 
@@ -220,22 +193,19 @@ def _belongs(name: str, owner: str | None, paths: Collection[str]) -> bool:
     if owner is not None:
         return owner in paths
     # Other transformations keep trees of the parameters' structure under names of their own.
-    return any(name == path or name.endswith(f"/{path}") for path in paths)
+    return any(f"/{name}".endswith(f"/{path}") for path in paths)
 
 
-def _named(state: PyTree) -> list[tuple[str, str | None, Any]]:
-    """Every array of a state with its path, and the path of its leaf if it is of moments."""
-    named: list[tuple[str, str | None, Any]] = []
-    nodes: list[tuple[Any, Any]] = jax.tree.leaves_with_path(state, is_leaf=holds_moments)
-    for where, node in nodes:
-        if not holds_moments(node):
-            named.append((path_name(where), None, node))
-            continue
-        owners = {scales_key(path): path_name(path) for path, *_ in kept_leaves(node)}
-        fields = leaf_fields(node)
-        for (field, *rest), leaf in jax.tree.leaves_with_path(node):
-            owner = path_name(tuple(rest)) if field.name in fields else None
-            if field.name == "scales" and rest:
-                owner = owners[rest[0].key]
-            named.append((path_name((*where, field, *rest)), owner, leaf))
+def _named(state: PyTree) -> dict[str, tuple[str | None, Any]]:
+    """Every array of a state by its path, and the path of its leaf if it is of moments."""
+    named: dict[str, tuple[str | None, Any]] = {}
+    for where, node in jax.tree.leaves_with_path(state, is_leaf=holds_moments):
+        fields = leaf_fields(node) if holds_moments(node) else []
+        kept = [leaf.path for leaf in kept_leaves(node)] if fields else []
+        owners = {scales_key(path): path_name(path) for path in kept}
+        for path, leaf in jax.tree.leaves_with_path(node):
+            owner = path_name(path[1:]) if fields and path[0].name in fields else None
+            if fields and path[0].name == "scales" and path[1:]:
+                owner = owners[path[1].key]
+            named[path_name((*where, *path))] = owner, leaf
     return named

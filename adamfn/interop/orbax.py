@@ -22,8 +22,7 @@ def check_saved(saved: PyTree, like: PyTree) -> None:
       ValueError: they differ in structure, in a shape or in a dtype; names the first difference.
         Two chains whose states have the same fields, such as of other rates, are not told apart.
 
-    >>> import adamfn
-    >>> import jax.numpy as jnp
+    >>> import adamfn, jax.numpy as jnp
     >>> from adamfn.interop.orbax import check_saved
     >>> params = {"kernel": jnp.zeros((64, 256))}
     >>> saved = adamfn.adam(moments="8bit").init(params)
@@ -31,7 +30,7 @@ def check_saved(saved: PyTree, like: PyTree) -> None:
     >>> check_saved(saved, adamfn.adam().init(params))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
       ...
-    ValueError: check_saved: 5 parts of the checkpoint differ, the first at 0/mu/kernel: it holds
+    ValueError: check_saved: 5 arrays of the checkpoint differ, the first at 0/mu/kernel: it holds
     int8[64,256]; expected float32[64,256]. Restore it with ...
     """
     if saved is None:
@@ -40,32 +39,15 @@ def check_saved(saved: PyTree, like: PyTree) -> None:
             " with item_handlers=orbax.checkpoint.StandardCheckpointHandler(): without it, the"
             " manager cannot read them before it has saved or restored."
         )
-    found, expected = _arrays(getattr(saved, "tree", saved)), _arrays(like)
+    found, expected = (
+        {path_name(path): describe(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (getattr(saved, "tree", saved), like)
+    )
     differing = [path for path in {**expected, **found} if found.get(path) != expected.get(path)]
-    parts = list(dict.fromkeys(_part(path, found, expected) for path in differing))
-    if parts:
+    for path in differing:
         raise ValueError(
-            f"check_saved: {len(parts)} part{'s' * (len(parts) > 1)} of the checkpoint"
-            f" differ{'s' * (len(parts) == 1)}, the first at {parts[0] or 'the root'}: it holds"
-            f" {_below(parts[0], found)}; expected {_below(parts[0], expected)}. Restore it with"
-            " the chain, the parameters and the moments= that it was saved with."
+            f"check_saved: {len(differing)} arrays of the checkpoint differ, the first at"
+            f" {path or 'the root'}: it holds {found.get(path, 'nothing')}; expected"
+            f" {expected.get(path, 'nothing')}. Restore it with the chain, the parameters and the"
+            " moments= that it was saved with."
         )
-
-
-def _arrays(tree: PyTree) -> dict[str, str]:
-    return {path_name(path): describe(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
-def _part(path: str, *sides: dict[str, str]) -> str:
-    """The array that this one is part of: the shortest beginning of its path that is one."""
-    keys = path.split("/")
-    beginnings = ("/".join(keys[:length]) for length in range(len(keys)))
-    return next((part for part in beginnings if any(part in side for side in sides)), path)
-
-
-def _below(part: str, side: dict[str, str]) -> str:
-    """The array at a path, or all arrays below it."""
-    if part in side:
-        return side[part]
-    inner = [f"{p[len(part) + 1 :]} {a}" for p, a in side.items() if p.startswith(f"{part}/")]
-    return ", ".join(inner) or "nothing"

@@ -1,7 +1,7 @@
 """Finding the moments in a state and filling them in, whatever wraps the state."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +9,18 @@ import jax.numpy as jnp
 from adamfn.formats.arrangement import holds_moments, kept_leaves, leaf_fields, states_of_moments
 from adamfn.trees import PyTree, path_name
 
-_COUNTERS = (
-    "InjectHyperparamsState",
-    "InjectStatefulHyperparamsState",
-    "ScaleByScheduleState",
-    "WrappedScheduleState",
-)
+_COUNTERS = {
+    *("InjectHyperparamsState", "InjectStatefulHyperparamsState"),
+    *("ScaleByScheduleState", "WrappedScheduleState"),
+}
 """Optax's states that count the optimizer's steps; other counts of its states are not of these."""
 
 
 class LeafMoments(NamedTuple):
-    """The moments of one leaf."""
+    """The moments of one leaf by field, `mu`, `nu` and any more, and the state that holds them."""
 
     node: Any
-    """The state that holds them, such as a `ScaleByMomentsState`."""
     kept: Mapping[str, Any]
-    """By field: `mu`, `nu` and any more."""
 
 
 def find_moments(owner: str, state: PyTree) -> dict[str, LeafMoments]:
@@ -68,10 +64,7 @@ def moment_states(owner: str, state: PyTree) -> list[Any]:
 
 
 def fill_moments(
-    like: PyTree,
-    count: jax.Array,
-    leaf_of: Callable[[str, str, Any], jax.Array],
-    **scalars: jax.Array,
+    like: PyTree, count: Any, leaf_of: Callable[[str, str, Any], jax.Array], **scalars: jax.Array
 ) -> PyTree:
     """The state `like` with other moments, counts and, by field, other scalars.
 
@@ -79,40 +72,36 @@ def fill_moments(
     """
 
     def fill(node: Any) -> Any:
-        if not _counts_steps(node):
-            return node
-        moments, filled = holds_moments(node), dict[str, Any]()
-        for field, part in node._asdict().items():
+        moments = leaf_fields(node) if holds_moments(node) else []
+
+        def new(field: str, part: Any) -> Any:
             if field == "count":
-                filled[field] = jnp.array(count)  # a copy: a buffer is donated once
-            elif not moments:
-                filled[field] = walk(part)
-            elif field in scalars:
-                filled[field] = scalars[field]
-            elif field in leaf_fields(node):
-                filled[field] = jax.tree.map_with_path(
-                    lambda p, leaf, field=field: leaf_of(field, path_name(p), leaf), part
-                )
-        return node._replace(**filled)
+                return jnp.array(count, jnp.int32)  # a copy: a buffer is donated once
+            if field in moments:
+                return jax.tree.map_with_path(lambda p, x: leaf_of(field, path_name(p), x), part)
+            return scalars.get(field, walk(part))
+
+        return node._replace(**{k: new(k, part) for k, part in node._asdict().items()})
 
     def walk(tree: PyTree) -> PyTree:
-        return jax.tree.map(fill, tree, is_leaf=_counts_steps)
+        return jax.tree.map(
+            lambda node: fill(node) if _counts_steps(node) else node, tree, is_leaf=_counts_steps
+        )
 
     return walk(like)
 
 
 def leaves_by_path(tree: PyTree) -> dict[str, Any]:
     """The leaves of a tree by their paths, such as `layers/0/kernel`; None for masked ones."""
-    leaves = cast("list[tuple[Any, Any]]", jax.tree.leaves_with_path(tree, is_leaf=is_placeholder))
     named: dict[str, Any] = {}
-    for path, leaf in leaves:
+    for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=_is_masked):
         name = path_name(path)
         if name in named:
             raise ValueError(
                 f"Two leaves have the path {name}; expected a path for each. Rename a key that has"
                 " a slash in it."
             )
-        named[name] = None if is_placeholder(leaf) else leaf
+        named[name] = None if _is_masked(leaf) else leaf
     return named
 
 
@@ -122,6 +111,5 @@ def _counts_steps(node: Any) -> bool:
     return ours or holds_moments(node) or kind.__name__ in _COUNTERS
 
 
-def is_placeholder(leaf: Any) -> bool:
-    """Whether something stands for a masked leaf."""
+def _is_masked(leaf: Any) -> bool:
     return leaf is None or type(leaf).__name__ == "MaskedNode"

@@ -4,8 +4,7 @@ Tensors are read as NumPy arrays; torch is not imported.
 """
 
 from adamfn.interop.torch.files import load
-from adamfn.interop.torch.handover import to_state_dict
 from adamfn.interop.torch.parameters import from_flax, to_flax
-from adamfn.interop.torch.takeover import from_state_dict
+from adamfn.interop.torch.state_dicts import from_state_dict, to_state_dict
 
 __all__ = ["from_flax", "from_state_dict", "load", "to_flax", "to_state_dict"]

@@ -20,25 +20,23 @@ def load(path: str | os.PathLike[str]) -> Any:
       path: the file, of torch 1.6 or later: a zip archive, little-endian.
 
     Returns:
-      The saved object, with NumPy arrays in place of tensors. It may have containers, numbers, text
-      and tensors; no code of the file is run.
+      The saved object, with NumPy arrays in place of tensors: `load("run.pt")["optimizer"]` is what
+      `from_state_dict` takes. No code of the file is run.
 
     Raises:
-      ValueError: an older file, or one with something else in it; names it.
-
-    `load("run.pt")["optimizer"]` is then what `from_state_dict` takes.
+      ValueError: an older file, or one with more than containers, numbers, text and tensors.
     """
-    if not zipfile.is_zipfile(path):
-        raise ValueError(
-            f"load: {os.fspath(path)} is no zip archive; expected a file that torch.save wrote. A"
-            " file of torch before 1.6 must be loaded and saved again by a later torch."
-        )
-    with zipfile.ZipFile(path) as archive:
-        name = next((n for n in archive.namelist() if n.endswith("data.pkl")), None)
-        if name is None:
-            raise ValueError(f"load: {os.fspath(path)} has no data.pkl; expected torch.save's.")
-        with archive.open(name) as file:
-            return _Unpickler(file, archive, name.removesuffix("data.pkl")).load()
+    name = None
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            name = next((n for n in archive.namelist() if n.endswith("data.pkl")), None)
+            if name is not None:
+                with archive.open(name) as file:
+                    return _Unpickler(file, archive, name.removesuffix("data.pkl")).load()
+    raise ValueError(
+        f"load: {os.fspath(path)} is no zip archive with a data.pkl; expected torch.save's. A file"
+        " of torch before 1.6 must be loaded and saved again by a later torch."
+    )
 
 
 def _tensor(
@@ -48,17 +46,14 @@ def _tensor(
     return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps).copy()
 
 
-_STORAGES = zip(
-    ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool"),
-    ("f8", "f4", "f2", jnp.bfloat16, "i8", "i4", "i2", "i1", "u1", "?"),
-    strict=True,
-)
+_FLOATS = {"Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": jnp.bfloat16, "Bool": "?"}
+_INTEGERS = {"Long": "i8", "Int": "i4", "Short": "i2", "Char": "i1", "Byte": "u1"}
 _KNOWN: dict[str, Any] = {
     "collections.OrderedDict": collections.OrderedDict,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch.Size": tuple,
-} | {f"torch.{name}Storage": np.dtype(dtype) for name, dtype in _STORAGES}
+} | {f"torch.{kind}Storage": np.dtype(x) for kind, x in (_FLOATS | _INTEGERS).items()}
 """What a file may name, and what stands for it here."""
 
 

@@ -1,18 +1,21 @@
-"""Which member of the family a torch parameter's group is of, and what its settings mean."""
+"""Which member of the family a torch parameter's group is of, and the chain that continues it."""
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import chex
+import jax
+import jax.numpy as jnp
 
 import adamfn
-from adamfn.chains.transform import GradientTransformation
-from adamfn.interop.torch.parameters import TorchParameter
-from adamfn.interop.torch.quantized import is_quantized
-from adamfn.stages.moments import (
-    ScaleByInfinityMomentsState,
-    ScaleByMaxMomentsState,
-    ScaleByMomentsState,
-)
-from adamfn.stages.variants import ScaleByNesterovMomentsState
+from adamfn.chains.chain import from_stage
+from adamfn.chains.transform import GradientTransformation, Transformation
+from adamfn.core.averages import Averages, MomentScalars
+from adamfn.core.formulas import ratio
+from adamfn.core.hyperparameters import ScalarOrSchedule, scheduled, value_at
+from adamfn.core.stage import Scalars, Stage
+from adamfn.interop.torch.parameters import TorchParameter, number_of
+from adamfn.stages.moments import from_moments
 
 
 class Member(NamedTuple):
@@ -21,47 +24,46 @@ class Member(NamedTuple):
     optimizer: str
     """The name of torch's class."""
     stage: Callable[..., GradientTransformation]
-    state: type[Any]
-    """The state of that stage."""
     keys: Mapping[str, str]
-    """torch's key for each field of the state that holds moments."""
+    """torch's key for each field of the stage's state that holds moments."""
     scalars: tuple[str, ...] = ("step",)
     """torch's keys for the numbers that it keeps of each parameter."""
     hyperparameters: tuple[str, ...] = ()
-    """What the stage takes besides b1, b2 and eps."""
+    """Arguments of the stage besides b1, b2 and eps."""
     corrects: tuple[int, int] = (1, 1)
     """Whether `bias_correct` corrects for b1 and for b2."""
+    decoupled: bool = False
+    """Whether the weight decay is decoupled."""
 
 
 _PAIR = {"mu": "exp_avg", "nu": "exp_avg_sq"}
+_TRIPLE = _PAIR | {"nu_max": "max_exp_avg_sq"}
+_INFINITY = {"mu": "exp_avg", "nu": "exp_inf"}
+_NADAM = ("step", "mu_product"), ("momentum_decay",), (0, 1)
 _MEMBERS = {
-    "Adam": Member("Adam", adamfn.scale_by_moments, ScaleByMomentsState, _PAIR),
-    "AMSGrad": Member(
-        "Adam",
-        adamfn.scale_by_max_moments,
-        ScaleByMaxMomentsState,
-        _PAIR | {"nu_max": "max_exp_avg_sq"},
-    ),
-    "NAdam": Member(
-        "NAdam",
-        adamfn.scale_by_nesterov_moments,
-        ScaleByNesterovMomentsState,
-        _PAIR,
-        scalars=("step", "mu_product"),
-        hyperparameters=("momentum_decay",),
-        corrects=(0, 1),
-    ),
-    "RAdam": Member("RAdam", adamfn.scale_by_rectified_moments, ScaleByMomentsState, _PAIR),
-    "Adamax": Member(
-        "Adamax",
-        adamfn.scale_by_infinity_moments,
-        ScaleByInfinityMomentsState,
-        {"mu": "exp_avg", "nu": "exp_inf"},
-        corrects=(1, 0),
-    ),
-    "SparseAdam": Member("SparseAdam", adamfn.scale_by_lazy_moments, ScaleByMomentsState, _PAIR),
+    "Adam": Member("Adam", adamfn.scale_by_moments, _PAIR),
+    "AdamW": Member("AdamW", adamfn.scale_by_moments, _PAIR),
+    "AMSGrad": Member("Adam", adamfn.scale_by_max_moments, _TRIPLE),
+    "NAdam": Member("NAdam", adamfn.scale_by_nesterov_moments, _PAIR, *_NADAM),
+    "RAdam": Member("RAdam", adamfn.scale_by_rectified_moments, _PAIR),
+    "Adamax": Member("Adamax", adamfn.scale_by_infinity_moments, _INFINITY, corrects=(1, 0)),
+    "SparseAdam": Member("SparseAdam", adamfn.scale_by_lazy_moments, _PAIR),
 }
-_OPTIMIZERS = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "SparseAdam")
+_MAXIMIZE = from_stage(Stage("maximize", jnp.negative))
+_OPTIMIZERS = [name for name in _MEMBERS if name != "AMSGrad"]
+
+_WRITTEN_BY: dict[str, tuple[str, ...]] = {
+    "momentum_decay": ("NAdam",),
+    "correct_bias": ("AdamW",),  # of transformers
+    "t_beta3": ("AdamW",),  # of bitsandbytes, as the next
+    "state1": ("AdamW",),
+    "amsgrad": ("Adam", "AdamW"),
+    "bias_correction": ("Adam", "AdamW"),  # of apex and DeepSpeed
+    "caution": (),  # timm's NAdamW
+    "decoupled_weight_decay": ("RAdam",),
+    "exp_inf": ("Adamax",),
+}
+"""The classes that write a key; the first key that a group or a state has tells."""
 
 _KNOWN = {
     *("params", "param_names", "lr", "betas", "eps", "weight_decay", "step"),
@@ -72,98 +74,134 @@ _KNOWN = {
     *("name", "group_name", "lr_scale", "max_lr_snapshot"),  # timm's; lr has the scale in it
 }
 _ONLY_AS: dict[str, Any] = {
-    "corrected_weight_decay": False,
-    "clipping_threshold": None,
-    "alpha": 0.0,
-    "t_alpha": None,
-    "t_beta3": None,
+    **{"corrected_weight_decay": False, "clipping_threshold": None},
+    **{"alpha": 0.0, "t_alpha": None, "t_beta3": None},
 }
 """Settings of timm and bitsandbytes that change the updates, unless they have this value."""
 
 
 def member_of(parameter: TorchParameter, optimizer: str | None) -> Member:
     """The member of the family that a parameter's group and state are of."""
-    if optimizer is not None and optimizer not in _OPTIMIZERS:
+    group, decoupled = parameter.group, _decoupled_in(parameter.group)
+    classes = _classes_of(parameter, decoupled)
+    expected = classes or _OPTIMIZERS
+    if optimizer not in expected if optimizer is not None else not classes:
         raise ValueError(
-            f"interop.torch: optimizer is {optimizer!r}; expected one of {', '.join(_OPTIMIZERS)}."
+            f"interop.torch: optimizer is {optimizer!r}, the group of {parameter} has the"
+            f" hyperparameters {', '.join(group)}, its state"
+            f" {', '.join(map(str, parameter.state)) or 'nothing'}; expected one of"
+            f" {', '.join(expected)}. Another optimizer's run cannot be taken over; optimizer= is"
+            " for older state dicts, which do not tell their class."
         )
-    group, possible = parameter.group, possible_classes(parameter)
-    if optimizer and possible and optimizer not in possible:
+    if optimizer is None and len(classes) > 1 and group.get("weight_decay"):
         raise ValueError(
-            f"interop.torch: optimizer is {optimizer!r}, and the group of {parameter} is that of"
-            f" {' or '.join(possible)}. Leave optimizer= out, or pass the state_dict() that is"
-            " meant."
+            f"interop.torch: the group of {parameter} has a weight decay, and does not tell Adam"
+            " from AdamW, as in torch before 2.7. Pass optimizer='Adam' or optimizer='AdamW' (the"
+            " default of apex and DeepSpeed, with adam_w_mode)."
         )
-    if not (optimizer or possible):
-        kept = ", ".join(map(str, parameter.state)) or "nothing"
-        raise ValueError(
-            f"interop.torch: the group of {parameter} has the hyperparameters {', '.join(group)},"
-            f" its state {kept}; expected one of {', '.join(_OPTIMIZERS)}. Another optimizer's run"
-            " cannot be taken over; optimizer= names the class of an older torch's."
-        )
-    if not optimizer and len(possible) > 1 and group.get("weight_decay"):
-        raise ValueError(
-            f"interop.torch: {parameter} has a weight decay of {group['weight_decay']}, and its"
-            " group does not tell Adam from AdamW, as in torch before 2.7. Pass optimizer='Adam' or"
-            " optimizer='AdamW' (the default of apex and DeepSpeed, with adam_w_mode)."
-        )
-    name = optimizer or next(iter(possible))
-    if name in ("Adam", "AdamW"):
-        name = "AMSGrad" if group.get("amsgrad") else "Adam"
-    return _MEMBERS[name]
+    name = optimizer or classes[0]
+    member = _MEMBERS["AMSGrad" if group.get("amsgrad") else name]
+    return member._replace(decoupled=name == "AdamW" if decoupled is None else decoupled)
 
 
-def possible_classes(parameter: TorchParameter) -> tuple[str, ...]:
+def _classes_of(parameter: TorchParameter, decoupled: bool | None) -> Sequence[str]:
     """The classes that write such a group and state."""
-    group, state, decoupled = parameter.group, parameter.state, decoupled_in(parameter.group)
+    group, state = parameter.group, parameter.state
     if not {"betas", "eps"} <= {*group}:
         return ()
-    if "momentum_decay" in group:
-        return ("NAdam",)
-    if is_quantized(parameter) or "correct_bias" in group:  # bitsandbytes', transformers'
-        return ("AdamW",)
-    if "caution" in group and decoupled is None:  # timm's
-        return ("AdamW",) if "amsgrad" in group else ()
-    if "amsgrad" in group or "bias_correction" in group:  # apex's and DeepSpeed's have the second
-        return ("Adam", "AdamW") if decoupled is None else ("AdamW",) if decoupled else ("Adam",)
-    if decoupled is not None:
-        return ("RAdam",)
-    if "weight_decay" not in group and "maximize" in group:
+    for key, classes in _WRITTEN_BY.items():
+        if key in group or key in state:
+            if len(classes) > 1 and decoupled is not None:
+                return [classes[decoupled]]
+            return classes
+    if "maximize" in group and "weight_decay" not in group:
         return ("SparseAdam",)
-    return ("Adamax",) if "exp_inf" in state or (not state and "foreach" in group) else ()
+    return ("Adamax",) if "foreach" in group and not state else ()
 
 
-def decoupled_in(group: Mapping[str, Any]) -> bool | None:
+def _decoupled_in(group: Mapping[str, Any]) -> bool | None:
     """Whether a group's weight decay is decoupled; None if it does not tell."""
-    decoupled = group.get("decoupled_weight_decay", group.get("adam_w_mode"))
-    return None if decoupled is None else bool(decoupled)
+    given = group.get("decoupled_weight_decay", group.get("adam_w_mode"))
+    timm = True if "caution" in group else None
+    return timm if given is None else bool(given)
 
 
-def check_settings(parameter: TorchParameter, harmless: Collection[str]) -> None:
-    """Checks that no setting of a group is ignored, except `harmless` ones."""
-    group = parameter.group
-    for key in group.keys() - _KNOWN - {*harmless}:
-        has = f"interop.torch: the group of {parameter} has {key}={group[key]!r}"
+def check_settings(parameter: TorchParameter, member: Member) -> None:
+    """Checks that no setting of a group is ignored."""
+    group, wrong = parameter.group, dict[str, str]()
+    for key in group.keys() - _KNOWN:
         if key not in _ONLY_AS:
-            raise ValueError(
-                f"{has}, which is not known; expected hyperparameters of torch.optim, transformers,"
-                " apex, DeepSpeed, timm or bitsandbytes. If it changes no update, pass"
-                f" harmless=[{key!r}]."
-            )
-        if group[key] != _ONLY_AS[key] or group[key] is True:
-            raise ValueError(
-                f"{has}, which no chain here does; expected {_ONLY_AS[key]!r}. To go on without it,"
-                f" pass harmless=[{key!r}]."
-            )
-    fused = [key for key in ("bias_correction", "correct_bias") if key in group]
-    wrong = ""
-    if group.get("amsgrad") and fused:
-        wrong = f"amsgrad beside {fused[0]}"
-    elif group.get("caution") and decoupled_in(group) is False:
-        wrong = "caution and a decay that is not decoupled"
-    if wrong:
+            wrong[key] = "which is not known; expected a setting of torch.optim or a look-alike"
+        elif group[key] != _ONLY_AS[key]:
+            wrong[key] = f"which no chain here does; expected {_ONLY_AS[key]!r}"
+    if group.get("amsgrad") and {"bias_correction", "correct_bias"} & {*group}:
+        wrong["amsgrad"] = "which no known optimizer does beside bias_correction or correct_bias"
+    if group.get("caution") and not member.decoupled:
+        wrong["caution"] = "which no known optimizer does beside a decay that is not decoupled"
+    for key, problem in wrong.items():
         raise ValueError(
-            f"interop.torch: the group of {parameter} has {wrong}; no known optimizer does both."
-            " Pass the state_dict() of the optimizer itself (DeepSpeed's ignores amsgrad: set it to"
-            " False)."
+            f"interop.torch: the group of {parameter} has {key}={group[key]!r}, {problem}. To go on"
+            f" without it, pass harmless=[{key!r}]."
         )
+
+
+def continue_with(
+    member: Member, parameter: TorchParameter, learning_rate: ScalarOrSchedule | None
+) -> GradientTransformation:
+    """The chain that does what torch does with the hyperparameters of a parameter's group."""
+    group, of = parameter.group, f"in the group of {parameter}"
+    keys = ("lr", "eps", *member.hyperparameters)
+    lr, eps, *more = (number_of(f"{key} {of}", parameter.entry("group", key)) for key in keys)
+    betas = parameter.entry("group", "betas")
+    if not isinstance(betas, Sequence) or len(cast("Sequence[Any]", betas)) != 2:
+        raise TypeError(f"interop.torch: betas {of} is {betas!r}; expected two numbers.")
+    b1, b2 = (number_of(f"betas {of}", b) for b in cast("Sequence[Any]", betas))
+    weight_decay = number_of(f"weight_decay {of}", group.get("weight_decay", 0.0))
+    rate = lr if learning_rate is None else learning_rate
+    corrects = bool(group.get("correct_bias", group.get("bias_correction", True)))
+    last = "correct_bias" in group  # transformers' AdamW decays the parameter that has moved
+    try:
+        stage = _with_uncorrected_eps if last or not corrects else member.stage
+        arguments = dict(zip(member.hyperparameters, more, strict=True))
+        stages: list[Transformation] = [stage(b1, b2, eps, **arguments)]
+        if group.get("caution"):
+            stages.append(adamfn.cautious_updates())
+        if corrects:
+            stages.append(adamfn.bias_correct(b1 * member.corrects[0], b2 * member.corrects[1]))
+        if weight_decay and not last:
+            place = len(stages) if member.decoupled else 0
+            stages.insert(place, adamfn.add_decayed_weights(weight_decay))
+        stages.append(adamfn.scale_by_lr(rate))
+        if weight_decay and last:
+            stages.append(_decay_last(weight_decay, rate))
+    except ValueError as error:
+        raise ValueError(f"interop.torch: the group of {parameter}: {error}") from error
+    return adamfn.chain(*([_MAXIMIZE] if group.get("maximize") else []), *stages)
+
+
+def _with_uncorrected_eps(b1: float, b2: float, eps: float) -> GradientTransformation:
+    """`scale_by_moments`, but u = m / (sqrt(v) + eps): eps is in units of the uncorrected root."""
+    averages = Averages(b1, b2, eps)
+
+    def scalars(*_: Any) -> Scalars:
+        units = jnp.asarray(averages.eps, float), jnp.zeros(())
+        return (MomentScalars(averages.b1.shares, averages.b2.shares, *units), None), {}
+
+    return from_moments("scale_by_moments", ratio, scalars, "float32")
+
+
+def _decay_last(weight_decay: float, learning_rate: ScalarOrSchedule) -> GradientTransformation:
+    """The decay of a parameter that has moved: u - rate weight_decay (p + u)."""
+
+    def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
+        given = extra.get("learning_rate")
+        chosen = scheduled("learning_rate", learning_rate if given is None else given)
+        return (value_at("learning_rate", chosen, count - 1) * weight_decay,), {}
+
+    return from_stage(
+        Stage("decay_last", _decayed, ("params",), scalars=scalars, takes=("learning_rate",))
+    )
+
+
+def _decayed(u: jax.Array, p: jax.Array, rate: chex.Numeric) -> jax.Array:
+    return u - rate * (p + u)

@@ -1,8 +1,10 @@
 """The parameters of a torch state dict: their leaves, their arrays and the layout of these."""
 
 import math
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, cast
+from itertools import zip_longest
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 
@@ -18,70 +20,66 @@ Paths: TypeAlias = Sequence[str | None] | Mapping[Any, str | None] | None
 
 
 class TorchParameter(NamedTuple):
-    """One parameter in a state dict."""
+    """One parameter in a state dict, with the hyperparameters of its group."""
 
     key: Any
     """Its key in the state dict's `state`: a number, or a name where another tool wrote it."""
     name: str | None
-    """Its name, if the optimizer was given names."""
     group_index: int
     group: Mapping[str, Any]
-    """Its group's hyperparameters."""
     state: Mapping[str, Any]
     """Its entries in `state`; empty before the first step."""
 
     def __str__(self) -> str:
-        """Its name in error messages."""
+        """What error messages call it."""
         return f"torch's parameter {self.key!r}" + (f" ({self.name})" if self.name else "")
+
+    def entry(self, part: Literal["group", "state"], key: str) -> Any:
+        """An entry of its group or state, which must be there."""
+        entries: Mapping[str, Any] = getattr(self, part)
+        if entries.get(key) is None:
+            raise ValueError(
+                f"interop.torch: the {part} of {self} has no {key}; found"
+                f" {', '.join(map(str, entries))}. Pass the state_dict() of the optimizer itself."
+            )
+        return entries[key]
 
 
 def parameters_of(state_dict: Any) -> list[TorchParameter]:
     """The parameters of a state dict, in torch's order."""
-    parts: Mapping[str, Any] = state_dict if isinstance(state_dict, Mapping) else {}
+    parts: Any = state_dict if isinstance(state_dict, Mapping) else {}
     state, groups = parts.get("state"), parts.get("param_groups")
-    listed = isinstance(groups, Sequence) and all(
-        isinstance(group, Mapping) and "params" in group for group in cast("list[Any]", groups)
-    )
-    if not (isinstance(state, Mapping) and listed):
-        kinds = ", ".join(f"{key}: {type(value).__name__}" for key, value in parts.items())
-        raise TypeError(
-            f"interop.torch: found {kinds or f'a {type(state_dict).__name__}'}; expected a torch"
-            " optimizer's state_dict(): a mapping state, and a list param_groups of mappings with"
-            " the key params."
-        )
-    known = cast("Mapping[Any, Any]", state)
-    parameters = [
-        TorchParameter(key, name, index, group, _unwrapped(known.get(key, {})))
-        for index, group in enumerate(cast("list[Mapping[str, Any]]", groups))
-        for key, name in _keys_and_names(index, group)
-    ]
-    keys = [parameter.key for parameter in parameters]
-    for key, entries in known.items():
-        if key not in keys or not isinstance(entries, Mapping):
-            raise ValueError(
-                f"interop.torch: state has a {type(entries).__name__} at {key!r}; expected a"
-                f" mapping for each of the groups' params, {', '.join(map(repr, keys))}. (JSON"
-                " makes strings of numbers: turn them back.)"
-            )
+    _check("the state dict", isinstance(state, Mapping) and _is_list(groups), state_dict)
+    parameters: list[TorchParameter] = []
+    for index, group in enumerate(cast("Sequence[Any]", groups)):
+        keys: Any = cast("Any", group).get("params") if isinstance(group, Mapping) else None
+        fits = _is_list(keys) and all(isinstance(key, int | str) for key in keys)
+        _check(f"params of group {index}", fits, keys)
+        names = group.get("param_names") or [None] * len(keys)
+        fits = _is_list(names) and len(names) == len(keys)
+        _check(f"param_names of group {index}", fits, names)
+        for key, name in zip(keys, names, strict=True):
+            entries = _unwrapped(state.get(key, {}))
+            parameters.append(TorchParameter(key, name, index, group, entries))
+    known = [parameter.key for parameter in parameters]
+    for key, entries in state.items():
+        _check(f"state[{key!r}]", key in known and isinstance(entries, Mapping), entries)
     return parameters
 
 
-def _keys_and_names(index: int, group: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-    keys, names = group["params"], group.get("param_names") or None
-    listed = isinstance(keys, Sequence) and not isinstance(keys, str)
-    kinds = {type(key).__name__ for key in cast("list[Any]", keys)} if listed else {repr(keys)}
-    if not kinds <= {"int", "str"}:
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _check(what: str, fits: bool, found: Any) -> None:
+    if not fits:
         raise TypeError(
-            f"interop.torch: params of group {index} has {', '.join(sorted(kinds))}; expected a"
-            " list of numbers or names. optimizer.state_dict() has them, optimizer.param_groups the"
-            " tensors themselves."
+            f"interop.torch: {what} is {reprlib.repr(found)}; expected a torch optimizer's"
+            " state_dict(), {'state': {0: {...}}, 'param_groups': [{'params': [0], ...}]}: numbers"
+            " or names as params, each with a mapping in state and, if there are any, a name in"
+            " param_names. (optimizer.param_groups has the tensors themselves. JSON makes strings"
+            " of numbers: turn them back.)"
         )
-    if names and not (isinstance(names, Sequence) and len(names) == len(keys)):
-        raise ValueError(
-            f"interop.torch: group {index} has the param_names {names!r} for {len(keys)} params;"
-            " expected a name for each."
-        )
-    return list(zip(keys, names or [None] * len(keys), strict=True))
 
 
 def _unwrapped(entries: Any) -> Any:
@@ -94,101 +92,75 @@ def match(
     parameters: Sequence[TorchParameter], leaves: Sequence[str], paths: Any
 ) -> dict[str, TorchParameter]:
     """The torch parameter of every leaf, by the leaf's path and in torch's order."""
-    if isinstance(paths, str) or not isinstance(paths, Sequence | Mapping | None):
-        raise TypeError(
-            f"interop.torch: paths is {paths!r}; expected a sequence of paths, or a mapping from"
-            " torch's names or numbers to paths."
-        )
-    known = [key for p in parameters for key in (p.key, p.name)]
+    chosen: list[Any] = [*leaves] if paths is None else [*paths] if _is_list(paths) else [paths]
     if isinstance(paths, Mapping):
-        given = cast("Mapping[Any, str | None]", paths)
-        unknown = [key for key in given if key not in known]
-        missing = [p for p in parameters if p.key not in given and p.name not in given]
-        if unknown or missing:
-            wrong = f"has no entry for {missing[0]}" if missing else f"names {unknown[0]!r}"
-            raise ValueError(
-                f"interop.torch: paths {wrong}; expected the path of a leaf, or None, for each of"
-                f" {', '.join(p.name or str(p.key) for p in parameters)}."
-            )
-        chosen = [given[p.name if p.name in given else p.key] for p in parameters]
-    else:
-        chosen = list(leaves if paths is None else cast("Sequence[str | None]", paths))
-    if len(chosen) != len(parameters):
-        left = list(map(str, chosen[len(parameters) :] or parameters[len(chosen) :]))
-        raise ValueError(
-            f"interop.torch: {'params has leaves' if paths is None else 'paths has entries'} for"
-            f" {len(chosen)} parameters, expected {len(parameters)} as in the state dict; one side"
-            f" alone has {', '.join(left[:5])}{', ...' * (len(left) > 5)}. paths= says which leaf"
-            " each torch parameter is, None for one without a leaf."
-        )
+        given = cast("Mapping[Any, Any]", paths)
+        known = {key for p in parameters for key in (p.key, p.name)}
+        chosen = [given.get(p.name, given.get(p.key, ...)) for p in parameters]
+        chosen += [key for key in given if key not in known]
+    chosen += [...] * (len(parameters) - len(chosen))
     matched: dict[str, TorchParameter] = {}
-    for path, parameter in zip(chosen, parameters, strict=True):
-        if path is not None and (path not in leaves or path in matched):
-            twice = f"{matched[path]} and for " if path in matched else ""
-            raise ValueError(
-                f"interop.torch: paths has {path!r} for {twice}{parameter}; expected one of the"
-                f" leaves {', '.join(leaves)}, each for one parameter."
-            )
-        matched |= {} if path is None else {path: parameter}
-    for path in leaves:
-        if path not in matched:
-            raise ValueError(
-                f"interop.torch: no torch parameter matches the leaf at {path}; expected one for"
-                " each leaf. Add it to paths=, or leave the leaf out of params."
-            )
+    wrong: list[str] = []
+    for path, parameter in zip_longest(chosen, parameters):
+        if parameter is None or path not in (None, *leaves) or path in matched:
+            found = "nothing" if path is ... else repr(path)
+            wrong.append(f"{found} for {parameter or 'no torch parameter'}")
+        elif path is not None:
+            matched[path] = parameter
+    wrong += [f"nothing for the leaf at {path}" for path in leaves if path not in matched]
+    if wrong:
+        raise ValueError(
+            f"interop.torch: {'params' if paths is None else 'paths'} has {wrong[0]}; expected one"
+            f" of the leaves {', '.join(leaves)} for each of {', '.join(map(str, parameters))}."
+            " paths= says which leaf each torch parameter is, None for one without a leaf: a"
+            " sequence in torch's order, or a mapping from its names or numbers."
+        )
     return matched
 
 
 def array_of(what: str, value: Any) -> Array:
-    """A tensor or array of any device as a NumPy array; torch's bfloat16 as float32."""
-    if getattr(value, "is_sparse", False) or "sparse" in str(getattr(value, "layout", "")):
-        raise TypeError(
-            f"interop.torch: {what} is a sparse tensor; expected a dense one. Make it dense with"
-            " .to_dense()."
-        )
+    """A tensor or array of any device as one of NumPy's, its floats as float32 at least."""
+    sparse = getattr(value, "is_sparse", False) or "sparse" in str(getattr(value, "layout", ""))
+    array = np.empty(0, object)
     try:
-        if hasattr(value, "detach"):
+        if hasattr(value, "detach") and not sparse:
             value = value.detach().cpu()
             value = value.float() if "bfloat16" in str(value.dtype) else value
-        array = np.asarray(value)
-    except Exception as error:  # torch and NumPy raise any kind; a JAX tracer likewise
-        raise TypeError(
-            f"interop.torch: {what} is a {type(value).__name__} that NumPy cannot read; expected an"
-            " array of real numbers, outside jax.jit."
-        ) from error
+        array = array if sparse else np.asarray(value)
+    except Exception:
+        pass  # torch and NumPy raise any kind; a JAX tracer likewise
     if array.dtype.kind not in "fiu" and str(array.dtype) != "bfloat16":
-        found = describe(value) if hasattr(value, "shape") else repr(value)
-        raise TypeError(f"interop.torch: {what} is {found}; expected an array of real numbers.")
-    return array
+        raise TypeError(
+            f"interop.torch: {what} is {'sparse ' * sparse}{describe(value)}; expected a dense"
+            " array of real numbers, outside jax.jit. (.to_dense() makes a sparse tensor dense.)"
+        )
+    narrow = array.dtype.kind not in "iu" and array.dtype.itemsize < 4
+    return array.astype(np.float32) if narrow else array
 
 
-def number_of(what: str, value: Any) -> float:
+def number_of(what: str, value: Any, way_out: str = "") -> float:
     """A number, or a tensor of one, as a Python number."""
     try:
-        number = float("" if isinstance(value, str | bool) else value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"interop.torch: {what} is {value!r}; expected a number.") from error
+        number = math.nan if isinstance(value, str | bool) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
     if not math.isfinite(number):
-        raise TypeError(f"interop.torch: {what} is {number}; expected a finite number.")
+        raise TypeError(f"interop.torch: {what} is {value!r}; expected a finite number.{way_out}")
     return number
 
 
-def laid_out(
-    what: str, array: Array, path: str, layout: Layout | None, shape: Sequence[int] | None
-) -> Array:
+def laid_out(what: str, value: Any, path: str, layout: Layout | None, shape: Any) -> Array:
     """A moment in the other library's layout, checked for its shape."""
-    if not callable(layout or to_flax):
-        raise TypeError(
-            f"interop.torch: layout is {layout!r}; expected a function of a leaf's path and an"
-            " array, such as to_flax or from_flax."
-        )
+    what = f"{what}, matched with {path},"
+    array = array_of(what, value)
     if layout is not None:
+        if not callable(layout):
+            raise TypeError(f"interop.torch: layout is {layout!r}; expected one like to_flax.")
         array = array_of(f"layout's result for {path}", layout(path, array))
     if shape is not None and array.shape != tuple(shape):
         raise ValueError(
-            f"interop.torch: {what}, matched with {path}: found the shape {array.shape}, expected"
-            f" {tuple(shape)}. layout= moves axes (to_flax and from_flax for Flax's kernels);"
-            " paths= says which leaf it is."
+            f"interop.torch: {what} has the shape {array.shape}; expected {tuple(shape)}. layout="
+            " moves axes (to_flax and from_flax for Flax's kernels); paths= says which leaf it is."
         )
     return array
 
@@ -196,13 +168,9 @@ def laid_out(
 def to_flax(path: str, array: Array) -> Array:
     """Lays out a torch weight as Flax's kernel; a `layout` for `from_state_dict`.
 
-    A leaf named `kernel` gets the axes (out, in, *window) moved to (*window, in, out), so a dense
-    layer's weight is transposed. Other leaves stay. It serves the parameters themselves too. Not
-    for transposed convolutions, whose weights torch has as (in, out, *window).
-
-    Args:
-      path: the leaf's path, such as `conv/kernel`.
-      array: a torch parameter, or a moment of it.
+    A leaf named `kernel` gets the axes (out, in, *window) moved to (*window, in, out). Other leaves
+    stay. It serves the parameters themselves too, but not transposed convolutions, whose weights
+    torch has as (in, out, *window).
 
     >>> import numpy as np
     >>> from adamfn.interop.torch import to_flax
@@ -225,3 +193,45 @@ def from_flax(path: str, array: Array) -> Array:
 
 def _is_kernel(path: str, array: Array) -> bool:
     return path.split("/")[-1] == "kernel" and array.ndim >= 2
+
+
+_BLOCKS = (256, 2048, 64, 128, 512, 1024, 4096)
+"""Sizes of bitsandbytes' blocks: the present one, the one before 0.44, others."""
+
+
+def with_plain_moments(parameter: TorchParameter) -> TorchParameter:
+    """The parameter with moments under torch's names, decoded if they are bitsandbytes' codes."""
+    state = parameter.state
+    if "state1" not in state:
+        return parameter
+    for key, argument in (("gnorm_vec", "percentile_clipping"), ("unorm_vec", "max_unorm")):
+        if key in state:
+            raise ValueError(
+                f"interop.torch: the state of {parameter} has {key}, of bitsandbytes' {argument},"
+                " which no chain here does. Clip by optax, and leave the key out of the state."
+            )
+    moments = {"exp_avg": _decoded(parameter, 1), "exp_avg_sq": _decoded(parameter, 2)}
+    return parameter._replace(state={"step": state.get("step"), **moments})
+
+
+def _decoded(parameter: TorchParameter, number: int) -> Array:
+    def entry(key: str) -> Array:
+        return array_of(f"{key}{number} of {parameter}", parameter.entry("state", f"{key}{number}"))
+
+    codes = entry("state")
+    if codes.dtype != np.uint8:
+        return codes
+    table = entry("qmap")
+    scales = entry("absmax" if f"absmax{number}" in parameter.state else "max").reshape(-1)
+    given = parameter.state.get("blocksize")
+    sizes = (*_BLOCKS, codes.size) if given is None else (int(number_of("blocksize", given)),)
+    size = next((n for n in sizes if n > 0 and -(-codes.size // n) == scales.size), None)
+    if size is None or table.shape != (256,):
+        raise ValueError(
+            f"interop.torch: {parameter} has {scales.size} scales and a table qmap{number} of the"
+            f" shape {table.shape} for {codes.size} elements; expected a scale for each block of"
+            f" {' or '.join(map(str, sizes[:2]))}, and the shape (256,). Add the size of its blocks"
+            " to its state, as blocksize."
+        )
+    values = table.astype(np.float32)[codes.reshape(-1)]
+    return (values * np.repeat(scales, size)[: codes.size]).reshape(codes.shape)
