@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from adamfn.formats.codecs import Exact, Linear, Pair, Rounded, has_methods, is_codec
-from adamfn.formats.eight_bit import EightBit
+from adamfn.formats.codecs import Exact, Linear, Pair, Rounded, kind_of
 from adamfn.formats.format import Format
-from adamfn.formats.four_bit import FourBit
+from adamfn.formats.levels import EightBit, FourBit
 from adamfn.formats.means import BlockMean, Factored
 from adamfn.trees import PyTree, path_name
 
@@ -24,7 +23,6 @@ FORMATS: dict[str, Format] = {
     "factored": Pair(Linear(), Factored()),  # 1.03
     "blockmean": Pair(Linear(), BlockMean()),  # 1.03
 }
-_NAMES = f"one of {', '.join(map(repr, FORMATS))}"
 
 Moments: TypeAlias = str | Format | DTypeLike | Callable[[str, Any], Any] | None
 """How moments are stored: a format's name, a format, `jnp.float32` or `jnp.bfloat16`, None for
@@ -34,9 +32,7 @@ decide by path and shape."""
 
 
 def get(name_or_format: Any) -> Format:
-    """The format with a name; a format is returned unchanged.
-
-    It also takes `jnp.float32`, `jnp.bfloat16`, and None for float32.
+    """The format with a name, `jnp.float32`, `jnp.bfloat16` or None; a format is returned as it is.
 
     Raises:
       TypeError, ValueError: no format has this name; it is no format, or cannot be hashed.
@@ -45,26 +41,27 @@ def get(name_or_format: Any) -> Format:
     EightBit(block=256)
     """
     format = _name_of(name_or_format)
-    if isinstance(format, str):
-        if format not in FORMATS:
-            raise ValueError(f"moments is {format!r}; expected {_NAMES}.")
+    if isinstance(format, str) and format in FORMATS:
         return FORMATS[format]
-    if not has_methods(format):
+    found, names = f"moments is {format!r}", f"one of {', '.join(map(repr, FORMATS))}"
+    if isinstance(format, str):
+        raise ValueError(f"{found}; expected {names}.")
+    if kind_of(format) is None:
         raise TypeError(
-            f"moments is {format!r}; expected {_NAMES}, an object with `encode`, `decode`"
-            " and `holds`, or a function of a leaf's path and the leaf that returns one of these."
+            f"{found}; expected {names}, an object with `encode`, `decode` and `holds`, or a"
+            " function of a leaf's path and the leaf that returns one of these."
         )
-    if is_codec(format):
+    if kind_of(format) == "codec":
         raise TypeError(
-            f"moments is {format!r}, a codec of one moment; expected a format of both, such"
-            f" as Pair(mu={format!r}, nu=Rounded())."
+            f"{found}, a codec of one moment; expected a format of both, such as"
+            f" Pair(mu={format!r}, nu=Rounded())."
         )
     try:
         hash(format)
     except TypeError as error:
         raise TypeError(
-            f"moments is {format!r}, which cannot be hashed; expected a format that can, as"
-            " compiled updates are cached by it. @dataclass(frozen=True) makes it so."
+            f"{found}, which cannot be hashed; expected a format that can, as compiled updates are"
+            " cached by it. @dataclass(frozen=True) makes it so."
         ) from error
     return cast("Format", format)
 
@@ -79,18 +76,16 @@ def check_moments(moments: Any) -> Moments:
 
 def choose_formats(moments: Moments, tree: PyTree) -> list[Format | None]:
     """The format of every leaf; None for a leaf that is kept in float32 or wider."""
-    if isinstance(moments, str) and moments == "float32":
-        return [None] * len(jax.tree.leaves(tree))
     chosen: list[Format | None] = []
     for path, leaf in jax.tree.leaves_with_path(tree):
         format = get(moments(path_name(path), leaf) if callable(moments) else moments)
-        exact = format == get("float32") or not format.holds(jnp.shape(leaf), jnp.result_type(leaf))
-        chosen.append(None if exact else format)
+        exact = format == FORMATS["float32"]
+        kept = exact or not format.holds(jnp.shape(leaf), jnp.result_type(leaf))
+        chosen.append(None if kept else format)
     return chosen
 
 
 def _name_of(moments: Any) -> Any:
-    """The name of a format given as a dtype or None; anything else unchanged."""
     if moments is None:
         return "float32"
     if isinstance(moments, type | np.dtype) and moments in (jnp.float32, jnp.bfloat16):
