@@ -61,8 +61,7 @@ def kept_leaves(node: Any) -> Iterator[KeptLeaf]:
 def describe(state: PyTree) -> str:
     """A table of how every leaf's moments are stored, with bytes and fractions of the total.
 
-    The state is any tree with states of moments in it, such as a recipe's. An abstract one, from
-    `jax.eval_shape(tx.init, params)`, costs no memory.
+    The state may be abstract, from `jax.eval_shape(tx.init, params)`, which costs no memory.
 
     Raises:
       ValueError: there are no moments in it.

@@ -17,8 +17,8 @@ from adamfn.trees import exported
 def size_for(length: int, largest: int) -> int:
     """The block size for a last axis of this length.
 
-    The multiple of 16, from `largest` down to its half, that needs the least padding, for which
-    XLA on CPU writes the whole array to memory; of several the largest.
+    The largest multiple of 16, from `largest` down to its half, that needs the least padding: to
+    pad, XLA on CPU writes the whole array to memory.
 
     >>> [size_for(length, 256) for length in (768, 640, 192, 300)]
     [256, 160, 192, 160]
@@ -36,9 +36,8 @@ def cut_block(block: int, shape: Sequence[int], parts: int) -> int | None:
 
 def split(x: Array, size: int) -> Array:
     """Cuts the last axis into blocks: `(..., n)` to `(..., ceil(n / size), size)`, with zeros."""
-    length = x.shape[-1]
-    if length % size:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -length % size)])
+    if missing := -x.shape[-1] % size:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
     return x.reshape(*x.shape[:-1], -1, size)
 
 
@@ -117,9 +116,9 @@ class Blockwise(InBlocks, abc.ABC):
 
     @abc.abstractmethod
     def encode_blocks(self, mu: Array, nu: Array, noise: Array | None, over: Extremes) -> Stored:
-        """Stores whole blocks as codes of any dtype and scales with 1 in place of a block.
+        """Stores whole blocks: codes of any dtype, and scales with 1 in place of a block.
 
-        Everything but the extremes, `over` blocks, is elementwise.
+        It is elementwise but for the extremes, `over` blocks.
         """
 
     @abc.abstractmethod

@@ -118,13 +118,9 @@ class FourBit(Blockwise):
     dtypes = None, jnp.uint8
 
     def ends(self, mu: Any, nu: Any) -> dict[str, Array]:
-        codes = nu.astype(jnp.int32)
-        level, stored = (codes - 1) % _MU_LEVELS, codes > 0
-        return {
-            "lowest": codes > _MU_LEVELS * (_NU_LEVELS - 1),
-            "highest": stored & (codes <= _MU_LEVELS),
-            "largest": stored & ((level == 0) | (level == _MU_LEVELS - 1)),
-        }
+        j, shifted = jnp.divmod(nu.astype(jnp.int32) - 1, _MU_LEVELS)  # of zero -1, 14
+        largest = (j >= 0) & (jnp.abs(shifted - _MU_LARGEST) == _MU_LARGEST)
+        return {"lowest": j == _NU_LEVELS - 1, "highest": j == 0, "largest": largest}
 
     def encode_blocks(self, mu: Array, nu: Array, noise: Array | None, over: Extremes) -> Stored:
         nu = bits_of(nu)

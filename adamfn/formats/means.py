@@ -1,8 +1,11 @@
-"""Codecs that store only means of nu: over rows and columns, or over one axis."""
+"""Codecs that store only means of nu: over rows and columns, or over one axis.
 
-import operator
+They are deterministic. Infinities and NaN spread over all elements that share a mean. Inside
+`jax.shard_map`, `split` names for each axis of a leaf the mesh axes that split it.
+"""
+
+import math
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +26,8 @@ class _Means(BaseFormat):
         return replace(self, split=split)  # pyright: ignore[reportArgumentType]
 
     def decode(self, codes: None, scales: Any) -> Array:
-        return reduce(operator.mul, self.factors(scales))
+        nu: Any = math.prod(self.factors(scales))
+        return nu
 
 
 @exported
@@ -43,12 +47,9 @@ class Factored(_Means):
     $$ \nu_{ij} \approx R_i C_j / \overline{R} $$
 
     Decoded rows and columns have exactly these means, so averaging decoded nu over time is
-    averaging R and C, as Adafactor does. Deterministic: the noise is not used. Infinities and NaN
-    spread over their row and column, and from R's mean over the whole matrix. It holds leaves with
-    128 elements and more along two axes. `split` is for `on_shards`.
-
-    References:
-      Shazeer and Stern, Adafactor, 2018, algorithm 2 (arXiv 1804.04235).
+    averaging R and C, as Adafactor does (Shazeer and Stern, 2018, algorithm 2, arXiv 1804.04235).
+    Infinities and NaN spread over the whole matrix, from R's mean. It holds leaves with 128
+    elements and more along two axes.
 
     >>> import jax.numpy as jnp
     >>> nu = jnp.arange(1.0, 129.0)[:, None] * jnp.arange(1.0, 257.0)
@@ -84,12 +85,8 @@ class BlockMean(_Means):
 
     Along the last axis, the default, these are a token's row of an embedding, and of a kernel of
     (inputs, outputs) the weights that leave one input; for those that enter one output, use
-    `axis=-2`. Deterministic: the noise is not used. Infinities and NaN spread over all elements
-    that share their mean. It holds leaves of 4096 elements and more in at least two axes, the
-    averaged one among them. `split` is for `on_shards`.
-
-    References:
-      Zhang et al., Adam-mini: Use Fewer Learning Rates To Gain More, 2024 (arXiv 2406.16793).
+    `axis=-2`. Adam-mini (Zhang et al., 2024, arXiv 2406.16793) shares nu so. It holds leaves of
+    4096 elements and more in at least two axes, the averaged one among them.
 
     >>> import jax.numpy as jnp
     >>> print(BlockMean().encode(jnp.array([[1.0, 3.0], [5.0, 7.0]]), None).scales.ravel())

@@ -26,9 +26,8 @@ FORMATS: dict[str, Format] = {
 
 Moments: TypeAlias = str | Format | DTypeLike | Callable[[str, Any], Any] | None
 """How moments are stored: a format's name, a format, `jnp.float32` or `jnp.bfloat16`, None for
-float32, or a function that chooses one of these for each leaf. It is given the leaf's path, such as
-`layers/0/kernel`, and the leaf: the parameter at `init` and its gradient at `update`, so it must
-decide by path and shape."""
+float32, or a function that chooses one of these by each leaf's path, such as `layers/0/kernel`, and
+shape. It is given the path, and at `init` the parameter, at `update` its gradient."""
 
 
 def get(name_or_format: Any) -> Format:
@@ -79,9 +78,8 @@ def choose_formats(moments: Moments, tree: PyTree) -> list[Format | None]:
     chosen: list[Format | None] = []
     for path, leaf in jax.tree.leaves_with_path(tree):
         format = get(moments(path_name(path), leaf) if callable(moments) else moments)
-        exact = format == FORMATS["float32"]
-        kept = exact or not format.holds(jnp.shape(leaf), jnp.result_type(leaf))
-        chosen.append(None if kept else format)
+        lean = format.holds(jnp.shape(leaf), jnp.result_type(leaf))
+        chosen.append(format if lean and format != FORMATS["float32"] else None)
     return chosen
 
 
