@@ -150,9 +150,9 @@ class State(NamedTuple):
 
 
 def test_kept_leaves():
-    empty, codes = None, jnp.ones((4, 4), jnp.uint8)
-    mu = {"a": empty, "b": [codes, None], "none": empty, "scalar": jnp.zeros(())}
-    nu = {"a": codes, "b": [empty, None], "none": empty, "scalar": jnp.zeros(())}
+    codes = jnp.ones((4, 4), jnp.uint8)
+    mu = {"a": None, "b": [codes, None], "none": None, "scalar": jnp.zeros(())}
+    nu = {"a": codes, "b": [None, None], "none": None, "scalar": jnp.zeros(())}
     found = list(kept_leaves(State(0, mu, nu, nu, {"a": (1, 2), "b/0": 3})))
     assert [scales_key(leaf.path) for leaf in found] == ["a", "b/0", "scalar"]
     assert [leaf.scales for leaf in found] == [(1, 2), 3, ()]

@@ -52,4 +52,4 @@ def test_what_it_records_is_what_its_tables_draw(tmp_path, monkeypatch):
     assert head == "| Adam implementation | one, bfloat16 | other, bfloat16 |"
     assert {line.count("|") for line in lines} == {4}
     assert sum(" ms, " in line for line in lines) == 2
-    assert gpu_tables.gpu_measured_on().startswith("On cpu, whose copy moves ")
+    assert gpu_tables.gpu_measured_on().startswith("cpu; a copy runs at ")

@@ -330,12 +330,10 @@ def test_a_state_of_another_format(made, used, message):
 def test_gradients_of_another_shape():
     tx = adamfn.adam(moments="8bit")
     state = tx.init(PARAMS)
-    for other in (jnp.ones((3, 3)), jnp.ones((256, 128))):
-        with pytest.raises(
-            ValueError,
-            match="scale_by_moments: at table the state has mu int8",
-        ):
-            tx.update(PARAMS | {"table": other}, state)
+    with pytest.raises(ValueError, match=r"mu differ at \['table'\]: found float32\[3,3\]"):
+        tx.update(PARAMS | {"table": jnp.ones((3, 3))}, state)
+    with pytest.raises(ValueError, match="scale_by_moments: at table the state has mu int8"):
+        tx.update(PARAMS | {"table": jnp.ones((256, 128))}, state)
     with pytest.raises(ValueError, match=r"differ at \['table'\]: found nothing"):
         tx.update({k: v for k, v in PARAMS.items() if k != "table"}, state)
 

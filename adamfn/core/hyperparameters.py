@@ -22,13 +22,9 @@ ScalarOrSchedule: TypeAlias = chex.Numeric | Schedule
 def scalar(name: str, value: Any, *, below: float = math.inf, narrow: bool = False) -> chex.Numeric:
     """Checks a hyperparameter that must be a number in `[0, below)`, or a scalar array.
 
-    A Python or NumPy number becomes a Python float, so that anything derived from it is derived in
-    double precision. The value of a JAX array is never fetched: only its shape and dtype are
-    checked. It is float32 at least, or of any width if `narrow`.
-
-    Raises:
-      TypeError: neither a number nor a scalar array, or an array too narrow to hold it.
-      ValueError: out of range or NaN.
+    A number becomes a Python float, so that what is derived from it is derived in double precision.
+    An array is never fetched: only its shape and dtype are checked, float32 at least unless
+    `narrow`. Raises TypeError, or ValueError for a number out of range or NaN.
     """
     if isinstance(value, jax.Array):
         return _scalar_array(name, value, narrow)
@@ -48,32 +44,20 @@ def scalar(name: str, value: Any, *, below: float = math.inf, narrow: bool = Fal
 
 
 def scheduled(name: str, value: Any) -> ScalarOrSchedule:
-    """Checks a hyperparameter that may also be a function of the count, which it returns as it is.
-
-    Raises:
-      TypeError, ValueError: as `scalar`, of an array of any width.
-    """
-    if callable(value):
-        return cast("Schedule", value)
-    return scalar(name, value, narrow=True)
+    """Checks a hyperparameter as `scalar`, of any width; it may also be a function of the count."""
+    return cast("Schedule", value) if callable(value) else scalar(name, value, narrow=True)
 
 
 def value_at(name: str, value: ScalarOrSchedule, count: chex.Array) -> chex.Numeric:
-    """The value of a hyperparameter from `scheduled` after `count` steps, 0 before the first.
-
-    Raises:
-      TypeError: a schedule returned neither a number nor a real scalar array.
-      ValueError: a schedule returned a Python number out of range.
-    """
+    """The value of a hyperparameter from `scheduled` after `count` steps, checked as `scalar`."""
     if not callable(value):
         return value
     result: Any = value(count)
     if isinstance(result, int | float):
         return scalar(name, result)
-    real = getattr(result, "shape", None) == () and (
-        jnp.issubdtype(result.dtype, jnp.floating) or jnp.issubdtype(result.dtype, jnp.integer)
-    )
-    if not real:
+    kinds = jnp.floating, jnp.integer
+    scalar_array = getattr(result, "shape", None) == ()
+    if not (scalar_array and any(jnp.issubdtype(result.dtype, kind) for kind in kinds)):
         raise TypeError(
             f"{name}: its schedule returned {describe(result)}; expected a number or a real scalar"
             " array."

@@ -1,7 +1,6 @@
 """Masks: which leaves a stage changes, by their paths and axes or by a tree of bools.
 
-`matrices()` masks what is usually decayed, `named("layers")` the leaves under a name. Both return
-functions of parameters, for plain trees, `nnx.State`, Linen's and Equinox's modules alike.
+`matrices` and `named` return functions from parameters, in any container, to a tree of bools.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,44 +25,32 @@ def matrices(
     """A mask of the matrices of a model, which are usually decayed.
 
     It has the leaves of two axes at least, except those with one of some names in their paths, such
-    as `embed` in `token_embedding/kernel`. A table of embeddings is excepted because its rows are
-    separate vectors, and `bias` because attention has biases of several axes.
+    as `embed` in `token_embedding/kernel`: a table of embeddings has rows that are separate
+    vectors, and `bias`: attention has biases of several axes.
 
     Args:
       but: names, or parts of names, of leaves to leave out, in upper or lower case.
       stacked: names of parts that hold layers along their first axis, which is then not counted.
-
-    Returns:
-      A function from parameters, or from a module, to a tree of bools of their structure.
 
     Raises:
       TypeError: names are not a list of strings.
 
     >>> import adamfn
     >>> import jax.numpy as jnp
-    >>> params = {
-    ...     "embedding": jnp.ones((9, 4)),
-    ...     "layers": {"kernel": jnp.ones((3, 4, 4)), "scale": jnp.ones((3, 4))},
-    ...     "head": jnp.ones((4, 9)),
-    ... }
+    >>> layers = {"kernel": jnp.ones((3, 4, 4)), "scale": jnp.ones((3, 4))}
+    >>> params = {"embedding": jnp.ones((9, 4)), "layers": layers, "head": jnp.ones((4, 9))}
     >>> adamfn.masks.matrices(stacked=["layers"])(params)
     {'embedding': False, 'head': True, 'layers': {'kernel': True, 'scale': False}}
     >>> tx = adamfn.adamw(weight_decay=0.1, mask=adamfn.masks.matrices(stacked=["layers"]))
     """
     left_out, layered = _has(but, "but"), _has(stacked, "stacked")
-
-    def mask(params: PyTree) -> PyTree:
-        return jax.tree.map_with_path(
-            lambda path, leaf: jnp.ndim(leaf) - layered(path) >= 2 and not left_out(path), params
-        )
-
-    return mask
+    return lambda params: jax.tree.map_with_path(
+        lambda path, leaf: jnp.ndim(leaf) - layered(path) >= 2 and not left_out(path), params
+    )
 
 
 def named(*names: str) -> Callable[[PyTree], PyTree]:
-    """A mask of the leaves with one of some names, or parts of names, in their paths.
-
-    Returns and raises as `matrices`; upper and lower case are alike.
+    """A mask of the leaves with one of some names in their paths; names and errors as `matrices`.
 
     >>> import adamfn
     >>> adamfn.masks.named("layers")({"layers": {"kernel": 1.0}, "head": 1.0})
@@ -81,19 +68,15 @@ def _has(names: Sequence[str], what: str) -> Callable[[Any], bool]:
 
 
 def broadcast_mask(name: str, mask: Mask, params: PyTree) -> list[bool]:
-    """Whether the mask of a stage has each leaf of the parameters, in their order.
-
-    Raises:
-      TypeError, ValueError: it has leaves that are not bools, or does not fit the parameters.
-    """
+    """Whether the mask of the stage with this name has each leaf of the parameters, in order."""
     # A function is a leaf; a module that can be called is a tree (optax issue 1007).
     if callable(mask) and jax.tree_util.all_leaves([mask]):
         mask = mask(params)
     for path, leaf in jax.tree.leaves_with_path(mask):
         if not isinstance(leaf, bool | np.bool_):
             raise TypeError(
-                f"{name}: the mask at {jax.tree_util.keystr(path) or 'the root'} is"
-                f" {leaf!r}; expected True or False, known when the step is traced."
+                f"{name}: the mask at {jax.tree_util.keystr(path) or 'the root'} is {leaf!r};"
+                " expected True or False, known when the step is traced."
             )
     try:
         return [bool(yes) for yes in jax.tree.leaves(jax.tree.broadcast(mask, params))]

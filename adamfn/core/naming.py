@@ -11,9 +11,7 @@ _R = TypeVar("_R")
 _WAYS_OUT = {
     "mu_dtype": "how the moments are stored is moments=, such as moments='bfloat16'",
     "lr": "the rate is learning_rate=",
-    "betas": "the decays are b1= and b2=",
-    "beta1": "it is b1=",
-    "beta2": "it is b2=",
+    **dict.fromkeys(("betas", "beta1", "beta2"), "the decays are b1= and b2="),
     "epsilon": "it is eps=",
     "weight_decay": "decoupled decay is adamw(weight_decay=...), and an L2 penalty is"
     " chain(add_decayed_weights(...), adam(...))",
@@ -25,22 +23,20 @@ _WAYS_OUT = {
 
 def explained(recipe: Callable[_P, _R]) -> Callable[_P, _R]:
     """The recipe, with a TypeError for unknown arguments that says what to write instead."""
-    name, signature = recipe.__name__, inspect.getfullargspec(recipe)
-    most, known = len(signature.args), [*signature.args, *signature.kwonlyargs]
+    name, spec = recipe.__name__, inspect.getfullargspec(recipe)
+    known = [*spec.args, *spec.kwonlyargs]
 
     @functools.wraps(recipe)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if len(args) > most:
+        if len(args) > (most := len(spec.args)):
             raise TypeError(
                 f"{name}: found {len(args)} positional arguments, and {args[most]!r} as the"
-                f" {most + 1}th; expected at most {most}: {', '.join(signature.args)}. Libraries"
-                " differ in what follows (torch has the weight decay there, optax eps_root), so it"
-                " is given by name."
+                f" {most + 1}th; expected at most {most}: {', '.join(spec.args)}. Libraries differ"
+                " in what follows (torch: weight decay; optax: eps_root), so it is given by name."
             )
-        for key, value in kwargs.items():
-            if key not in known:
-                way_out = _WAYS_OUT.get(key, f"it takes {', '.join(known)}")
-                raise TypeError(f"{name}: found the argument {key}={value!r}; {way_out}.")
+        for key in [key for key in kwargs if key not in known]:
+            way_out = _WAYS_OUT.get(key, f"it takes {', '.join(known)}")
+            raise TypeError(f"{name}: found the argument {key}={kwargs[key]!r}; {way_out}.")
         return recipe(*args, **kwargs)
 
     return checked

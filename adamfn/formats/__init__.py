@@ -1,35 +1,100 @@
-"""Formats: how Adam's two moments are stored between steps. `names.FORMATS` lists them."""
+"""Formats: how Adam's two moments are stored between steps, and which one each leaf gets."""
 
+from collections.abc import Callable
+from typing import Any, TypeAlias, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from adamfn.formats.arrangement import describe
 from adamfn.formats.blocks import Blockwise
-from adamfn.formats.codecs import Codec, Encoded, Exact, Linear, Pair, Rounded
-from adamfn.formats.description import describe
-from adamfn.formats.eight_bit import EightBit
+from adamfn.formats.codecs import Codec, Encoded, Exact, Linear, Pair, Rounded, kind_of
 from adamfn.formats.format import BaseFormat, Format, Stored
-from adamfn.formats.four_bit import FourBit
+from adamfn.formats.levels import EightBit, FourBit
 from adamfn.formats.means import BlockMean, Factored
-from adamfn.formats.names import FORMATS, Moments, check_moments, choose_formats, get
 from adamfn.formats.noise import noise
+from adamfn.trees import PyTree, path_name
 
 __all__ = [
-    "FORMATS",
-    "BaseFormat",
-    "BlockMean",
-    "Blockwise",
-    "Codec",
-    "EightBit",
-    "Encoded",
-    "Exact",
-    "Factored",
-    "Format",
-    "FourBit",
-    "Linear",
-    "Moments",
-    "Pair",
-    "Rounded",
-    "Stored",
-    "check_moments",
-    "choose_formats",
-    "describe",
-    "get",
-    "noise",
-]
+    "FORMATS", "BaseFormat", "BlockMean", "Blockwise", "Codec", "EightBit", "Encoded", "Exact",
+    "Factored", "Format", "FourBit", "Linear", "Moments", "Pair", "Rounded", "Stored",
+    "check_moments", "choose_formats", "describe", "get", "noise",
+]  # fmt: skip
+
+# With bytes a parameter of GPT-2 small, whose small leaves stay in float32.
+FORMATS: dict[str, Format] = {
+    "float32": Pair(Exact(), Exact()),  # 8
+    "bfloat16": Pair(Rounded(), Rounded()),  # 4
+    "8bit": EightBit(),  # 2.05
+    "4bit": FourBit(),  # 1.10
+    "factored": Pair(Linear(), Factored()),  # 1.03
+    "blockmean": Pair(Linear(), BlockMean()),  # 1.03
+}
+
+Moments: TypeAlias = str | Format | DTypeLike | Callable[[str, Any], Any] | None
+"""How moments are stored: a format's name, a format, `jnp.float32` or `jnp.bfloat16`, None for
+float32, or a function that chooses one of these by each leaf's path, such as `layers/0/kernel`, and
+shape. It is given the path, and at `init` the parameter, at `update` its gradient."""
+
+
+def get(name_or_format: Any) -> Format:
+    """The format with a name, `jnp.float32`, `jnp.bfloat16` or None; a format is returned as it is.
+
+    Raises:
+      TypeError, ValueError: no format has this name; it is no format, or cannot be hashed.
+
+    >>> get("8bit")
+    EightBit(block=256)
+    """
+    format = _name_of(name_or_format)
+    if isinstance(format, str) and format in FORMATS:
+        return FORMATS[format]
+    found, names = f"moments is {format!r}", f"one of {', '.join(map(repr, FORMATS))}"
+    if isinstance(format, str):
+        raise ValueError(f"{found}; expected {names}.")
+    if kind_of(format) is None:
+        raise TypeError(
+            f"{found}; expected {names}, an object with `encode`, `decode` and `holds`, or a"
+            " function of a leaf's path and the leaf that returns one of these."
+        )
+    if kind_of(format) == "codec":
+        raise TypeError(
+            f"{found}, a codec of one moment; expected a format of both, such as"
+            f" Pair(mu={format!r}, nu=Rounded())."
+        )
+    try:
+        hash(format)
+    except TypeError as error:
+        raise TypeError(
+            f"{found}, which cannot be hashed; expected a format that can, as compiled updates are"
+            " cached by it. @dataclass(frozen=True) makes it so."
+        ) from error
+    return cast("Format", format)
+
+
+def check_moments(moments: Any) -> Moments:
+    """Returns `moments`, with a dtype or None as a name; raises as `get`."""
+    moments = _name_of(moments)
+    if not callable(moments) or isinstance(moments, type):
+        get(moments)
+    return cast("Moments", moments)
+
+
+def choose_formats(moments: Moments, tree: PyTree) -> list[Format | None]:
+    """The format of every leaf; None for a leaf that is kept in float32 or wider."""
+    chosen: list[Format | None] = []
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        format = get(moments(path_name(path), leaf) if callable(moments) else moments)
+        lean = format.holds(jnp.shape(leaf), jnp.result_type(leaf))
+        chosen.append(format if lean and format != FORMATS["float32"] else None)
+    return chosen
+
+
+def _name_of(moments: Any) -> Any:
+    if moments is None:
+        return "float32"
+    if isinstance(moments, type | np.dtype) and moments in (jnp.float32, jnp.bfloat16):
+        return jnp.dtype(moments).name
+    return moments

@@ -17,8 +17,8 @@ from adamfn.trees import exported
 def size_for(length: int, largest: int) -> int:
     """The block size for a last axis of this length.
 
-    It is the multiple of 16, from `largest` down to its half, that needs the least padding, and of
-    several the largest: to pad, XLA on CPU writes the whole array to memory.
+    The largest multiple of 16, from `largest` down to its half, that needs the least padding: to
+    pad, XLA on CPU writes the whole array to memory.
 
     >>> [size_for(length, 256) for length in (768, 640, 192, 300)]
     [256, 160, 192, 160]
@@ -36,9 +36,8 @@ def cut_block(block: int, shape: Sequence[int], parts: int) -> int | None:
 
 def split(x: Array, size: int) -> Array:
     """Cuts the last axis into blocks: `(..., n)` to `(..., ceil(n / size), size)`, with zeros."""
-    length = x.shape[-1]
-    if length % size:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -length % size)])
+    if missing := -x.shape[-1] % size:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
     return x.reshape(*x.shape[:-1], -1, size)
 
 
@@ -48,7 +47,7 @@ def join(x: Array, length: int) -> Array:
 
 
 def spread(x: Array, size: int, length: int) -> Array:
-    """A value for each block, repeated for each element of an axis of that length."""
+    """Repeats the value of each block for its elements, along an axis of that length."""
     return join(jnp.broadcast_to(x, (*x.shape[:-1], size)), length)
 
 
@@ -65,9 +64,8 @@ def along(axis: int) -> Extremes:
 
 
 def _in_two_stages(x: Array, reduction: Callable[..., Array]) -> Array:
-    # The first runs over whole vectors. On CPU, XLA would merge them and then cut the reduction
-    # into windows, for which it writes all of x to memory: twice as slow. The maximum changes
-    # nothing, and keeps them apart as a barrier would.
+    # The first runs over whole vectors. The maximum changes nothing, and keeps the two apart: XLA
+    # on CPU would merge them, and write all of x to memory, which is twice as slow.
     x = x.reshape(*x.shape[:-1], -1, 16)
     return reduction(jnp.maximum(reduction(x, axis=-2), 0), axis=-1, keepdims=True)
 
@@ -78,15 +76,11 @@ BY_XLA = Extremes(*(partial(_in_two_stages, reduction=f) for f in (jnp.max, jnp.
 
 @exported
 class BlockScales(NamedTuple):
-    """Scales of the blocks of a leaf of (..., n), each of (..., ceil(n / size)).
+    """Scales of the blocks of a leaf of (..., n), each of (..., ceil(n / size))."""
 
-    `scale`, float32, is mu over nu's root for a code of 1; `top`, float32, the largest nu; `step`,
-    int32, the distance of nu's levels in the bits of a float32.
-    """
-
-    scale: Array
-    top: Array
-    step: Array
+    scale: Array  # float32: mu over nu's root for a code of 1
+    top: Array  # float32: the largest nu
+    step: Array  # int32: the distance of nu's levels in the bits of a float32
 
 
 @dataclass(frozen=True)
@@ -98,7 +92,6 @@ class InBlocks(BaseFormat):
     kernel_block = property(lambda self: self.block)
 
     def __post_init__(self) -> None:
-        """Checks the block size."""
         size: Any = self.block
         if not isinstance(size, int) or isinstance(size, bool) or size < 16 or size % 16:
             raise ValueError(
@@ -111,20 +104,21 @@ class Blockwise(InBlocks, abc.ABC):
     """A base class for formats that store each block of the last axis independently.
 
     A subclass writes the arithmetic of whole blocks once: XLA applies it to `(..., blocks, size)`,
-    and kernels to tiles of a leaf, where blocks may lie along any axis.
+    and kernels to tiles of a leaf, where blocks may lie along any axis. It holds real leaves of at
+    most 32 bits, with 4096 elements and half a block in a row.
 
     Attributes:
       block: the largest size of a block, a multiple of 16.
-      dtypes: of the class: the dtypes of mu's and nu's codes; None where there are none.
+      dtypes: of the class: the dtypes of mu's and nu's codes, or None.
     """
 
     dtypes: ClassVar[Any]
 
     @abc.abstractmethod
     def encode_blocks(self, mu: Array, nu: Array, noise: Array | None, over: Extremes) -> Stored:
-        """Stores whole blocks as codes of any dtype and scales with 1 in place of a block.
+        """Stores whole blocks: codes of any dtype, and scales with 1 in place of a block.
 
-        Everything but the extremes, `over` blocks, is elementwise.
+        It is elementwise but for the extremes, `over` blocks.
         """
 
     @abc.abstractmethod
@@ -132,26 +126,21 @@ class Blockwise(InBlocks, abc.ABC):
         """The inverse of `encode_blocks`."""
 
     def encode(self, mu: Array, nu: Array, noise: Array | None) -> Stored:
-        """Returns codes of the leaf's shape, and scales of `(..., ceil(n / size))`."""
         length = mu.shape[-1]
         size = size_for(length, self.block)
-        noise = None if noise is None else split(noise, size)
-        *found, scales = self.encode_blocks(split(mu, size), split(nu, size), noise, BY_XLA)
-        codes = [
-            None if x is None else join(x.astype(dtype), length)
-            for x, dtype in zip(found, self.dtypes, strict=True)
-        ]
-        return Stored(codes[0], codes[1], jax.tree.map(lambda scale: scale[..., 0], scales))
+        mu, nu, noise = jax.tree.map(lambda x: split(x, size), (mu, nu, noise))
+        *codes, scales = self.encode_blocks(mu, nu, noise, BY_XLA)
+        narrow = jax.tree.map(lambda x, dtype: x.astype(dtype), codes, [*self.dtypes])
+        mu, nu = jax.tree.map(lambda x: join(x, length), narrow)
+        return Stored(mu, nu, jax.tree.map(lambda scale: scale[..., 0], scales))
 
     def decode(self, stored: Stored) -> tuple[Array, Array]:
-        """Returns both moments in float32."""
-        length = next(x.shape[-1] for x in stored[:2] if x is not None)
+        length = jax.tree.leaves(stored[:2])[0].shape[-1]
         size = size_for(length, self.block)
-        mu, nu = (None if x is None else split(x, size) for x in stored[:2])
+        mu, nu = jax.tree.map(lambda x: split(x, size), stored[:2])
         scales = jax.tree.map(lambda scale: scale[..., None], stored.scales)
         mu, nu = self.decode_blocks(Stored(mu, nu, scales))
         return join(mu, length), join(nu, length)
 
     def holds(self, shape: tuple[int, ...], dtype: Any) -> bool:
-        """True for real leaves of at most 32 bits, with 4096 elements, half a block in a row."""
         return is_narrow(dtype) and is_large(shape, last=self.block // 2)

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -10,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from adamfn.formats import blocks
 from adamfn.formats.bits import INFINITY, bits_of, float_of
+from adamfn.formats.blocks import BY_XLA, Extremes, InBlocks, size_for, split, spread
 from adamfn.formats.format import BaseFormat, MeshAxes, Stored, answer, is_large, is_narrow
 from adamfn.formats.noise import halves, threshold
 
@@ -24,45 +23,36 @@ class Encoded(NamedTuple):
 
 
 class Codec(Protocol):
-    """How one moment of one leaf is stored, whatever the other is. Frozen and hashable."""
+    """How one moment of one leaf is stored, whatever the other is; like a `Format` otherwise.
 
-    def encode(self, x: Array, bits: Array | None) -> Encoded:
-        """Stores x, float32, with 16 random bits for each element, int32; None: to nearest."""
-        ...
+    `encode` takes float32, and for each element 16 random bits, int32, or None to round to
+    nearest. `decode` returns float32, for nu of any shape that broadcasts to the leaf's.
+    """
 
-    def decode(self, codes: Any, scales: Any) -> Array:
-        """Returns float32 of the leaf's shape, or for nu of a shape that broadcasts to it."""
-        ...
+    def encode(self, x: Array, bits: Array | None) -> Encoded: ...
 
-    def holds(self, shape: tuple[int, ...]) -> bool:
-        """Whether it can store leaves of this shape."""
-        ...
+    def decode(self, codes: Any, scales: Any) -> Array: ...
+
+    def holds(self, shape: tuple[int, ...]) -> bool: ...
 
 
-def is_codec(value: Any) -> bool:
-    """Whether something is a `Codec`: its `holds` takes only a shape, a format's a dtype too."""
-    return has_methods(value) and len(inspect.signature(value.holds).parameters) == 1
-
-
-def has_methods(value: Any) -> bool:
-    """Whether something has the methods of a format or codec."""
+def kind_of(value: Any) -> str | None:
+    """The kind: "codec" if its `holds` takes only a shape, else "format"; or None."""
     methods = (getattr(value, name, None) for name in ("encode", "decode", "holds"))
-    return not isinstance(value, type) and all(map(callable, methods))
+    if isinstance(value, type) or not all(map(callable, methods)):
+        return None
+    return "codec" if len(inspect.signature(value.holds).parameters) == 1 else "format"
 
 
 @dataclass(frozen=True)
 class Pair(BaseFormat):
-    """Stores mu by one codec and nu by another.
-
-    Attributes:
-      mu: `Exact`, `Rounded` or `Linear`: a codec that keeps every element.
-      nu: any codec.
+    """Stores mu by one codec and nu by another, for real leaves of at most 32 bits that both hold.
 
     Raises:
       TypeError, ValueError: one of them is not a codec; mu's codec keeps only means.
 
     >>> import jax.numpy as jnp
-    >>> from adamfn.formats import Exact, Factored, Pair
+    >>> from adamfn.formats import Factored
     >>> format = Pair(mu=Exact(), nu=Factored())
     >>> mu, nu = format.decode(format.encode(jnp.ones((128, 128)), jnp.ones((128, 128)), None))
     >>> print(nu.shape, nu.min(), nu.max())
@@ -73,9 +63,8 @@ class Pair(BaseFormat):
     nu: Codec
 
     def __post_init__(self) -> None:
-        """Checks the codecs."""
         for moment, codec in (("mu", self.mu), ("nu", self.nu)):
-            if not is_codec(codec):
+            if kind_of(codec) != "codec":
                 raise TypeError(
                     f"Pair: {moment} is {codec!r}; expected a codec of one moment: Exact(),"
                     " Rounded(), Linear(), Factored(), BlockMean() or an object like them."
@@ -87,20 +76,17 @@ class Pair(BaseFormat):
             )
 
     def encode(self, mu: Array, nu: Array, noise: Array | None) -> Stored:
-        """Returns the codes of both moments; the scales are a pair."""
         mu_bits, nu_bits = halves(noise)
-        (mu_codes, mu_scales) = self.mu.encode(mu, mu_bits)
-        (nu_codes, nu_scales) = self.nu.encode(nu, nu_bits)
+        mu_codes, mu_scales = self.mu.encode(mu, mu_bits)
+        nu_codes, nu_scales = self.nu.encode(nu, nu_bits)
         return Stored(mu_codes, nu_codes, (mu_scales, nu_scales))
 
     def decode(self, stored: Stored) -> tuple[Array, Array]:
-        """Returns both moments in float32."""
         mu_scales, nu_scales = stored.scales
         mu = self.mu.decode(stored.mu, mu_scales)
         return mu, jnp.broadcast_to(self.nu.decode(stored.nu, nu_scales), mu.shape)
 
     def holds(self, shape: tuple[int, ...], dtype: Any) -> bool:
-        """True for real leaves of at most 32 bits, of a shape that both codecs hold."""
         return is_narrow(dtype) and self.mu.holds(shape) and self.nu.holds(shape)
 
     def _both(self, name: str) -> tuple[Any, Any]:
@@ -112,28 +98,23 @@ class Pair(BaseFormat):
 
     @property
     def factors(self) -> Any:
-        """The factors of nu's means, beside mu in blocks."""
-        return self._both("factors")[1] if self._both("kernel_block")[0] else None
+        return answer(self.nu, "factors") if answer(self.mu, "kernel_block") else None
 
     @property
     def kernel_block(self) -> int | None:
-        """The block of mu beside factors of nu; 0 for two elementwise codecs."""
         mu, nu = self._both("kernel_block")
         return mu if self.factors else 0 if mu == nu == 0 else None
 
+    def ends(self, mu: Any, nu: Any) -> dict[str, Array]:
+        return answer(self.mu, "ends")(mu, nu)
+
     def resized(self, block: int) -> "Pair":
-        """The same with another largest block."""
-        mu, nu = self._both("resized")
-        return Pair(mu(block), nu(block))
+        return Pair(*(resized(block) for resized in self._both("resized")))
 
     def on_shards(self, split: MeshAxes) -> "Pair":
-        """The same for a shard of a leaf."""
-        mu, nu = self._both("on_shards")
-        return Pair(mu(split), nu(split))
+        return Pair(*(on_shards(split) for on_shards in self._both("on_shards")))
 
-    def encode_blocks(
-        self, mu: Array, nu: Array, noise: Array | None, over: blocks.Extremes
-    ) -> Stored:
+    def encode_blocks(self, mu: Array, nu: Array, noise: Array | None, over: Extremes) -> Stored:
         """Stores mu's whole blocks, in a format with `factors`; means of nu are left out."""
         codec: Any = self.mu
         codes, scale = codec.encode_blocks(mu, halves(noise)[0], over)
@@ -146,18 +127,14 @@ class Pair(BaseFormat):
         mu = codec.decode_blocks(stored.mu, scale)
         return mu, jnp.broadcast_to(math.prod(jax.tree.leaves(factors)), mu.shape)
 
-    def ends(self, mu: Any, nu: Any) -> dict[str, Array]:
-        """Where mu's codes are at an end of their range."""
-        return answer(self.mu, "ends")(mu, nu)
 
-
-def _common(values: Sequence[Any]) -> Any:
+def _common(values: Any) -> Any:
     return values[0] if len(set(values)) == 1 else None
 
 
 @dataclass(frozen=True)
 class Exact(BaseFormat):
-    """Four bytes a parameter, without loss.
+    """Four bytes a parameter, without loss, for leaves of any shape.
 
     >>> import jax.numpy as jnp
     >>> print(Exact().decode(*Exact().encode(jnp.array([0.1]), None)))
@@ -168,29 +145,23 @@ class Exact(BaseFormat):
     stores_rows = True
 
     def encode(self, x: Array, bits: Array | None) -> Encoded:
-        """Returns `x`."""
         return Encoded(x)
 
     def decode(self, codes: Array, scales: Any) -> Array:
-        """Returns `codes`."""
         return codes
 
     def holds(self, shape: tuple[int, ...]) -> bool:
-        """True."""
         return True
 
 
 @dataclass(frozen=True)
 class Rounded(BaseFormat):
-    """Two bytes a parameter: bfloat16, which has float32's range and the upper half of its bits.
+    """Two bytes a parameter: bfloat16, for leaves of 4096 elements and more.
 
-    Adding 16 random bits and dropping the lower half carries into the upper with probability
-    (lower half) / 2^16: no bias, and no comparison. To nearest, nu would stop: with b2 = 0.999 a
-    step moves it by a thousandth, and bfloat16 numbers are 0.4 to 0.8 per cent apart. Infinities
-    and NaN stay what they are.
-
-    Attributes:
-      stochastic: False rounds to nearest whatever the bits.
+    It has the upper half of a float32's bits. Adding 16 random bits and dropping the lower half
+    rounds up with probability (lower half) / 2^16: without bias. To nearest (`stochastic=False`),
+    nu would stop: with b2 = 0.999 a step moves it by a thousandth, and bfloat16 numbers are 0.4 to
+    0.8 per cent apart. Infinities and NaN stay what they are.
 
     >>> import jax.numpy as jnp
     >>> x = jnp.full(2, 1 + 2**-9)  # a quarter of the way to the next
@@ -204,7 +175,6 @@ class Rounded(BaseFormat):
     native_code = property(lambda self: 1 if self.stochastic else 2)
 
     def encode(self, x: Array, bits: Array | None) -> Encoded:
-        """Returns bfloat16 of x's shape."""
         if bits is None or not self.stochastic:
             return Encoded(x.astype(jnp.bfloat16))
         x_bits = jax.lax.bitcast_convert_type(x, jnp.int32)
@@ -214,30 +184,21 @@ class Rounded(BaseFormat):
         return Encoded(jnp.where(finite, rounded, x).astype(jnp.bfloat16))
 
     def decode(self, codes: Array, scales: Any) -> Array:
-        """Returns it in float32."""
         return codes.astype(jnp.float32)
 
     def holds(self, shape: tuple[int, ...]) -> bool:
-        """True for 4096 elements and more."""
         return is_large(shape)
 
 
 @dataclass(frozen=True)
-class Linear(blocks.InBlocks):
+class Linear(InBlocks):
     """One byte a parameter, and 4 for each block of up to 256 along the last axis.
 
-    Codes are int8, -127 to 127, and scales float32 of (..., ceil(n / size)). A code l decodes to
-    `l * scale`, where scale is the block's largest magnitude over 127. Rounding is stochastic and
-    unbiased. It suits mu where a block's gradients are of one size; beside nu for each element,
+    A code l, int8 from -127 to 127, decodes to `l * scale`, where scale, float32 of
+    (..., ceil(n / size)), is the block's largest magnitude over 127 (Dettmers et al., 2022, arXiv
+    2110.02861). Rounding is unbiased. It suits mu where a block's gradients are of one size;
     `EightBit` also serves those of many. Not for nu, which would round to zero. An infinity or NaN
-    makes its whole block infinite or NaN.
-
-    Attributes:
-      block: the largest size of a block, a multiple of 16.
-
-    References:
-      Dettmers, Lewis, Shleifer and Zettlemoyer, 8-bit Optimizers via Block-wise Quantization, 2022
-      (arXiv 2110.02861).
+    makes its whole block so. It holds leaves of 4096 elements, half a block in a row.
 
     >>> import jax.numpy as jnp
     >>> print(Linear().encode(jnp.array([1.0, -0.5, 0.0, 0.25]), None).codes)
@@ -245,26 +206,20 @@ class Linear(blocks.InBlocks):
     """
 
     def encode(self, x: Array, bits: Array | None) -> Encoded:
-        """Returns codes and the scales of their blocks."""
-        length = x.shape[-1]
-        size = blocks.size_for(length, self.block)
-        scale, per_code = _scales(blocks.BY_XLA.largest(bits_of(blocks.split(x, size))))
-        codes = _codes(x, blocks.spread(per_code, size, length), bits)
+        size = size_for(x.shape[-1], self.block)
+        scale, per_code = _scales(BY_XLA.largest(bits_of(split(x, size))))
+        codes = _codes(x, spread(per_code, size, x.shape[-1]), bits)
         return Encoded(codes.astype(jnp.int8), scale[..., 0])
 
     def decode(self, codes: Array, scales: Any) -> Array:
-        """Returns it in float32."""
         length = codes.shape[-1]
-        size = blocks.size_for(length, self.block)
-        return self.decode_blocks(codes, blocks.spread(scales[..., None], size, length))
+        scale = spread(scales[..., None], size_for(length, self.block), length)
+        return self.decode_blocks(codes, scale)
 
     def holds(self, shape: tuple[int, ...]) -> bool:
-        """True for 4096 elements and more, half a block in a row."""
         return is_large(shape, last=self.block // 2)
 
-    def encode_blocks(
-        self, x: Array, bits: Array | None, over: blocks.Extremes
-    ) -> tuple[Array, Array]:
+    def encode_blocks(self, x: Array, bits: Array | None, over: Extremes) -> tuple[Array, Array]:
         """Codes of whole blocks in float32, and scales with 1 in place of a block."""
         scale, per_code = _scales(over.largest(bits_of(x)))
         return _codes(x, per_code, bits), scale
@@ -274,7 +229,6 @@ class Linear(blocks.InBlocks):
         return codes.astype(jnp.float32) * scale
 
     def ends(self, mu: Any, nu: Any) -> dict[str, Array]:
-        """Where mu's codes are at an end of their range."""
         return {"largest": jnp.abs(mu) == 127}
 
 

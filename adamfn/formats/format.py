@@ -11,14 +11,12 @@ from jax import Array
 MeshAxes = tuple[tuple[str, ...], ...]
 """For each axis of a leaf, the mesh axes that split it; empty for a whole leaf."""
 
-SMALLEST = 4096  # leaves of fewer elements stay in float32: a thousandth of a model
-
 
 class Stored(NamedTuple):
     """The moments of one leaf as a format stores them; at most one of `mu` and `nu` is None.
 
-    Those two have the leaf's shape, and all other arrays are in `scales`: tools that know how a
-    parameter is sharded expect everything under its path to be sharded likewise.
+    Those two have the leaf's shape, as tools shard everything under a parameter's path like it.
+    All other arrays are in `scales`.
     """
 
     mu: Array | None
@@ -29,40 +27,33 @@ class Stored(NamedTuple):
 class Format(Protocol):
     """How the two moments of one leaf are stored: two pure functions, inverse up to rounding.
 
-    It is frozen and hashable, as compiled programs are cached by it. Stored zeros decode to zero,
-    so a first state needs no `encode`. `BaseFormat` has more that a format can tell.
+    `encode` stores mu and nu >= 0, float32 of the leaf's shape, and `decode` returns them. Noise,
+    uint32 of that shape, is for stochastic rounding; None rounds to nearest. Zeros decode to zero,
+    so a first state needs no `encode`. Where `holds` is False, a leaf stays in float32. A format
+    is frozen and hashable, as compiled programs are cached by it. `BaseFormat` has more to answer.
     """
 
-    def encode(self, mu: Array, nu: Array, noise: Array | None) -> Stored:
-        """Stores mu and nu >= 0, both float32 of the leaf's shape.
+    def encode(self, mu: Array, nu: Array, noise: Array | None) -> Stored: ...
 
-        `noise`, uint32 of that shape, is for stochastic rounding; None rounds to nearest.
-        """
-        ...
+    def decode(self, stored: Stored) -> tuple[Array, Array]: ...
 
-    def decode(self, stored: Stored) -> tuple[Array, Array]:
-        """Returns both moments, float32 of the leaf's shape."""
-        ...
-
-    def holds(self, shape: tuple[int, ...], dtype: Any) -> bool:
-        """Whether it can store a leaf; if not, the leaf stays in float32."""
-        ...
+    def holds(self, shape: tuple[int, ...], dtype: Any) -> bool: ...
 
 
 class BaseFormat:
     """What else the library asks a format, or a codec in a `Pair`, with the default answers.
 
-    The defaults also hold for a class that does not derive from this one. An answer is about the
-    `encode` and `decode` of its class: a subclass that overrides these has to answer again.
+    The defaults also hold for a class that does not derive from this one. A subclass that
+    overrides `encode` or `decode` has to answer again.
 
     Attributes:
-      block: the largest block along the last axis, cut as by `Blockwise`; 0 for none. None if
-        unknown: then a leaf on several devices is not encoded shard by shard.
+      block: the largest block along the last axis, cut as by `Blockwise`; 0 for none. If None,
+        unknown, a leaf on several devices is not encoded shard by shard.
       stores_rows: whether each row of the last axis is stored independently of the others.
       kernel_block: the largest block in a kernel; 0 if elementwise, None if no kernel has it.
       native_code: its number in the C++ code; None if that does not have it.
-      factors: for scales that are a pair with means of nu as the second, a function of the means:
-        it returns arrays that broadcast to the leaf and whose product is nu. None for others.
+      factors: None, or for scales of mu and means of nu, a function of these means that returns
+        arrays whose product broadcasts to nu.
     """
 
     block: Any = None
@@ -96,13 +87,11 @@ class InTile(NamedTuple):
     over: Any
 
     def encode(self, mu: Array, nu: Array, noise: Array | None) -> Stored:
-        """Returns codes, and scales with 1 in place of a block."""
         if self.inside is not None:
             mu, nu = (jnp.where(self.inside, x, 0) for x in (mu, nu))
         return self.format.encode_blocks(mu, nu, noise, self.over)
 
     def decode(self, stored: Stored) -> tuple[Array, Array]:
-        """Returns both moments."""
         return self.format.decode_blocks(stored)
 
 
@@ -118,7 +107,7 @@ def answer(format: Any, name: str) -> Any:
             return getattr(format, name)
         methods = {"encode", "decode"} & vars(owner).keys()
         if any(hasattr(base, method) for base in owner.__bases__ for method in methods):
-            break  # it overrides the encoding that the answer is about
+            break  # an answer from before the override may be wrong
     default = getattr(BaseFormat, name)
     return partial(default, format) if callable(default) else default
 
@@ -129,5 +118,5 @@ def is_narrow(dtype: Any) -> bool:
 
 
 def is_large(shape: tuple[int, ...], last: int = 1) -> bool:
-    """Whether a leaf has 4096 elements, and at least `last` along its last axis."""
-    return len(shape) > 0 and math.prod(shape) >= SMALLEST and shape[-1] >= last
+    """Whether a leaf has 4096 elements, and `last` along its last axis; others stay in float32."""
+    return len(shape) > 0 and math.prod(shape) >= 4096 and shape[-1] >= last

@@ -30,39 +30,34 @@ def indices_of(
     [[2 3]
      [6 7]]
     """
-    strides = strides_of(shape) if strides is None else strides
     indices = jnp.full(tuple(shape), jnp.asarray(first).astype(jnp.uint32))
-    for axis, stride in enumerate(strides):
+    for axis, stride in enumerate(strides_of(shape) if strides is None else strides):
         along = jax.lax.broadcasted_iota(jnp.uint32, tuple(shape), axis)
         indices += along * jnp.uint32(stride % 2**32)
     return indices
 
 
-def runs_of(shape: Sequence[int], strides: Sequence[int] | None = None) -> Runs:
+def runs_of(shape: Sequence[int], strides: Sequence[int]) -> Runs:
     """The axes of an array with these strides, merged where contiguous.
 
-    >>> runs_of((2, 3, 4)), runs_of((2, 3, 4), (24, 8, 1))
-    (((24, 1),), ((6, 8), (4, 1)))
+    >>> runs_of((2, 3, 4), (24, 8, 1))
+    ((6, 8), (4, 1))
     """
-    strides = strides_of(shape) if strides is None else strides
     runs: list[tuple[int, int]] = []
     for length, stride in zip(shape, strides, strict=True):
         if runs and runs[-1][1] == length * stride:
-            runs[-1] = runs[-1][0] * length, stride
-        else:
-            runs.append((length, stride))
+            length *= runs.pop()[0]
+        runs.append((length, stride))
     return tuple(runs)
 
 
 def indices_at(place: Array, runs: Runs) -> Array:
     """The indices, less the first element's, at places in the array's memory: int32, wrapped."""
     indices = jnp.zeros_like(place)
-    for axis in reversed(range(len(runs))):
-        length, stride = runs[axis]
-        along = jax.lax.rem(place, jnp.int32(length)) if axis else place
-        indices += along * wrapped(stride)
-        place = jax.lax.div(place, jnp.int32(length)) if axis else place
-    return indices
+    for length, stride in reversed(runs[1:]):
+        indices += jax.lax.rem(place, jnp.int32(length)) * wrapped(stride)
+        place = jax.lax.div(place, jnp.int32(length))
+    return indices + place * wrapped(runs[0][1]) if runs else indices
 
 
 def wrapped(stride: int) -> int:

@@ -1,9 +1,11 @@
-"""Codecs that store only means of nu: over rows and columns, or over one axis."""
+"""Codecs that store only means of nu: over rows and columns, or over one axis.
 
-import operator
-from collections.abc import Sequence
+They are deterministic. Infinities and NaN spread over all elements that share a mean. Inside
+`jax.shard_map`, `split` names for each axis of a leaf the mesh axes that split it.
+"""
+
+import math
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +15,6 @@ from jax import Array
 from adamfn.formats.codecs import Encoded
 from adamfn.formats.format import BaseFormat, MeshAxes, is_large
 from adamfn.trees import exported
-
-_SMALLEST_AXIS = 128
 
 
 class _Means(BaseFormat):
@@ -26,8 +26,8 @@ class _Means(BaseFormat):
         return replace(self, split=split)  # pyright: ignore[reportArgumentType]
 
     def decode(self, codes: None, scales: Any) -> Array:
-        """Returns float32 of a shape that broadcasts to the leaf's."""
-        return reduce(operator.mul, self.factors(scales))
+        nu: Any = math.prod(self.factors(scales))
+        return nu
 
 
 @exported
@@ -47,21 +47,13 @@ class Factored(_Means):
     $$ \nu_{ij} \approx R_i C_j / \overline{R} $$
 
     Decoded rows and columns have exactly these means, so averaging decoded nu over time is
-    averaging R and C, as Adafactor does. Deterministic: the noise is not used. Infinities and NaN
-    spread over their row and column, and from R's mean over the whole matrix.
-
-    Attributes:
-      split: inside `jax.shard_map`, for each axis of a leaf the mesh axes that split it.
-
-    References:
-      Shazeer and Stern, Adafactor: Adaptive Learning Rates with Sublinear Memory Cost, 2018,
-      algorithm 2 (arXiv 1804.04235).
+    averaging R and C, as Adafactor does (Shazeer and Stern, 2018, algorithm 2, arXiv 1804.04235).
+    Infinities and NaN spread over the whole matrix, from R's mean. It holds leaves with 128
+    elements and more along two axes.
 
     >>> import jax.numpy as jnp
     >>> nu = jnp.arange(1.0, 129.0)[:, None] * jnp.arange(1.0, 257.0)
     >>> factors = Factored().encode(nu, None)
-    >>> factors.scales.rows.shape, factors.scales.columns.shape
-    ((128, 1), (1, 256))
     >>> print(jnp.abs(Factored().decode(*factors) / nu - 1).max() < 1e-6)
     True
     """
@@ -69,23 +61,20 @@ class Factored(_Means):
     split: MeshAxes = field(default=(), repr=False)
 
     def encode(self, x: Array, bits: Array | None) -> Encoded:
-        """Returns no codes, and `Factors`."""
-        first, second = _two_longest(_whole_shape(x.shape, self.split))
+        first, second = _two_longest(x.shape, self.split)
         rows, columns = (_mean(x, axis, self.split) for axis in (second, first))
         return Encoded(None, Factors(rows, columns))
 
     def factors(self, means: Any) -> tuple[Array, ...]:
         """R over its mean, and C."""
         rows, columns = means
-        shape = tuple(map(max, rows.shape, columns.shape))
-        first, _ = _two_longest(_whole_shape(shape, self.split))
+        first, _ = _two_longest(tuple(map(max, rows.shape, columns.shape)), self.split)
         mean = _mean(rows, first, self.split)
         # The quotient first: the product of two small means would underflow.
         return jnp.where(mean == 0, 0, rows / jnp.where(mean == 0, 1, mean)), columns
 
     def holds(self, shape: tuple[int, ...]) -> bool:
-        """True if two axes have 128 elements and more."""
-        return sum(n >= _SMALLEST_AXIS for n in shape) >= 2
+        return sum(n >= 128 for n in shape) >= 2
 
 
 @dataclass(frozen=True)
@@ -94,22 +83,14 @@ class BlockMean(_Means):
 
     $$ \nu_{i\cdot} \approx \frac{1}{n} \sum_j \nu_{ij} $$
 
-    Adam-mini shares nu within a unit's weights. Along the last axis, the default, that is a token's
-    row of an embedding, and of a kernel of (inputs, outputs) the weights that leave one input; for
-    those that enter one output, use `axis=-2`. Deterministic: the noise is not used. Infinities and
-    NaN spread over all elements that share their mean.
-
-    Attributes:
-      axis: the axis to average over.
-      split: inside `jax.shard_map`, for each axis of a leaf the mesh axes that split it.
-
-    References:
-      Zhang et al., Adam-mini: Use Fewer Learning Rates To Gain More, 2024 (arXiv 2406.16793).
+    Along the last axis, the default, these are a token's row of an embedding, and of a kernel of
+    (inputs, outputs) the weights that leave one input; for those that enter one output, use
+    `axis=-2`. Adam-mini (Zhang et al., 2024, arXiv 2406.16793) shares nu so. It holds leaves of
+    4096 elements and more in at least two axes, the averaged one among them.
 
     >>> import jax.numpy as jnp
-    >>> print(BlockMean().encode(jnp.array([[1.0, 3.0], [5.0, 7.0]]), None).scales)
-    [[2.]
-     [6.]]
+    >>> print(BlockMean().encode(jnp.array([[1.0, 3.0], [5.0, 7.0]]), None).scales.ravel())
+    [2. 6.]
     """
 
     axis: int = -1
@@ -117,12 +98,10 @@ class BlockMean(_Means):
     stores_rows = property(lambda self: self.axis == -1)
 
     def __post_init__(self) -> None:
-        """Checks the axis."""
         if not isinstance(self.axis, int) or isinstance(self.axis, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"BlockMean: axis is {self.axis!r}; expected an integer, such as -1.")
 
     def encode(self, x: Array, bits: Array | None) -> Encoded:
-        """Returns no codes, and the means: float32 of x's shape, but 1 along the axis."""
         return Encoded(None, _mean(x, self.axis, self.split))
 
     def factors(self, means: Any) -> tuple[Array, ...]:
@@ -130,13 +109,7 @@ class BlockMean(_Means):
         return (means,)
 
     def holds(self, shape: tuple[int, ...]) -> bool:
-        """True for 4096 elements and more in at least two axes, the averaged one among them."""
         return len(shape) >= 2 and -len(shape) <= self.axis < len(shape) and is_large(shape)
-
-
-def _two_longest(shape: tuple[int, ...]) -> tuple[int, int]:
-    first, second = sorted(sorted(range(len(shape)), key=lambda axis: (shape[axis], axis))[-2:])
-    return first, second
 
 
 def _mean(x: Array, axis: int, split: MeshAxes) -> Array:
@@ -146,7 +119,9 @@ def _mean(x: Array, axis: int, split: MeshAxes) -> Array:
     return jax.lax.pmean(mean, names) if names else mean
 
 
-def _whole_shape(shape: Sequence[int], split: MeshAxes) -> tuple[int, ...]:
-    """The shape of the whole leaf, from a shard's."""
-    sizes = (int(jax.lax.psum(1, names)) if names else 1 for names in split or ((),) * len(shape))
-    return tuple(n * size for n, size in zip(shape, sizes, strict=True))
+def _two_longest(shape: tuple[int, ...], split: MeshAxes) -> tuple[int, int]:
+    """The two longest axes of the whole leaf, from a shard's shape."""
+    parts = [int(jax.lax.psum(1, names)) if names else 1 for names in split] or [1] * len(shape)
+    lengths = [(n * part, axis) for axis, (n, part) in enumerate(zip(shape, parts, strict=True))]
+    first, second = sorted(axis for _, axis in sorted(lengths)[-2:])
+    return first, second

@@ -19,9 +19,8 @@ def noise(count: chex.Numeric, leaf: chex.Numeric, shape: tuple[int, ...]) -> Ar
     """32 random bits for each element of a leaf, as uint32 of its shape: 16 for each moment.
 
     A hash of the step's count, the leaf's index and the element's index modulo 2^32, which does
-    not depend on sharding. Both rounds are lowbias32 (Wellons, Prospecting for Hash Functions,
-    2018), with one key added before the first and another xored in before the second: with one
-    key, any two steps would see one sequence shifted.
+    not depend on sharding: lowbias32 (Wellons, Prospecting for Hash Functions, 2018), with one key
+    added first and another xored in later. With one key, two steps would see one sequence shifted.
 
     >>> print(noise(1, 0, (3,)) == noise(1, 0, (3,)), noise(1, 0, (3,)) == noise(2, 0, (3,)))
     [ True  True  True] [False False False]
@@ -44,7 +43,6 @@ class Seeds(NamedTuple):
 
     @staticmethod
     def of(count: Array, leaf: Array) -> "Seeds":
-        """The seeds for a step's count and a leaf's index."""
         return Seeds(partial(seed_of, count, leaf), lambda: seed_of(count, leaf + _FOR_WEIGHTS))
 
 
@@ -76,14 +74,10 @@ def halves(noise: Array | None) -> tuple[Array | None, Array | None]:
 
 def threshold(bits: Array | None) -> Array | float:
     """A number in (0, 1) from 16 random bits, right to 2^-17, to compare a fraction with."""
-    return 0.5 if bits is None else _beyond_one(bits) - 1
+    # As the mantissa of a number from 1 to 2: conversions cost a GPU much.
+    return 0.5 if bits is None else float_of(bits << 7 | 0x3F800040) - 1
 
 
 def dither(bits: Array | None) -> Array | float:
     """`threshold` less 1/2: added to a number before rounding to nearest."""
-    return 0.0 if bits is None else _beyond_one(bits) - 1.5
-
-
-def _beyond_one(bits: Array) -> Array:
-    # As the mantissa of a number from 1 to 2: conversions cost a GPU much.
-    return float_of(bits << 7 | 0x3F800040)
+    return threshold(bits) - 0.5

@@ -1,4 +1,4 @@
-// One block of moments in 8 bits: formats/eight_bit.py.
+// One block of moments in 8 bits: formats/levels.py.
 
 #pragma once
 
