@@ -151,7 +151,7 @@ def refuse_to_step(state):
         (
             lambda: adamfn.packed(adamfn.adam(moments="8bit")),
             ValueError,
-            "scale_by_moments has moments='8bit'; expected 'float32'",
+            "scale_by_moments has moments='8bit', and small leaves",
         ),
         (
             lambda: adamfn.packed(adamfn.lazy_adam()),

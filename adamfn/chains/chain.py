@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any, TypeAlias, cast
 
-from adamfn.backends.primitive import BACKENDS, Backend
 from adamfn.chains import segment
 from adamfn.chains.contradictions import check_order
 from adamfn.chains.leaves import first_states, way_out
@@ -144,15 +143,6 @@ class Wrapped(Chain):
         return wanted
 
 
-class _WithBackend(Wrapped):
-    def __init__(self, inner: Chain, backend: Backend) -> None:
-        super().__init__(inner)
-        self._backend: Backend = backend
-
-    def adjusted(self, wanted: Wanted, like: PyTree) -> Wanted:
-        return wanted._replace(backend=self._backend)
-
-
 def chain_of(tx: Any) -> Chain | None:
     """The chain that a transformation of ours is made of; None for any other."""
     chain = getattr(getattr(tx, "update", None), "__self__", None)
@@ -224,33 +214,6 @@ def chain(*transformations: Transformation) -> GradientTransformation:
     structure = tuple(_structure_of(tx) for tx in transformations)
     check_order(list(elements(structure)), list(unwrapped(structure)))
     return Chain(structure).transformation
-
-
-def with_backend(tx: GradientTransformation, backend: Backend) -> GradientTransformation:
-    """The same transformation, run by a given backend.
-
-    Args:
-      tx: a recipe, a chain of stages, or what `packed` made of one.
-      backend: `"auto"`, the fastest one on each platform; `"xla"`, no native code and no kernel; or
-        `"pallas"`, Pallas kernels even where XLA makes one kernel by itself, and interpreted (which
-        is slow) on CPU.
-
-    Returns:
-      A `GradientTransformation` with the same state. In a `chain` it is not fused with others.
-
-    Raises:
-      ValueError: an unknown backend, or a transformation of another library.
-
-    >>> import adamfn
-    >>> tx = adamfn.with_backend(adamfn.adam(), "xla")
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"with_backend: backend is {backend!r}; expected one of {BACKENDS}.")
-    check_transformation("with_backend: the first argument", tx)
-    inner = chain_of(tx)
-    if inner is None:
-        raise ValueError(f"with_backend: found {tx!r}; expected a transformation of adamfn's.")
-    return _WithBackend(inner, backend).transformation
 
 
 def elements(structure: Structure) -> Iterator[Any]:

@@ -147,8 +147,7 @@ class _PackedChain(Wrapped):
         if params is not None:
             matching_leaves("packed: updates", updates, "params", params, _WAY_OUT)
         layout = _Layout(self.inner, updates if params is None else params, self._below)
-        for name, field in _fields(self, state):
-            layout.check(f"packed: {name}", field)
+        _with_fields(self, state, layout.checked)
         packed_params = None if params is None else layout.pack(params)
         us, moved, state = layout.chain.advance(
             layout.pack(updates), state, packed_params, extra, wanted
@@ -163,12 +162,12 @@ class _PackedChain(Wrapped):
 
     def repacked(self, state: PyTree, params: PyTree) -> PyTree:
         layout = _Layout(self.inner, params, self._below)
-        is_packed = any(isinstance(field, Packed) for _, field in _fields(self, state))
+        nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Packed))
+        is_packed = any(isinstance(node, Packed) for node in nodes)
 
         def moved(name: str, field: PyTree) -> PyTree:
             if is_packed:
-                layout.check(f"repack: {name}", field)
-                return layout.unpack(field)
+                return layout.unpack(layout.checked(name, field))
             matching_leaves("repack: params", params, "the state", field, _WAY_OUT)
             return layout.pack(field)
 
@@ -214,19 +213,21 @@ class _Layout:
                 parts[k] = part.astype(dtypes[k]) if dtypes else part
         return self._treedef.unflatten(parts)
 
-    def check(self, name: str, field: Any) -> None:
-        """Checks that a field of the state is packed as this layout says."""
+    def checked(self, name: str, field: Any) -> Packed:
+        """A field of the state, if it is packed as this layout says."""
         if not isinstance(field, Packed):
             raise TypeError(
-                f"{name} is not packed. `adamfn.repack` converts the state of a plain chain."
+                f"packed: {name} is not packed. `adamfn.repack` converts the state of a plain"
+                " chain."
             )
         expected = [sum(self._leaves[k].size for k in run) for run in self._runs]
         found = [buffer.size for buffer in field.buffers] if self._leaves else expected
         if found != expected:
             raise ValueError(
-                f"{name} has buffers of {found} elements; expected {expected}. The state is of"
-                " other parameters: make it with this transformation's init(params)."
+                f"packed: {name} has buffers of {found} elements; expected {expected}. The state is"
+                " of other parameters: make it with this transformation's init(params)."
             )
+        return field
 
     def _packed_mask(self, mask: Sequence[bool]) -> Packed:
         return self._arranged(mask, [mask[run[0]] for run in self._runs])
@@ -240,18 +241,6 @@ class _Layout:
 
 def _raveled(leaves: Sequence[Any]) -> jax.Array:
     return jnp.concatenate([jnp.asarray(leaf, jnp.float32).reshape(-1) for leaf in leaves])
-
-
-def _fields(chain: Chain, state: PyTree) -> list[tuple[str, PyTree]]:
-    """The fields of a state that hold arrays of leaves, with their names."""
-    found: list[tuple[str, PyTree]] = []
-
-    def note(name: str, field: PyTree) -> PyTree:
-        found.append((name, field))
-        return field
-
-    _with_fields(chain, state, note)
-    return found
 
 
 def _with_fields(chain: Chain, state: PyTree, function: Callable[[str, PyTree], PyTree]) -> PyTree:
@@ -270,20 +259,17 @@ def _check_packable(stage: Any) -> None:
             f"packed: found {stage!r}, which is not an adamfn stage. Put it around:"
             " chain(optax.clip_by_global_norm(1.0), packed(adamw()))."
         )
+    reason = None
     if stage.moments != "float32":
+        reason = f"has moments={stage.moments!r}, and small leaves are float32 in every format"
+    elif isinstance(stage.formula, Weights):
+        reason = "keeps bits of each weight, and long leaves are float32"
+    elif not stage.elementwise:
+        reason = "needs a statistic of each leaf, and long leaves hold many"
+    if reason is not None:
         raise ValueError(
-            f"packed: {stage.name} has moments={stage.moments!r}; expected 'float32'. Small leaves"
-            " stay in float32 in every format, so there is nothing to pack."
-        )
-    if isinstance(stage.formula, Weights):
-        raise ValueError(
-            f"packed: {stage.name} keeps bits of each weight, and long leaves are float32;"
-            " expected a chain without it. Leave `packed` out."
-        )
-    if not stage.elementwise:
-        raise ValueError(
-            f"packed: {stage.name} needs a statistic of each leaf, and long leaves hold many;"
-            " expected elementwise stages. Leave `packed` out."
+            f"packed: {stage.name} {reason}; expected elementwise stages with moments='float32'."
+            " Leave `packed` out."
         )
 
 

@@ -1,0 +1,43 @@
+"""`with_backend`: a transformation that a given backend runs."""
+
+from adamfn.backends.primitive import BACKENDS, Backend
+from adamfn.chains.chain import Chain, Wrapped, chain_of
+from adamfn.chains.segment import Wanted
+from adamfn.chains.transform import GradientTransformation, check_transformation
+from adamfn.trees import PyTree
+
+
+def with_backend(tx: GradientTransformation, backend: Backend) -> GradientTransformation:
+    """The same transformation, run by a given backend.
+
+    Args:
+      tx: a recipe, a chain of stages, or what `packed` made of one.
+      backend: `"auto"`, the fastest one on each platform; `"xla"`, no native code and no kernel; or
+        `"pallas"`, Pallas kernels even where XLA makes one kernel by itself, and interpreted (which
+        is slow) on CPU.
+
+    Returns:
+      A `GradientTransformation` with the same state. In a `chain` it is not fused with others.
+
+    Raises:
+      ValueError: an unknown backend, or a transformation of another library.
+
+    >>> import adamfn
+    >>> tx = adamfn.with_backend(adamfn.adam(), "xla")
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"with_backend: backend is {backend!r}; expected one of {BACKENDS}.")
+    check_transformation("with_backend: the first argument", tx)
+    inner = chain_of(tx)
+    if inner is None:
+        raise ValueError(f"with_backend: found {tx!r}; expected a transformation of adamfn's.")
+    return _WithBackend(inner, backend).transformation
+
+
+class _WithBackend(Wrapped):
+    def __init__(self, inner: Chain, backend: Backend) -> None:
+        super().__init__(inner)
+        self._backend: Backend = backend
+
+    def adjusted(self, wanted: Wanted, like: PyTree) -> Wanted:
+        return wanted._replace(backend=self._backend)
