@@ -12,7 +12,7 @@ from flax import nnx
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
-import adamfn
+from adamfn.chains.step import step
 from adamfn.interop.states import leaves_by_path
 from adamfn.trees import PyTree
 
@@ -66,7 +66,7 @@ class Optimizer(nnx.Optimizer[M]):
             )
         extra = _pure(kwargs) | {"return_updates": return_updates}
         state = _pure(self.opt_state)
-        params, state, *updates = adamfn.step(self.tx, chosen, state, params, **extra)
+        params, state, *updates = step(self.tx, chosen, state, params, **extra)
         nnx.update(model, params)
         nnx.update(self.opt_state, nnx.state(state, **graph))
         self.step[...] += 1
@@ -99,7 +99,7 @@ class TrainState(train_state.TrainState):
         overwrites = isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads
         trained = grads["params"] if overwrites else grads
         params = self.params["params"] if overwrites else self.params
-        params, opt_state = adamfn.step(self.tx, trained, self.opt_state, params, **extra)
+        params, opt_state = step(self.tx, trained, self.opt_state, params, **extra)
         if overwrites:
             params = {"params": params, OVERWRITE_WITH_GRADIENT: grads[OVERWRITE_WITH_GRADIENT]}
         return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **kwargs)

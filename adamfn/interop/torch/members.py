@@ -7,15 +7,28 @@ import chex
 import jax
 import jax.numpy as jnp
 
-import adamfn
-from adamfn.chains.chain import from_stage
+from adamfn.chains.chain import chain, from_stage
 from adamfn.chains.transform import GradientTransformation, Transformation
 from adamfn.core.averages import Averages, MomentScalars
 from adamfn.core.formulas import ratio
 from adamfn.core.hyperparameters import ScalarOrSchedule, scheduled, value_at
 from adamfn.core.stage import Scalars, Stage
 from adamfn.interop.torch.parameters import TorchParameter, number_of
-from adamfn.stages.moments import from_moments
+from adamfn.stages.decay import add_decayed_weights
+from adamfn.stages.learning_rate import scale_by_lr
+from adamfn.stages.moments import (
+    bias_correct,
+    from_moments,
+    scale_by_infinity_moments,
+    scale_by_max_moments,
+    scale_by_moments,
+)
+from adamfn.stages.statistics import cautious_updates
+from adamfn.stages.variants import (
+    scale_by_lazy_moments,
+    scale_by_nesterov_moments,
+    scale_by_rectified_moments,
+)
 
 
 class Member(NamedTuple):
@@ -41,13 +54,13 @@ _TRIPLE = _PAIR | {"nu_max": "max_exp_avg_sq"}
 _INFINITY = {"mu": "exp_avg", "nu": "exp_inf"}
 _NADAM = ("step", "mu_product"), ("momentum_decay",), (0, 1)
 _MEMBERS = {
-    "Adam": Member("Adam", adamfn.scale_by_moments, _PAIR),
-    "AdamW": Member("AdamW", adamfn.scale_by_moments, _PAIR),
-    "AMSGrad": Member("Adam", adamfn.scale_by_max_moments, _TRIPLE),
-    "NAdam": Member("NAdam", adamfn.scale_by_nesterov_moments, _PAIR, *_NADAM),
-    "RAdam": Member("RAdam", adamfn.scale_by_rectified_moments, _PAIR),
-    "Adamax": Member("Adamax", adamfn.scale_by_infinity_moments, _INFINITY, corrects=(1, 0)),
-    "SparseAdam": Member("SparseAdam", adamfn.scale_by_lazy_moments, _PAIR),
+    "Adam": Member("Adam", scale_by_moments, _PAIR),
+    "AdamW": Member("AdamW", scale_by_moments, _PAIR),
+    "AMSGrad": Member("Adam", scale_by_max_moments, _TRIPLE),
+    "NAdam": Member("NAdam", scale_by_nesterov_moments, _PAIR, *_NADAM),
+    "RAdam": Member("RAdam", scale_by_rectified_moments, _PAIR),
+    "Adamax": Member("Adamax", scale_by_infinity_moments, _INFINITY, corrects=(1, 0)),
+    "SparseAdam": Member("SparseAdam", scale_by_lazy_moments, _PAIR),
 }
 _MAXIMIZE = from_stage(Stage("maximize", jnp.negative))
 _OPTIMIZERS = [name for name in _MEMBERS if name != "AMSGrad"]
@@ -165,18 +178,18 @@ def continue_with(
         arguments = dict(zip(member.hyperparameters, more, strict=True))
         stages: list[Transformation] = [stage(b1, b2, eps, **arguments)]
         if group.get("caution"):
-            stages.append(adamfn.cautious_updates())
+            stages.append(cautious_updates())
         if corrects:
-            stages.append(adamfn.bias_correct(b1 * member.corrects[0], b2 * member.corrects[1]))
+            stages.append(bias_correct(b1 * member.corrects[0], b2 * member.corrects[1]))
         if weight_decay and not last:
             place = len(stages) if member.decoupled else 0
-            stages.insert(place, adamfn.add_decayed_weights(weight_decay))
-        stages.append(adamfn.scale_by_lr(rate))
+            stages.insert(place, add_decayed_weights(weight_decay))
+        stages.append(scale_by_lr(rate))
         if weight_decay and last:
             stages.append(_decay_last(weight_decay, rate))
     except ValueError as error:
         raise ValueError(f"interop.torch: the group of {parameter}: {error}") from error
-    return adamfn.chain(*([_MAXIMIZE] if group.get("maximize") else []), *stages)
+    return chain(*([_MAXIMIZE] if group.get("maximize") else []), *stages)
 
 
 def _with_uncorrected_eps(b1: float, b2: float, eps: float) -> GradientTransformation:
