@@ -1,7 +1,7 @@
 """The formulas of Adam and its kin for one leaf: the mathematics, each written once.
 
-They are formulas of `Stage`: functions of the update, of the arrays that the stage reads and keeps,
-and of its scalars. The native code repeats some of them in C++, and tests compare the two.
+Each is the `formula` of a `Stage`. The native code repeats some of them in C++, and tests compare
+the two.
 """
 
 import math
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from adamfn.core.averages import MomentScalars, average, averaged, plus, times
+from adamfn.core.averages import Averages, average, averaged, plus, times
 from adamfn.formats.bits import quotient, root
 
 Array: TypeAlias = jax.Array
@@ -40,7 +40,7 @@ def add_agreeing_multiple(u: Array, p: Array, rate: Array) -> Array:
     return u + jnp.where(_inner(u, p) >= 0, rate, 0) * p
 
 
-def ratio(g: Array, mu: Array, nu: Array, at: MomentScalars, ahead: Array | None) -> Arrays:
+def ratio(g: Array, mu: Array, nu: Array, at: Averages, ahead: Array | None) -> Arrays:
     """The formula of `scale_by_moments`."""
     g, mu, nu = averaged(g, mu, nu, at)
     share = at.b1.complement
@@ -48,7 +48,7 @@ def ratio(g: Array, mu: Array, nu: Array, at: MomentScalars, ahead: Array | None
     return quotient(m, plus(root(plus(nu, at.eps_root)), at.eps)), mu, nu
 
 
-def max_ratio(g: Array, mu: Array, nu: Array, nu_max: Array, at: MomentScalars) -> Arrays:
+def max_ratio(g: Array, mu: Array, nu: Array, nu_max: Array, at: Averages) -> Arrays:
     """The formula of `scale_by_max_moments`."""
     _, mu, nu = averaged(g, mu, nu, at)
     nu_max = jnp.maximum(nu_max, nu)
@@ -56,7 +56,7 @@ def max_ratio(g: Array, mu: Array, nu: Array, nu_max: Array, at: MomentScalars) 
 
 
 def nesterov_ratio(
-    g: Array, mu: Array, nu: Array, at: MomentScalars, of_mu: Array, of_g: Array
+    g: Array, mu: Array, nu: Array, at: Averages, of_mu: Array, of_g: Array
 ) -> Arrays:
     """The formula of `scale_by_nesterov_moments`."""
     g, mu, nu = averaged(g, mu, nu, at)
@@ -64,7 +64,7 @@ def nesterov_ratio(
 
 
 def rectified_ratio(
-    g: Array, mu: Array, nu: Array, at: MomentScalars, rectification: Array, untrusted: Array
+    g: Array, mu: Array, nu: Array, at: Averages, rectification: Array, untrusted: Array
 ) -> Arrays:
     """The formula of `scale_by_rectified_moments`."""
     _, mu, nu = averaged(g, mu, nu, at)
@@ -72,7 +72,7 @@ def rectified_ratio(
     return mu * jnp.where(rectification > 0, trusted, untrusted), mu, nu
 
 
-def infinity_ratio(g: Array, mu: Array, nu: Array, at: MomentScalars) -> Arrays:
+def infinity_ratio(g: Array, mu: Array, nu: Array, at: Averages) -> Arrays:
     """The formula of `scale_by_infinity_moments`."""
     mu = average(mu, g, at.b1)
     # b2 nu as an average with 0: products with a rounded b2 would drift, the same way each step.
@@ -81,7 +81,7 @@ def infinity_ratio(g: Array, mu: Array, nu: Array, at: MomentScalars) -> Arrays:
 
 
 def atan2_ratio(
-    g: Array, mu: Array, nu: Array, at: MomentScalars, correction: Array, a: Array, b: Array
+    g: Array, mu: Array, nu: Array, at: Averages, correction: Array, a: Array, b: Array
 ) -> Arrays:
     """The formula of `scale_by_atan2_moments`."""
     _, mu, nu = averaged(g, mu, nu, at)
@@ -89,7 +89,7 @@ def atan2_ratio(
     return size * jnp.sign(mu), mu, nu  # the sign of a complex number is its direction
 
 
-def lazy_ratio(g: Array, mu: Array, nu: Array, at: MomentScalars) -> Arrays:
+def lazy_ratio(g: Array, mu: Array, nu: Array, at: Averages) -> Arrays:
     """The formula of `scale_by_lazy_moments`: not elementwise."""
     moves = jnp.any(g != 0, axis=-1, keepdims=True) if g.ndim else g != 0
     u, *new = ratio(g, mu, nu, at, None)

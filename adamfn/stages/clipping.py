@@ -29,16 +29,13 @@ def clip_by_global_norm(max_norm: ScalarOrSchedule) -> GradientTransformation:
     $$ g \leftarrow g \min(1, r / \lVert g \rVert), \qquad
     \lVert g \rVert^2 = \textstyle\sum |g_i|^2 $$
 
-    It must be the first stage of a chain. The norm takes one pass over the gradients, in float32 at
-    least; the factor is a scalar of the fused run after it, and costs no other pass.
+    The bound max_norm, r, is a number at least 0, a scalar array, or a function of the count. The
+    norm takes one pass over the gradients, in float32 at least; the factor is a scalar of the fused
+    run after it, and costs no other pass. It must be the first stage of a chain.
     `update(..., grad_norm=x)` takes x for the norm. Inside `jax.shard_map`, where gradients are
-    shards, x is the root of the `jax.lax.psum` of their squares' sums.
-
-    Source: Pascanu, Mikolov and Bengio, On the Difficulty of Training Recurrent Neural Networks,
-    2013, algorithm 1 (arXiv 1211.5063); as `optax.clip_by_global_norm`.
-
-    Args:
-      max_norm: r, a number at least 0, a scalar array, or a function of the count.
+    shards, x is the root of the `jax.lax.psum` of their squares' sums. Source: Pascanu, Mikolov and
+    Bengio, On the Difficulty of Training Recurrent Neural Networks, 2013, algorithm 1
+    (arXiv 1211.5063); as `optax.clip_by_global_norm`.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.chain(adamfn.clip_by_global_norm(1.0), adamfn.scale_by_lr(1.0))

@@ -32,28 +32,19 @@ def add_decayed_weights(
     $\alpha\lambda$ a step. Before `scale_by_moments` it is an L2 penalty, as in torch's
     `Adam(weight_decay=...)`. After `scale_by_lr` it would make parameters grow, and is refused.
 
-    An independent decay, $u \leftarrow u - \lambda \theta$, stands after `scale_by_lr`, so that no
-    rate multiplies it. It is the decay of the paper, which only its schedule scales.
-
-    A cautious decay, $u \leftarrow u + \lambda \mathbb 1(u \theta \ge 0)\, \theta$, shrinks only
-    the elements that the update shrinks too. It compares signs, and so stands before `scale_by_lr`,
-    which turns them around.
-
     Sources: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2
     (arXiv 1711.05101); Chen et al., Cautious Weight Decay, 2025, algorithm 1 (arXiv 2510.12402).
-    Complex numbers agree if their angle is at most a right one.
 
     Args:
       weight_decay: $\lambda$: a number at least 0, a scalar array, or a function of the number of
         steps taken so far, such as any optax schedule.
       mask: which parameters decay, None for all: a tree of bools of the parameters' structure or a
         prefix of it, or a function of the parameters that makes one: `adamfn.masks.matrices()`.
-      independent: make the decay independent of the rate.
-      cautious: leave out elements that the update moves away from zero.
-
-    Raises:
-      TypeError, ValueError: not a decay; independent and cautious at once; at `update`, `params`
-        missing or unlike the updates, or a mask that does not fit.
+      independent: decay by $u \leftarrow u - \lambda \theta$ after `scale_by_lr`, so that no rate
+        multiplies it: the first paper's decay, which only its schedule scales.
+      cautious: decay by $u \leftarrow u + \lambda \mathbb 1(u \theta \ge 0)\, \theta$: only the
+        elements that the update shrinks too. It compares signs, and so stands before `scale_by_lr`,
+        which turns them around. Complex numbers agree if their angle is at most a right one.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.add_decayed_weights(0.5, mask=lambda p: {"w": True, "b": False})
@@ -90,19 +81,19 @@ def add_corrected_decay(
 
     $$ u \leftarrow u + \lambda \frac{\alpha_t}{\alpha_\text{max}} \theta $$
 
-    Before `scale_by_lr` with the same rate it shrinks parameters by
-    $\lambda \alpha_t^2 / \alpha_\text{max}$ a step. The scale of weights before a normalization
-    does not matter. Their size settles where update and decay balance, with AdamW at
-    $\sqrt{\alpha / \lambda}$, so that gradients grow as the rate falls; here the balance stays.
-    Source: Defazio, Why Gradients Rapidly Increase Near the End of Training, 2025, algorithm 2
-    (arXiv 2506.02285). timm decays all parameters so, with the first rate as the peak.
+    Before `scale_by_lr` it shrinks parameters by $\lambda \alpha_t^2 / \alpha_\text{max}$ a step.
+    The scale of weights before a normalization does not matter. Their size settles where update and
+    decay balance, with AdamW at $\sqrt{\alpha / \lambda}$, so that gradients grow as the rate
+    falls; here the balance stays. Source: Defazio, Why Gradients Rapidly Increase Near the End of
+    Training, 2025, algorithm 2 (arXiv 2506.02285). timm decays all parameters so, with the first
+    rate as the peak.
 
-    Args:
-      weight_decay: $\lambda$, as in `add_decayed_weights`.
+    Args: weight_decay and mask as in `add_decayed_weights`, and
       learning_rate: the same as in `scale_by_lr`. `update(..., learning_rate=x)` wins over both.
       peak: $\alpha_\text{max}$, the largest rate of the schedule, above 0.
-      mask: which parameters decay: in the paper, the weights of normalized layers. An output layer
-        without one decays as in AdamW, by an `add_decayed_weights` with the opposite mask.
+
+    In the paper the weights of normalized layers decay so. An output layer without a normalization
+    decays as in AdamW, by an `add_decayed_weights` with the opposite mask.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.add_corrected_decay(0.5, lambda count: 0.1 / (1 + count), peak=0.1)

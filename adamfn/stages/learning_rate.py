@@ -27,16 +27,13 @@ def scale_by_lr(learning_rate: ScalarOrSchedule = 1e-3) -> GradientTransformatio
 
     $$ u \leftarrow -\alpha u $$
 
-    With the minus sign they can be added to the parameters. `update(..., learning_rate=x)` takes x
-    for this step instead: a number, a scalar array or a function of the count. If x is an argument
-    of a jitted function, a new x compiles nothing.
+    With the minus sign they can be added to the parameters. The rate is a number at least 0, a
+    scalar array, or a function of the number of steps taken so far (0 at the first), such as any
+    optax schedule. `update(..., learning_rate=x)` takes x for this step instead. If x is an
+    argument of a jitted function, a new x compiles nothing.
 
     The state holds the rate that was used last. It does not if the rate is an array, which its
     caller has: under `optax.inject_hyperparams` it is in `state.hyperparams` alone.
-
-    Args:
-      learning_rate: a number at least 0, a scalar array, or a function of the number of steps
-        taken so far (0 at the first), such as any optax schedule.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_lr(lambda count: 0.5 / (1 + count))

@@ -48,14 +48,13 @@ def skip_outliers(
     On a skipped step the updates are zero, and the other adamfn stages of the chain keep their
     states: moments, counts, and with them corrections and schedules. Until the window has seen half
     of its steps, and 20 at least, every finite step is taken. Finite values enter the window on
-    skipped steps too, so that a lasting change becomes the new mean.
+    skipped steps too, so that a lasting change becomes the new mean. `state[0].skipped` counts the
+    skipped steps.
 
-    It comes first in a chain. Other libraries' transformations may only stand before it: they are
-    not held back. `state[0].skipped` counts the skipped steps.
-
-    Sources: OLMo-core's `SkipStepOptimizer`, with this window and sigmas, which also skips values
-    far below the mean; MaxText's `skip_step_on_spikes`, which does not. Both let values that are
-    not finite into the window, and then skip the steps after them.
+    It comes first in a chain. Other libraries' transformations may only stand before it: they would
+    not be skipped. Sources: OLMo-core's `SkipStepOptimizer`, with this window and sigmas, which
+    also skips values far below the mean; MaxText's `skip_step_on_spikes`, which does not. Both let
+    values that are not finite into the window, and then skip the steps after them.
 
     Args:
       watched: `"loss"`, which `update(..., loss=x)` must then be given; `"grad_norm"`, the norm
@@ -75,7 +74,7 @@ def skip_outliers(
     """
     is_list = isinstance(watched, Sequence) and not isinstance(watched, str)  # pyright: ignore[reportUnnecessaryIsInstance]
     names = [name for name in ("loss", "grad_norm") if is_list and name in watched]
-    if not names or [name for name in watched if name not in names]:
+    if not names or any(name not in names for name in watched):
         raise ValueError(f"watched is {watched!r}; expected a list of 'loss', 'grad_norm' or both.")
     if not isinstance(window, int) or window < 2:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"window is {window!r}; expected a number of steps, at least 2.")
@@ -83,8 +82,7 @@ def skip_outliers(
     waits = max(20, window // 2)
 
     def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
-        values = [_watched(name, extra) for name in names]
-        found = jnp.stack([jnp.asarray(x, state.recent.dtype) for x in values])
+        found = jnp.stack([_watched(name, extra, state.recent.dtype) for name in names])
         finite = jnp.all(jnp.isfinite(found))
         usual = jnp.all(found <= _bound(state.recent, state.seen, sigmas))
         taken = finite & (usual | (state.seen + 1 < waits))
@@ -107,7 +105,7 @@ def skip_outliers(
     return from_stage(stage)
 
 
-def _watched(name: str, extra: Mapping[str, Any]) -> Any:
+def _watched(name: str, extra: Mapping[str, Any], dtype: Any) -> jax.Array:
     """The value of this step, if it is a real scalar."""
     value = grad_norm_in(extra) if name == "grad_norm" else extra.get(name)
     if value is None:
@@ -123,7 +121,7 @@ def _watched(name: str, extra: Mapping[str, Any]) -> Any:
             f"skip_outliers: {name} is {describe(value)}; expected a real number or a scalar array,"
             " such as the mean over the batch."
         )
-    return value
+    return jnp.asarray(value, dtype)
 
 
 def _bound(recent: jax.Array, seen: jax.Array, sigmas: chex.Numeric) -> jax.Array:

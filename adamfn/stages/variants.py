@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core import formulas
-from adamfn.core.averages import Averages, Decay, MomentScalars, bias, increment
+from adamfn.core.averages import Averages, Decay, increment
 from adamfn.core.hyperparameters import scalar
 from adamfn.core.stage import Scalars, exported_state
 from adamfn.formats import Moments, check_moments, get
@@ -41,8 +41,8 @@ def scale_by_nesterov_moments(
 ) -> GradientTransformation:
     r"""Divides a momentum that looks one step ahead by the root of the average of squares.
 
-    With m, v, $c_2$ and the other arguments as in `scale_by_moments`, and a momentum $\mu_t$ that
-    rises from about $b_1 / 2$ to $b_1$:
+    With all else as in `scale_by_moments`, and a momentum $\mu_t$ that rises from about $b_1 / 2$
+    to $b_1$:
 
     $$
     \mu_t = b_1 (1 - \tfrac12 \cdot 0.96^{t\psi}), \qquad
@@ -51,14 +51,10 @@ def scale_by_nesterov_moments(
     u = \frac{\bar m}{\sqrt{v + c_2\,\epsilon_\text{root}} + \sqrt{c_2}\,\epsilon}
     $$
 
-    The products correct $\bar m$ for its beginning at zero; `bias_correct(0, b2)` after this stage
-    corrects the denominator.
-
-    Source: Dozat, Incorporating Nesterov Momentum into Adam, 2016, section 3; torch.optim.NAdam.
-
-    Args:
-      momentum_decay: $\psi$, at least 0. The momentum's distance to b1 shrinks to 0.96 of itself in
-        $1 / \psi$ steps.
+    momentum_decay, $\psi$, is at least 0: in $1 / \psi$ steps the momentum's distance to b1 shrinks
+    to 0.96 of itself. The products correct $\bar m$ for its beginning at zero, and
+    `bias_correct(0, b2)` after this stage the denominator. Source: Dozat, Incorporating Nesterov
+    Momentum into Adam, 2016, section 3; torch.optim.NAdam.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_nesterov_moments(b1=0.0, b2=0.0)  # no memory: the gradient's sign
@@ -66,7 +62,7 @@ def scale_by_nesterov_moments(
     >>> print(updates)
     [ 1. -1.]
     """
-    averages = Averages(b1, b2, eps, eps_root)
+    averages = Averages.of(b1, b2, eps, eps_root)
     log_rise = scalar("momentum_decay", momentum_decay) * math.log(0.96)
 
     def momentum(count: chex.Array) -> tuple[chex.Numeric, chex.Numeric]:
@@ -74,15 +70,14 @@ def scale_by_nesterov_moments(
         return (1 - share) * (1 - missing), share + (1 - share) * missing  # and 1 - it
 
     def scalars(count: jax.Array, state: Any, *_: Any) -> Scalars:
-        now, complement = momentum(count)
-        ahead = momentum(increment(count))[0]
+        (now, complement), (ahead, _) = momentum(count), momentum(increment(count))
         product = state.mu_product * now
         of_mu, of_g = ahead / (1 - product * ahead), complement / (1 - product)
         return (averages.at(count), of_mu, of_g), {"mu_product": product}
 
     start, state = {"mu_product": lambda: jnp.ones((), float)}, ScaleByNesterovMomentsState
     name, formula = "scale_by_nesterov_moments", formulas.nesterov_ratio
-    return from_moments(name, formula, scalars, moments, start=start, state=state)
+    return from_moments(name, formula, moments, scalars, start=start, state=state)
 
 
 def scale_by_rectified_moments(
@@ -95,8 +90,7 @@ def scale_by_rectified_moments(
 ) -> GradientTransformation:
     r"""Divides the average of the gradients by the root of squares once that can be trusted.
 
-    With m, v, $c_2$ and the arguments as in `scale_by_moments`, and the number $\rho$ of gradients
-    that v is worth:
+    With all else as in `scale_by_moments`, and the number $\rho$ of gradients that v is worth:
 
     $$
     \rho_\infty = \frac{2}{1 - b_2} - 1, \qquad \rho = \rho_\infty - 2 t b_2^t / c_2, \qquad
@@ -118,15 +112,15 @@ def scale_by_rectified_moments(
     >>> print((updates * 0.001**0.5).round(4))  # no division yet: the average of the gradients
     [ 1.5 -2.5]
     """
-    averages = Averages(b1, b2, eps, eps_root)
+    averages = Averages.of(b1, b2, eps, eps_root)
 
     def scalars(count: jax.Array, *_: Any) -> Scalars:
         at, rho = averages.at(count), _gradients_in(averages.b2, count)
         rectification = jnp.where(rho > 5, _rectification(rho, averages.b2), 0)
-        untrusted = jax.lax.rsqrt(bias(averages.b2, count))
+        untrusted = jax.lax.rsqrt(averages.b2.bias(count))
         return (at._replace(eps=averages.eps), rectification, untrusted), {}
 
-    return from_moments("scale_by_rectified_moments", formulas.rectified_ratio, scalars, moments)
+    return from_moments("scale_by_rectified_moments", formulas.rectified_ratio, moments, scalars)
 
 
 def scale_by_atan2_moments(
@@ -139,7 +133,7 @@ def scale_by_atan2_moments(
 ) -> GradientTransformation:
     r"""Adam's ratio as an angle, which needs no eps.
 
-    With m, v, $c_i$ and the other arguments as in `scale_by_moments`:
+    With all else as in `scale_by_moments`:
 
     $$ u = a \operatorname{atan2}(m / c_1,\; b \sqrt{v / c_2}) $$
 
@@ -156,13 +150,12 @@ def scale_by_atan2_moments(
     >>> print(tx.update(g, tx.init(g))[0].round(2))
     [ 1. -1.]
     """
-    averages, a, b = Averages(b1, b2), scalar("a", a), scalar("b", b)
-    at = MomentScalars(averages.b1.shares, averages.b2.shares)
+    averages, a, b = Averages.of(b1, b2), scalar("a", a), scalar("b", b)
 
     def scalars(count: jax.Array, *_: Any) -> Scalars:
-        return (at, averages.correction(count), a, b), {}
+        return (averages, averages.correction(count), a, b), {}
 
-    return from_moments("scale_by_atan2_moments", formulas.atan2_ratio, scalars, moments)
+    return from_moments("scale_by_atan2_moments", formulas.atan2_ratio, moments, scalars)
 
 
 def scale_by_lazy_moments(
@@ -180,10 +173,10 @@ def scale_by_lazy_moments(
 
     $$ u = m / (\sqrt{v + c_2\,\epsilon_\text{root}} + \epsilon) $$
 
-    with m, v and $c_2$ as in `scale_by_moments`. In the other rows m and v stay as they are, and
-    $u = 0$. The gradient is dense. The count, and with it `bias_correct(b1, b2)` after this stage,
-    goes on for all rows alike. eps is in units of the uncorrected root, as in torch. `init` refuses
-    a format in which several rows share a number, such as `"factored"`. Source:
+    with all else as in `scale_by_moments`. In the other rows m and v stay as they are, and $u = 0$.
+    The gradient is dense. The count, and with it `bias_correct(b1, b2)` after this stage, goes on
+    for all rows alike. eps is in units of the uncorrected root, as in torch. `init` refuses a
+    format in which several rows share a number, such as `"factored"`. Source:
     torch.optim.SparseAdam, whose sparse gradients name the rows that are found here.
 
     >>> import adamfn, jax.numpy as jnp
@@ -195,14 +188,13 @@ def scale_by_lazy_moments(
      [1. 1.]
      [0. 0.]]
     """
-    averages = Averages(b1, b2, eps, eps_root)
-    moments = _stored_by_rows(moments)
+    averages, moments = Averages.of(b1, b2, eps, eps_root), _stored_by_rows(moments)
 
     def scalars(count: jax.Array, *_: Any) -> Scalars:
         return (averages.at(count)._replace(eps=averages.eps),), {}
 
     name, formula = "scale_by_lazy_moments", formulas.lazy_ratio
-    return from_moments(name, formula, scalars, moments, elementwise=False)
+    return from_moments(name, formula, moments, scalars, elementwise=False)
 
 
 def _gradients_in(b2: Decay, count: chex.Array) -> jax.Array:
@@ -211,8 +203,7 @@ def _gradients_in(b2: Decay, count: chex.Array) -> jax.Array:
     The two large terms of its definition cancel where t x is small, with x = -log b2. There it is
     L(x / 2) + t (1 - L(t x / 2)) with L(z) = coth z - 1 / z, right to some roundings.
     """
-    steps = count.astype(float)
-    x = jnp.negative(b2.log)
+    steps, x = count.astype(float), jnp.negative(b2.log)
     early = _langevin(x / 2) + steps * (1 - _langevin(steps * x / 2))
     late = 2 / b2.complement - 1 - 2 * steps / jnp.expm1(steps * x)
     return jnp.where(steps * x < 1, early, late)
@@ -232,8 +223,6 @@ def _rectification(rho: jax.Array, b2: Decay) -> jax.Array:
 def _stored_by_rows(moments: Moments) -> Moments:
     """The formats, if each row of a leaf can keep its moments in them; `init` refuses others."""
     moments = check_moments(moments)
-    if not callable(moments) and answer(get(moments), "stores_rows"):
-        return moments
 
     def choose(path: str, leaf: Any) -> Any:
         format = get(moments(path, leaf) if callable(moments) else moments)
@@ -245,4 +234,4 @@ def _stored_by_rows(moments: Moments) -> Moments:
             )
         return format
 
-    return choose
+    return choose if callable(moments) or not answer(get(moments), "stores_rows") else moments

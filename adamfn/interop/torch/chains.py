@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import adamfn
 from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation, Transformation
-from adamfn.core.averages import MomentScalars, decay
+from adamfn.core.averages import Averages
 from adamfn.core.formulas import ratio
 from adamfn.core.hyperparameters import ScalarOrSchedule, scheduled, value_at
 from adamfn.core.stage import Scalars, Stage
@@ -70,17 +70,8 @@ def continue_with(
 
 def _with_uncorrected_eps(b1: float, b2: float, eps: float) -> GradientTransformation:
     """`scale_by_moments`, but u = m / (sqrt(v) + eps): eps is in units of the uncorrected root."""
-    mean, square = decay("b1", b1), decay("b2", b2)
-    zero = jnp.zeros(())
-    return from_moments(
-        "scale_by_moments",
-        ratio,
-        lambda *_: (
-            (MomentScalars(mean.shares, square.shares, jnp.asarray(eps, float), zero), None),
-            {},
-        ),
-        "float32",
-    )
+    at = Averages.of(b1, b2, eps)
+    return from_moments("scale_by_moments", ratio, "float32", lambda *_: ((at, None), {}))
 
 
 def _decay_last(weight_decay: float, learning_rate: ScalarOrSchedule) -> GradientTransformation:
