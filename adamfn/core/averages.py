@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from adamfn.core.hyperparameters import scalar
 
-_LAST_COUNT = jnp.iinfo(jnp.int32).max
 _LOG_OF_ZERO = -1000.0  # its exponential is 0; an infinity would trip JAX's checks
 
 
@@ -35,10 +33,10 @@ class Decay(NamedTuple):
         return jnp.where(zero, _LOG_OF_ZERO, jnp.log1p(-jnp.where(zero, 0.5, self.complement)))
 
     def bias(self, count: jax.Array) -> jax.Array:
-        """`1 - b^count`: what an average from zero holds of a constant 1 after `count` steps.
+        """`1 - b^count`: an average from zero holds so much of a constant 1 after `count` steps.
 
-        For b = 0.999 in float32, `-expm1(count log b)` is right to 2e-7. The difference
-        `1 - b^count` is off by 2e-5 at the second step.
+        For b = 0.999 in float32, `-expm1(count log b)` is right to 2e-7; the difference is off by
+        2e-5 at the second step.
         """
         return -jnp.expm1(count.astype(float) * self.log)
 
@@ -72,62 +70,14 @@ class Averages(NamedTuple):
 def decay(name: str, value: Any) -> Decay:
     """Checks a decay, a number in [0, 1) or a scalar array, and takes 1 - b from it once.
 
-    A number's is taken in double precision. An array's b has only its own precision.
-    (`optax.inject_hyperparams` makes 0.999 a float32, whose 1 - b is off by 1.3e-5: optax issue
-    1532.) Raises as `scalar`.
+    A number's is taken in double precision. An array's b has only its own precision:
+    `optax.inject_hyperparams` makes 0.999 a float32, whose 1 - b is off by 1.3e-5 (optax issue
+    1532). Raises as `scalar`.
     """
     rate = scalar(name, value, below=1)
-    large = isinstance(rate, float) and rate >= 0.5
-    return Decay(1 - rate, None if large else rate)
-
-
-def times(x: jax.Array, factor: chex.Numeric) -> jax.Array:
-    """The product of an array and a scalar. Operations of `lax` are faster to trace."""
-    return lax.mul(x, lax.full_like(x, factor))
-
-
-def plus(x: jax.Array, term: chex.Numeric) -> jax.Array:
-    """The sum of an array and a scalar."""
-    return lax.add(x, lax.full_like(x, term))
-
-
-def average(old: jax.Array, new: jax.Array, b: Decay) -> jax.Array:
-    """One step of the average, `b old + (1 - b) new`.
-
-    It steps from the nearer end: that rounds about half as much, and with b = 0 it returns `new` to
-    the last bit.
-    """
-    step = lax.sub(new, old)
-    from_old = lax.add(old, times(step, b.complement))
-    return from_old if b.rate is None else jnp.where(b.rate < 0.5, new - b.rate * step, from_old)
-
-
-def bounded(g: jax.Array) -> jax.Array:
-    """The gradient, with finite values larger than 2^48 (in float64 2^480) set to that bound.
-
-    Their squares, or a format's sums of squares, would overflow, and the element would never
-    recover. Adam's ratio hardly changes: both moments then hold this gradient and little else.
-    Infinities and NaN stay visible.
-    """
-    info = jnp.finfo(g.dtype)
-    largest = 2.0**480 if info.bits == 64 else 2.0**48
-    if jnp.iscomplexobj(g):
-        size = jnp.maximum(abs(g.real), abs(g.imag))
-        over = (size > largest) & (size <= info.max)
-        return g * jnp.where(over, largest / jnp.where(over, size, 1), 1)
-    finite = lax.le(lax.abs(g), lax.full_like(g, info.max))
-    return lax.select(finite, lax.clamp(-largest, g, largest), g)
-
-
-def averaged(
-    g: jax.Array, mu: jax.Array, nu: jax.Array, at: Averages
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The bounded gradient, and both averages after it: of g and of |g|^2."""
-    g = bounded(g)
-    square = jnp.real(g * jnp.conj(g)) if jnp.iscomplexobj(g) else lax.mul(g, g)
-    return g, average(mu, g, at.b1), average(nu, square, at.b2)
+    return Decay(1 - rate, None if isinstance(rate, float) and rate >= 0.5 else rate)
 
 
 def increment(count: jax.Array) -> jax.Array:
     """The next count; it stops at 2^31 - 1."""
-    return jnp.minimum(count, _LAST_COUNT - 1) + 1
+    return jnp.minimum(count, 2**31 - 2) + 1

@@ -22,7 +22,7 @@ class ScaleByMomentsState(NamedTuple):
     count: chex.Array
     """Steps taken: int32 scalar."""
     mu: PyTree
-    """The average m of the gradients: the parameters' tree and shapes, float32 at least; or the
+    """The average m of the gradients, in the parameters' tree and shapes: float32 at least, or the
     codes of a format, and None where it has none."""
     nu: PyTree
     """The average v of their squares (of |g|^2 for a complex leaf): likewise, and real."""
@@ -84,10 +84,9 @@ def scale_by_moments(
     `bias_correct` corrects u for the zero, by $\sqrt{c_2} / c_1$. eps is in units of the
     *corrected* second moment: so $\sqrt{c_2}$ multiplies it, and both stages together give exactly
     $\hat m / (\sqrt{\hat v} + \epsilon)$. With `nesterov`, m in the ratio becomes
-    $b_1 m\, c_1(t) / c_1(t + 1) + (1 - b_1) g$.
-
-    Sources: Kingma and Ba, Adam: A Method for Stochastic Optimization, 2015, algorithm 1
-    (arXiv 1412.6980); Dozat, Incorporating Nesterov Momentum into Adam, 2016, algorithm 2.
+    $b_1 m\, c_1(t) / c_1(t + 1) + (1 - b_1) g$. Sources: Kingma and Ba, Adam: A Method for
+    Stochastic Optimization, 2015, algorithm 1 (arXiv 1412.6980); Dozat, Incorporating Nesterov
+    Momentum into Adam, 2016, algorithm 2.
 
     Args: as in `adam`, and
       moments: how they are stored: `"float32"`, `"bfloat16"`, `"8bit"`, `"4bit"`, `"factored"`,
@@ -125,10 +124,10 @@ def scale_by_max_moments(
     u = \frac{m}{\sqrt{v_\text{max} + c_2\,\epsilon_\text{root}} + \sqrt{c_2}\,\epsilon}
     $$
 
-    All else is as in `scale_by_moments`. The maximum is of the uncorrected v, as in torch and in
-    the paper. (In `optax.amsgrad` it is of the corrected one, which the first gradients alone
-    decide for a long time.) Source: Reddi et al., On the Convergence of Adam and Beyond, 2018,
-    algorithm 2 (arXiv 1904.09237).
+    All else is as in `scale_by_moments`. The maximum is of the uncorrected v, as in torch and the
+    paper. (In `optax.amsgrad` it is of the corrected one, which the first gradients decide for a
+    long time.) Source: Reddi et al., On the Convergence of Adam and Beyond, 2018, algorithm 2
+    (arXiv 1904.09237).
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_max_moments(b1=0.0, b2=0.0)  # v is the last g^2
@@ -156,10 +155,7 @@ def scale_by_infinity_moments(
 ) -> GradientTransformation:
     r"""Divides the average of the gradients by their largest magnitude, slowly forgotten.
 
-    $$
-    m \leftarrow m + (1 - b_1)(g - m), \qquad
-    v \leftarrow \max(b_2 v,\; |g| + \epsilon), \qquad u = m / v
-    $$
+    $$ v \leftarrow \max(b_2 v,\; |g| + \epsilon), \qquad u = m / v $$
 
     v is no average, so only m needs a correction, by `bias_correct(b1, 0)` after this stage. All
     else is as in `scale_by_moments`. It is algorithm 2 of that paper, with torch's eps.

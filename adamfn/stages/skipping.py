@@ -129,6 +129,6 @@ def _bound(recent: jax.Array, seen: jax.Array, sigmas: chex.Numeric) -> jax.Arra
     known = jnp.arange(recent.shape[1]) < seen
     number = jnp.minimum(seen, recent.shape[1]).astype(recent.dtype)
     mean = jnp.sum(recent, axis=1, where=known) / jnp.maximum(number, 1)
-    apart = recent - mean[:, None]
-    variance = jnp.sum(apart * apart, axis=1, where=known) / jnp.maximum(number - 1, 1)
+    squares = jnp.square(recent - mean[:, None])
+    variance = jnp.sum(squares, axis=1, where=known) / jnp.maximum(number - 1, 1)
     return mean + sigmas * jnp.sqrt(variance)

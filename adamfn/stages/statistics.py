@@ -49,9 +49,8 @@ def cautious_updates(floor: chex.Numeric = 1e-3, *, stacked: Mask = None) -> Gra
     >>> print(updates.round(2))  # the second still points the old way
     [0.38 0.  ]
     """
-    least = scalar("floor", floor)
-    name, formula, reads = "cautious_updates", formulas.where_agreeing, ("grads",)
-    stage = Stage(name, formula, reads, scalars=lambda *_: ((least,), {}), elementwise=False)
+    least, name, formula = scalar("floor", floor), "cautious_updates", formulas.where_agreeing
+    stage = Stage(name, formula, ("grads",), scalars=lambda *_: ((least,), {}), elementwise=False)
     return _by_layer(stage, formulas.where_agreeing_by_layer, stacked)
 
 
@@ -89,8 +88,8 @@ def clip_updates(
         c2 = square.bias(count)
         return (jnp.sqrt(c2), jnp.maximum(c2 * eps * eps, jnp.finfo(jnp.float32).tiny)), {}
 
-    name, formula, reads = "clip_updates", formulas.clip_outgrown, ("grads", "nu")
-    stage = Stage(name, formula, reads, scalars=scalars, elementwise=False)
+    name, formula = "clip_updates", formulas.clip_outgrown
+    stage = Stage(name, formula, ("grads", "nu"), scalars=scalars, elementwise=False)
     return _by_layer(stage, formulas.clip_outgrown_by_layer, stacked)
 
 

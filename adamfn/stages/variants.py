@@ -41,14 +41,13 @@ def scale_by_nesterov_moments(
 ) -> GradientTransformation:
     r"""Divides a momentum that looks one step ahead by the root of the average of squares.
 
-    With all else as in `scale_by_moments`, and a momentum $\mu_t$ that rises from about $b_1 / 2$
-    to $b_1$:
+    In the ratio of `scale_by_moments` it replaces m by $\bar m$, with a momentum $\mu_t$ that rises
+    from about $b_1 / 2$ to $b_1$:
 
     $$
     \mu_t = b_1 (1 - \tfrac12 \cdot 0.96^{t\psi}), \qquad
     \bar m = \frac{\mu_{t+1}\, m}{1 - \prod_{i=1}^{t+1} \mu_i}
-      + \frac{(1 - \mu_t)\, g}{1 - \prod_{i=1}^{t} \mu_i}, \qquad
-    u = \frac{\bar m}{\sqrt{v + c_2\,\epsilon_\text{root}} + \sqrt{c_2}\,\epsilon}
+      + \frac{(1 - \mu_t)\, g}{1 - \prod_{i=1}^{t} \mu_i}
     $$
 
     momentum_decay, $\psi$, is at least 0: in $1 / \psi$ steps the momentum's distance to b1 shrinks
@@ -70,8 +69,8 @@ def scale_by_nesterov_moments(
         return (1 - share) * (1 - missing), share + (1 - share) * missing  # and 1 - it
 
     def scalars(count: jax.Array, state: Any, *_: Any) -> Scalars:
-        (now, complement), (ahead, _) = momentum(count), momentum(increment(count))
-        product = state.mu_product * now
+        now, complement = momentum(count)
+        ahead, product = momentum(increment(count))[0], state.mu_product * now
         of_mu, of_g = ahead / (1 - product * ahead), complement / (1 - product)
         return (averages.at(count), of_mu, of_g), {"mu_product": product}
 
@@ -102,9 +101,9 @@ def scale_by_rectified_moments(
     $$
 
     `bias_correct(b1, b2)` after it makes the second $m / c_1$. As in torch, eps is in units of the
-    uncorrected root, and the bound is 5 (the paper has 4 and no eps). With b2 under 2/3, $\rho$
-    never exceeds it. Source: Liu et al., On the Variance of the Adaptive Learning Rate and Beyond,
-    2020, algorithm 2 (arXiv 1908.03265).
+    uncorrected root, and the bound is 5 (the paper has 4 and no eps); with b2 under 2/3, $\rho$
+    stays below. Source: Liu et al., On the Variance of the Adaptive Learning Rate and Beyond, 2020,
+    algorithm 2 (arXiv 1908.03265).
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_rectified_moments(b1=0.5)
@@ -133,16 +132,15 @@ def scale_by_atan2_moments(
 ) -> GradientTransformation:
     r"""Adam's ratio as an angle, which needs no eps.
 
-    With all else as in `scale_by_moments`:
-
     $$ u = a \operatorname{atan2}(m / c_1,\; b \sqrt{v / c_2}) $$
 
-    a and b are at least 0. An update is at most $a \pi / 2$; a of 1.27, about $4 / \pi$, makes it 1
-    where $m = \sqrt v$. Gradients multiplied by any number give the same updates, as long as their
-    squares are in the range of the moments' dtype. The averages are corrected here: no
-    `bias_correct` belongs after it. A complex m keeps its direction; its size goes into the angle.
-    Source: Everett et al., Scaling Exponents Across Parameterizations and Optimizers, 2024, section
-    4.3 (arXiv 2407.05872), with the a and b of the packages that implement it.
+    with all else as in `scale_by_moments`. a and b are at least 0. An update is at most
+    $a \pi / 2$; a of 1.27, about $4 / \pi$, makes it 1 where $m = \sqrt v$. Gradients multiplied by
+    any number give the same updates, as long as their squares are in the range of the moments'
+    dtype. The averages are corrected here: no `bias_correct` belongs after it. A complex m keeps
+    its direction; its size goes into the angle. Source: Everett et al., Scaling Exponents Across
+    Parameterizations and Optimizers, 2024, section 4.3 (arXiv 2407.05872), with the a and b of the
+    packages that implement it.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_atan2_moments()
@@ -168,16 +166,15 @@ def scale_by_lazy_moments(
 ) -> GradientTransformation:
     r"""Divides the average of the gradients by the root of squares, in rows with a gradient.
 
-    A row extends along the last axis: one embedding of a table of shape (tokens, features), or a
-    whole vector; a scalar is a row by itself. In a row whose gradient is not all zero,
-
     $$ u = m / (\sqrt{v + c_2\,\epsilon_\text{root}} + \epsilon) $$
 
-    with all else as in `scale_by_moments`. In the other rows m and v stay as they are, and $u = 0$.
-    The gradient is dense. The count, and with it `bias_correct(b1, b2)` after this stage, goes on
-    for all rows alike. eps is in units of the uncorrected root, as in torch. `init` refuses a
-    format in which several rows share a number, such as `"factored"`. Source:
-    torch.optim.SparseAdam, whose sparse gradients name the rows that are found here.
+    with all else as in `scale_by_moments`. A row extends along the last axis: one embedding of a
+    table of shape (tokens, features), or a whole vector; a scalar is a row by itself. Where a row's
+    gradient is all zero, m and v stay as they are, and $u = 0$. The count, and with it
+    `bias_correct(b1, b2)` after this stage, goes on for all rows alike. eps is in units of the
+    uncorrected root, as in torch. `init` refuses a format in which several rows share a number,
+    such as `"factored"`. Source: torch.optim.SparseAdam, whose sparse gradients name the rows that
+    are found here.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_lazy_moments(b1=0.0, b2=0.0)
@@ -198,19 +195,16 @@ def scale_by_lazy_moments(
 
 
 def _gradients_in(b2: Decay, count: chex.Array) -> jax.Array:
-    """The number rho of gradients that an average is worth after `count` steps.
-
-    The two large terms of its definition cancel where t x is small, with x = -log b2. There it is
-    L(x / 2) + t (1 - L(t x / 2)) with L(z) = coth z - 1 / z, right to some roundings.
-    """
+    """The number rho of gradients that an average is worth after `count` steps."""
     steps, x = count.astype(float), jnp.negative(b2.log)
+    # Where t x is small, its two large terms cancel; there it is L(x / 2) + t (1 - L(t x / 2)).
     early = _langevin(x / 2) + steps * (1 - _langevin(steps * x / 2))
     late = 2 / b2.complement - 1 - 2 * steps / jnp.expm1(steps * x)
     return jnp.where(steps * x < 1, early, late)
 
 
 def _langevin(z: chex.Numeric) -> chex.Numeric:
-    # Its continued fraction, right to 1e-8 for z up to 1/2.
+    """L(z) = coth z - 1 / z: its continued fraction, right to 1e-8 for z up to 1/2."""
     return z / (3 + z * z / (5 + z * z / (7 + z * z / 9)))
 
 
