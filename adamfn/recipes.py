@@ -12,14 +12,13 @@ from adamfn.core.hyperparameters import ScalarOrSchedule
 from adamfn.core.masks import Mask
 from adamfn.core.naming import explained
 from adamfn.formats import Moments
-from adamfn.stages.decay import add_decayed_weights
-from adamfn.stages.learning_rate import scale_by_lr
 from adamfn.stages.moments import (
     bias_correct,
     scale_by_infinity_moments,
     scale_by_max_moments,
     scale_by_moments,
 )
+from adamfn.stages.rates import add_decayed_weights, scale_by_lr
 from adamfn.stages.variants import (
     scale_by_lazy_moments,
     scale_by_nesterov_moments,
@@ -42,17 +41,14 @@ def adam(
 
     At step t, with m and v from zero, $\hat m = m / (1 - b_1^t)$ and $\hat v = v / (1 - b_2^t)$:
 
-    $$
-    m \leftarrow b_1 m + (1 - b_1) g, \quad v \leftarrow b_2 v + (1 - b_2) g^2, \quad
-    u = -\alpha \frac{\hat m}{\sqrt{\hat v + \epsilon_\text{root}} + \epsilon}
-    $$
+    $$ m \leftarrow b_1 m + (1 - b_1) g, \quad v \leftarrow b_2 v + (1 - b_2) g^2, \quad
+    u = -\alpha \frac{\hat m}{\sqrt{\hat v + \epsilon_\text{root}} + \epsilon} $$
 
     Updates have the gradients' shapes and dtypes. The state takes 8 bytes a parameter, or fewer
     with other `moments`.
 
     Args:
-      learning_rate: a number, a scalar array, or a function of the number of steps taken so far;
-        `update(..., learning_rate=x)` wins over it.
+      learning_rate: $\alpha$, a number, a scalar array or a function of the steps taken so far.
       b1: decay of the gradients' average, in [0, 1); a number or a scalar array.
       b2: decay of the squares' average, likewise.
       eps: added to the root, at least 0, in units of the gradient.
@@ -96,8 +92,7 @@ def adamw(
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.adamw(learning_rate=0.1, weight_decay=0.5)
     >>> params = jnp.array([2.0])
-    >>> updates, state = tx.update(jnp.array([0.0]), tx.init(params), params)
-    >>> print(updates)
+    >>> print(tx.update(jnp.array([0.0]), tx.init(params), params)[0])
     [-0.1]
     """
     ratio = scale_by_moments(b1, b2, eps, eps_root=eps_root, nesterov=nesterov, moments=moments)
@@ -117,17 +112,14 @@ def amsgrad(
 ) -> GradientTransformation:
     r"""AMSGrad, by Reddi et al. (2018, arXiv 1904.09237): its denominator never shrinks.
 
-    $$
-    u = -\alpha \frac{\hat m}{\sqrt{v_\text{max} / (1 - b_2^t)} + \epsilon}, \qquad
-    v_\text{max} \leftarrow \max(v_\text{max}, v)
-    $$
+    $$ u = -\alpha \frac{\hat m}{\sqrt{v_\text{max} / (1 - b_2^t)} + \epsilon}, \qquad
+    v_\text{max} \leftarrow \max(v_\text{max}, v) $$
 
     It is torch's `Adam(amsgrad=True)`. The state takes 12 bytes a parameter.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.amsgrad(learning_rate=0.1)
-    >>> updates, state = tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))
-    >>> print(updates)
+    >>> print(tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))[0])
     [-0.1  0.1]
     """
     ratio = scale_by_max_moments(b1, b2, eps, eps_root=eps_root, moments=moments)
@@ -154,8 +146,7 @@ def nadam(
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.nadam(learning_rate=0.25, b1=0.0)
-    >>> updates, state = tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))
-    >>> print(updates.round(4))
+    >>> print(tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))[0].round(4))
     [-0.25  0.25]
     """
     ratio = scale_by_nesterov_moments(
@@ -176,19 +167,15 @@ def radam(
 ) -> GradientTransformation:
     r"""RAdam, by Liu et al. (2020, arXiv 1908.03265): a warmup while the denominator is uncertain.
 
-    $$
-    u = -\alpha\, r\, \hat m \frac{\sqrt{1 - b_2^t}}{\sqrt v + \epsilon} \;\text{ if } \rho > 5,
-    \qquad u = -\alpha\, \hat m \;\text{ otherwise}
-    $$
+    $$ u = -\alpha\, r\, \hat m \frac{\sqrt{1 - b_2^t}}{\sqrt v + \epsilon} \;\text{ if } \rho > 5,
+    \qquad u = -\alpha\, \hat m \;\text{ otherwise} $$
 
     $\rho$ and r are as in `scale_by_rectified_moments`. The first steps (five with b2 = 0.999; all
-    with b2 under 2/3) are plain momentum's, as large as the gradients. eps is added to the
-    uncorrected root, as in torch.
+    with b2 under 2/3) are plain momentum's, as large as the gradients. eps is as in torch.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.radam(learning_rate=0.25)
-    >>> updates, state = tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))
-    >>> print(updates.round(4))
+    >>> print(tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))[0].round(4))
     [-0.75  1.25]
     """
     ratio = scale_by_rectified_moments(b1, b2, eps, eps_root=eps_root, moments=moments)
@@ -212,8 +199,7 @@ def adamax(
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.adamax(learning_rate=0.25)
-    >>> updates, state = tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))
-    >>> print(updates.round(4))
+    >>> print(tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))[0].round(4))
     [-0.25  0.25]
     """
     ratio = scale_by_infinity_moments(b1, b2, eps, moments=moments)
@@ -234,9 +220,8 @@ def lazy_adam(
 
     $$ u = -\alpha\, \hat m \frac{\sqrt{1 - b_2^t}}{\sqrt v + \epsilon} \text{ in other rows} $$
 
-    It does what torch.optim.SparseAdam does, for dense gradients, and adds eps to the uncorrected
-    root as that does. (Adam goes on moving a row by its old momentum after its token was last
-    seen.) A weight decay in the chain moves all rows.
+    It does what torch.optim.SparseAdam does, for dense gradients. (Adam goes on moving a row by its
+    old momentum after its token was last seen.) A weight decay in the chain moves all rows.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.lazy_adam(learning_rate=0.1)

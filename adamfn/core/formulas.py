@@ -20,13 +20,12 @@ Arrays: TypeAlias = tuple[Array, ...]
 """The update, then the arrays that the stage keeps."""
 
 
-def times(x: Array, factor: chex.Numeric) -> Array:
-    """The product of an array and a scalar. Operations of `lax` are faster to trace."""
-    return lax.mul(x, lax.full_like(x, factor))
+def multiply(u: Array, factor: chex.Numeric) -> Array:
+    """The formula of `bias_correct`, `scale_by_lr` and `clip_by_global_norm`."""
+    return lax.mul(u, lax.full_like(u, factor))  # faster to trace than u * factor
 
 
-def plus(x: Array, term: chex.Numeric) -> Array:
-    """The sum of an array and a scalar."""
+def _plus(x: Array, term: chex.Numeric) -> Array:
     return lax.add(x, lax.full_like(x, term))
 
 
@@ -36,7 +35,7 @@ def average(old: Array, new: Array, b: Decay) -> Array:
     That rounds about half as much, and with b = 0 it returns `new` to the last bit.
     """
     step = lax.sub(new, old)
-    from_old = lax.add(old, times(step, b.complement))
+    from_old = lax.add(old, multiply(step, b.complement))
     return from_old if b.rate is None else jnp.where(b.rate < 0.5, new - b.rate * step, from_old)
 
 
@@ -66,7 +65,7 @@ def averaged(g: Array, mu: Array, nu: Array, at: Averages) -> Arrays:
 
 def over_root(m: Array, nu: Array, at: Averages) -> Array:
     """`m / (sqrt(nu + eps_root) + eps)`."""
-    return quotient(m, plus(root(plus(nu, at.eps_root)), at.eps))
+    return quotient(m, _plus(root(_plus(nu, at.eps_root)), at.eps))
 
 
 def unchanged(u: Array) -> Array:
@@ -74,14 +73,9 @@ def unchanged(u: Array) -> Array:
     return u
 
 
-def multiply(u: Array, factor: Array) -> Array:
-    """The formula of `bias_correct`, `scale_by_lr` and `clip_by_global_norm`."""
-    return times(u, factor)
-
-
 def add_multiple(u: Array, p: Array, rate: Array) -> Array:
     """The formula of `add_decayed_weights` and `add_corrected_decay`."""
-    return lax.add(u, times(p, rate))
+    return lax.add(u, multiply(p, rate))
 
 
 def add_agreeing_multiple(u: Array, p: Array, rate: Array) -> Array:

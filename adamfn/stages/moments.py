@@ -76,10 +76,8 @@ def scale_by_moments(
 
     With $c_i = 1 - b_i^t$ at step $t = 1, 2, \ldots$, and both averages from zero:
 
-    $$
-    m \leftarrow m + (1 - b_1)(g - m), \qquad v \leftarrow v + (1 - b_2)(|g|^2 - v), \qquad
-    u = \frac{m}{\sqrt{v + c_2\,\epsilon_\text{root}} + \sqrt{c_2}\,\epsilon}
-    $$
+    $$ m \leftarrow m + (1 - b_1)(g - m), \qquad v \leftarrow v + (1 - b_2)(|g|^2 - v), \qquad
+    u = \frac{m}{\sqrt{v + c_2\,\epsilon_\text{root}} + \sqrt{c_2}\,\epsilon} $$
 
     `bias_correct` corrects u for the zero, by $\sqrt{c_2} / c_1$. eps is in units of the
     *corrected* second moment: so $\sqrt{c_2}$ multiplies it, and both stages together give exactly
@@ -119,10 +117,8 @@ def scale_by_max_moments(
 ) -> GradientTransformation:
     r"""Divides the average of the gradients by the root of the largest average of squares so far.
 
-    $$
-    v_\text{max} \leftarrow \max(v_\text{max}, v), \qquad
-    u = \frac{m}{\sqrt{v_\text{max} + c_2\,\epsilon_\text{root}} + \sqrt{c_2}\,\epsilon}
-    $$
+    $$ v_\text{max} \leftarrow \max(v_\text{max}, v), \qquad
+    u = \frac{m}{\sqrt{v_\text{max} + c_2\,\epsilon_\text{root}} + \sqrt{c_2}\,\epsilon} $$
 
     All else is as in `scale_by_moments`. The maximum is of the uncorrected v, as in torch and the
     paper. (In `optax.amsgrad` it is of the corrected one, which the first gradients decide for a

@@ -77,7 +77,7 @@ def whole_weights(params: PyTree, state: PyTree) -> PyTree:
     """
     found: dict[Any, Any] = {}
     for node in rounding_states(state):
-        found |= _by_path(node.correction)
+        found |= dict(jax.tree.leaves_with_path(node.correction))
 
     def whole(path: Any, p: Any) -> Any:
         if not _is_bfloat16(p):
@@ -95,12 +95,9 @@ def narrow_weights(
 ) -> tuple[PyTree, PyTree]:
     """Float32 weights as bfloat16 parameters and a state: the inverse of `whole_weights`.
 
-    Bits that are not kept are rounded to nearest.
-
-    Args:
-      whole: the weights, float32 where parameters are bfloat16.
-      params: parameters of the dtypes that are wanted, arrays or `jax.ShapeDtypeStruct`s.
-      state: the state that is to hold their lower bits; or the transformation, for a first state.
+    `params`, arrays or `jax.ShapeDtypeStruct`s, have the dtypes that are wanted. The state is to
+    hold the lower bits; in its place a transformation makes a first state. Bits that are not kept
+    are rounded to nearest.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.chain(adamfn.adam(1e-4), adamfn.round_weights(32))
@@ -114,16 +111,14 @@ def narrow_weights(
     narrow = jax.tree.map(lambda w, p: w.astype(p.dtype), whole, params)
     if callable(getattr(state, "init", None)):
         state = cast("GradientTransformation", state).init(narrow)
-    weights, landed = _by_path(whole), _by_path(narrow)
+    weights, landed = (dict(jax.tree.leaves_with_path(tree)) for tree in (whole, narrow))
 
     def correction(path: Any, old: Any) -> Any:
-        if path not in landed:
+        if not _is_bfloat16(landed.get(path)):
             raise ValueError(
-                f"narrow_weights: the state has a correction at {path_name(path)}, and the weights"
-                " have no such leaf; expected the state of these parameters."
+                f"narrow_weights: the state has a correction at {path_name(path)}, and no"
+                " parameter there is bfloat16; expected the state of these parameters."
             )
-        if not _is_bfloat16(landed[path]):
-            return old
         p, lower = _weights_of("narrow_weights", path, weights[path], old).split(weights[path])
         landed[path] = p.astype(jnp.bfloat16)
         return lower.astype(old.dtype)
@@ -173,7 +168,3 @@ def _bfloat16_leaves(params: PyTree) -> PyTree:
         return _is_bfloat16(leaf)
 
     return jax.tree.map_with_path(rounds, params)
-
-
-def _by_path(tree: PyTree) -> dict[Any, Any]:
-    return dict(jax.tree.leaves_with_path(tree))

@@ -24,10 +24,8 @@ def cautious_updates(floor: chex.Numeric = 1e-3, *, stacked: Mask = None) -> Gra
 
     With the share s of the elements of a leaf whose update and gradient agree:
 
-    $$
-    u \leftarrow \frac{\mathbb 1(u g > 0)\, u}{\max(s, s_\text{min})}, \qquad
-    s = \operatorname{mean} \mathbb 1(u g > 0)
-    $$
+    $$ u \leftarrow \frac{\mathbb 1(u g > 0)\, u}{\max(s, s_\text{min})}, \qquad
+    s = \operatorname{mean} \mathbb 1(u g > 0) $$
 
     g is the gradient that the stage of moments before it was given. After `bias_correct`, and
     before the decay and `scale_by_lr`, which turns signs, it makes AdamW the paper's C-AdamW.
@@ -61,10 +59,8 @@ def clip_updates(
 
     With v of the stage of moments before it, after this step, and $\hat v = v / (1 - b_2^t)$:
 
-    $$
-    u \leftarrow \frac{u}{\max(1, R)}, \qquad
-    R = \sqrt{\operatorname{mean} \frac{g^2}{\max(\hat v, \epsilon^2)}}
-    $$
+    $$ u \leftarrow \frac{u}{\max(1, R)}, \qquad
+    R = \sqrt{\operatorname{mean} \frac{g^2}{\max(\hat v, \epsilon^2)}} $$
 
     The mean is over a leaf. g and stacked are as in `cautious_updates`, b2 and eps as in `adam`.
     Just before `scale_by_lr`, with b2 of 0.99 and eps of 1e-6 in all stages, it makes AdamW the

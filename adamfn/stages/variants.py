@@ -44,11 +44,9 @@ def scale_by_nesterov_moments(
     In the ratio of `scale_by_moments` it replaces m by $\bar m$, with a momentum $\mu_t$ that rises
     from about $b_1 / 2$ to $b_1$:
 
-    $$
-    \mu_t = b_1 (1 - \tfrac12 \cdot 0.96^{t\psi}), \qquad
+    $$ \mu_t = b_1 (1 - \tfrac12 \cdot 0.96^{t\psi}), \qquad
     \bar m = \frac{\mu_{t+1}\, m}{1 - \prod_{i=1}^{t+1} \mu_i}
-      + \frac{(1 - \mu_t)\, g}{1 - \prod_{i=1}^{t} \mu_i}
-    $$
+      + \frac{(1 - \mu_t)\, g}{1 - \prod_{i=1}^{t} \mu_i} $$
 
     momentum_decay, $\psi$, is at least 0: in $1 / \psi$ steps the momentum's distance to b1 shrinks
     to 0.96 of itself. The products correct $\bar m$ for its beginning at zero, and
@@ -57,8 +55,7 @@ def scale_by_nesterov_moments(
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_nesterov_moments(b1=0.0, b2=0.0)  # no memory: the gradient's sign
-    >>> updates, state = tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))
-    >>> print(updates)
+    >>> print(tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))[0])
     [ 1. -1.]
     """
     averages = Averages.of(b1, b2, eps, eps_root)
@@ -91,14 +88,11 @@ def scale_by_rectified_moments(
 
     With all else as in `scale_by_moments`, and the number $\rho$ of gradients that v is worth:
 
-    $$
-    \rho_\infty = \frac{2}{1 - b_2} - 1, \qquad \rho = \rho_\infty - 2 t b_2^t / c_2, \qquad
-    r = \sqrt{\frac{(\rho - 4)(\rho - 2)\rho_\infty}{(\rho_\infty - 4)(\rho_\infty - 2)\rho}}
-    $$
-    $$
-    u = \frac{r\, m}{\sqrt{v + c_2\,\epsilon_\text{root}} + \epsilon} \;\text{ if } \rho > 5, \qquad
-    u = \frac{m}{\sqrt{c_2}} \;\text{ otherwise}
-    $$
+    $$ \rho_\infty = \frac{2}{1 - b_2} - 1, \qquad \rho = \rho_\infty - 2 t b_2^t / c_2, \qquad
+    r = \sqrt{\frac{(\rho - 4)(\rho - 2)\rho_\infty}{(\rho_\infty - 4)(\rho_\infty - 2)\rho}} $$
+
+    $$ u = \frac{r\, m}{\sqrt{v + c_2\,\epsilon_\text{root}} + \epsilon} \;\text{ if } \rho > 5,
+    \qquad u = \frac{m}{\sqrt{c_2}} \;\text{ otherwise} $$
 
     `bias_correct(b1, b2)` after it makes the second $m / c_1$. As in torch, eps is in units of the
     uncorrected root, and the bound is 5 (the paper has 4 and no eps); with b2 under 2/3, $\rho$
@@ -179,8 +173,7 @@ def scale_by_lazy_moments(
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_lazy_moments(b1=0.0, b2=0.0)
     >>> table = jnp.ones((3, 2))
-    >>> updates, state = tx.update(jnp.zeros((3, 2)).at[1].set(5.0), tx.init(table))
-    >>> print(updates)
+    >>> print(tx.update(jnp.zeros((3, 2)).at[1].set(5.0), tx.init(table))[0])
     [[0. 0.]
      [1. 1.]
      [0. 0.]]

@@ -1,7 +1,7 @@
-"""Weight decay: decoupled or not by its place in the chain, independent, cautious or corrected."""
+"""The learning rate, and weight decay: decoupled or not, independent, cautious or corrected."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -10,11 +10,54 @@ import jax.numpy as jnp
 from adamfn.chains.chain import from_stage
 from adamfn.chains.contradictions import INDEPENDENT
 from adamfn.chains.transform import GradientTransformation
-from adamfn.core.formulas import add_agreeing_multiple, add_multiple
+from adamfn.core.formulas import add_agreeing_multiple, add_multiple, multiply
 from adamfn.core.hyperparameters import ScalarOrSchedule, scalar, scheduled, value_at
 from adamfn.core.masks import Mask
-from adamfn.core.stage import Scalars, Stage
-from adamfn.stages.learning_rate import rate_at
+from adamfn.core.stage import Scalars, Stage, exported_state
+
+
+@exported_state
+class ScaleByLrState(NamedTuple):
+    """State of `scale_by_lr`."""
+
+    learning_rate: chex.Array
+    """The rate of the last step, to be logged; before the first step, the rate of that one."""
+
+
+def scale_by_lr(learning_rate: ScalarOrSchedule = 1e-3) -> GradientTransformation:
+    r"""Multiplies updates by minus the learning rate.
+
+    $$ u \leftarrow -\alpha u $$
+
+    The rate is a number at least 0, a scalar array, or a function of the number of steps taken so
+    far (0 at the first), such as any optax schedule. `update(..., learning_rate=x)` takes x for
+    this step instead. If x is an argument of a jitted function, a new x compiles nothing. The state
+    holds the rate that was used last. It does not if the rate is an array, which its caller has:
+    under `optax.inject_hyperparams` it is in `state.hyperparams` alone.
+
+    >>> import adamfn, jax.numpy as jnp
+    >>> tx = adamfn.scale_by_lr(lambda count: 0.5 / (1 + count))
+    >>> params = jnp.array([1.0, 2.0])
+    >>> updates, state = tx.update(params, tx.init(params))
+    >>> print(updates)
+    [-0.5 -1. ]
+    >>> updates, state = tx.update(params, state, learning_rate=0.125)
+    >>> print(updates, state.learning_rate)
+    [-0.125 -0.25 ] 0.125
+    """
+    configured = scheduled("learning_rate", learning_rate)
+
+    def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
+        rate = _rate_at(configured, count, extra)
+        return (jnp.negative(rate),), {"learning_rate": rate}
+
+    def first() -> jax.Array:
+        return jnp.array(value_at("learning_rate", configured, jnp.zeros((), jnp.int32)), float)
+
+    start = {"learning_rate": None if isinstance(configured, jax.Array) else first}
+    state, takes = ScaleByLrState, ("learning_rate",)
+    stage = Stage("scale_by_lr", multiply, scalars=scalars, start=start, state=state, takes=takes)
+    return from_stage(stage)
 
 
 def add_decayed_weights(
@@ -36,8 +79,7 @@ def add_decayed_weights(
     (arXiv 1711.05101); Chen et al., Cautious Weight Decay, 2025, algorithm 1 (arXiv 2510.12402).
 
     Args:
-      weight_decay: $\lambda$: a number at least 0, a scalar array, or a function of the number of
-        steps taken so far, such as any optax schedule.
+      weight_decay: $\lambda$, given like the rate of `scale_by_lr`.
       mask: which parameters decay, None for all: a tree of bools of the parameters' structure or a
         prefix of it, or a function of the parameters that makes one: `adamfn.masks.matrices()`.
       independent: decay by $u \leftarrow u - \lambda \theta$ after `scale_by_lr`, so that no rate
@@ -88,10 +130,8 @@ def add_corrected_decay(
     Training, 2025, algorithm 2 (arXiv 2506.02285). timm decays all parameters so, with the first
     rate as the peak.
 
-    Args: weight_decay and mask as in `add_decayed_weights`, and
-      learning_rate: the same as in `scale_by_lr`. `update(..., learning_rate=x)` wins over both.
-      peak: $\alpha_\text{max}$, the largest rate of the schedule, above 0.
-
+    weight_decay and mask are as in `add_decayed_weights`, the rate is that of `scale_by_lr`
+    (`update(..., learning_rate=x)` wins over both), and the peak, $\alpha_\text{max}$, is above 0.
     In the paper the weights of normalized layers decay so. An output layer without a normalization
     decays as in AdamW, by an `add_decayed_weights` with the opposite mask.
 
@@ -111,9 +151,18 @@ def add_corrected_decay(
         raise ValueError("peak is 0; expected the largest rate of the schedule, above 0.")
 
     def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
-        share = rate_at(rate, count, extra) / peak
+        share = _rate_at(rate, count, extra) / peak
         return (value_at("weight_decay", decay, count - 1) * share,), {}
 
     name, takes = "add_corrected_decay", ("learning_rate",)
     stage = Stage(name, add_multiple, ("params",), scalars=scalars, takes=takes, mask=mask)
     return from_stage(stage)
+
+
+def _rate_at(
+    configured: ScalarOrSchedule, count: jax.Array, extra: Mapping[str, Any]
+) -> chex.Numeric:
+    """The rate of a step: the extra argument `learning_rate`, or else the configured one."""
+    given = extra.get("learning_rate")
+    chosen = configured if given is None else scheduled("learning_rate", given)
+    return value_at("learning_rate", chosen, count - 1)

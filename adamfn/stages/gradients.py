@@ -1,4 +1,4 @@
-"""`skip_outliers`: no step where the loss or the gradients are far above their recent values."""
+"""Stages that look at all gradients before any average: clipping by their norm, and skipping."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -10,13 +10,54 @@ import jax.numpy as jnp
 from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core.averages import increment
-from adamfn.core.formulas import unchanged
-from adamfn.core.hyperparameters import scalar
+from adamfn.core.formulas import multiply, unchanged
+from adamfn.core.hyperparameters import ScalarOrSchedule, scalar, scheduled, value_at
 from adamfn.core.stage import Scalars, Stage, exported_state
-from adamfn.stages.clipping import grad_norm_in
-from adamfn.trees import describe
+from adamfn.trees import describe, wide_dtype
 
 Watched = Literal["loss", "grad_norm"]
+
+
+@exported_state
+class ClipByGlobalNormState(NamedTuple):
+    """State of `clip_by_global_norm`."""
+
+    grad_norm: chex.Array
+    """The norm of the last step's gradients, to be logged."""
+
+
+def clip_by_global_norm(max_norm: ScalarOrSchedule) -> GradientTransformation:
+    r"""Scales all gradients down if their norm, taken over all of them, exceeds a bound.
+
+    $$ g \leftarrow g \min(1, r / \lVert g \rVert), \qquad
+    \lVert g \rVert^2 = \textstyle\sum |g_i|^2 $$
+
+    The bound max_norm, r, is a number at least 0, a scalar array, or a function of the count. The
+    norm takes one pass over the gradients, in float32 at least; the factor is a scalar of the fused
+    run after it, and costs no other pass. It must be the first stage of a chain.
+    `update(..., grad_norm=x)` takes x for the norm. Inside `jax.shard_map`, where gradients are
+    shards, x is the root of the `jax.lax.psum` of their squares' sums. Source: Pascanu, Mikolov and
+    Bengio, On the Difficulty of Training Recurrent Neural Networks, 2013, algorithm 1
+    (arXiv 1211.5063); as `optax.clip_by_global_norm`.
+
+    >>> import adamfn, jax.numpy as jnp
+    >>> tx = adamfn.chain(adamfn.clip_by_global_norm(1.0), adamfn.scale_by_lr(1.0))
+    >>> grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    >>> updates, state = tx.update(grads, tx.init(grads))
+    >>> print(updates["a"], updates["b"], state[0].grad_norm)
+    [-0.6] [-0.8] 5.0
+    """
+    configured = scheduled("max_norm", max_norm)
+
+    def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
+        norm, bound = _grad_norm(extra), value_at("max_norm", configured, count - 1)
+        within = norm <= bound  # of NaN neither: the factor is NaN, as optax's
+        return (jnp.where(within, 1, bound / jnp.where(within, 1, norm)),), {"grad_norm": norm}
+
+    start, takes = {"grad_norm": lambda: jnp.zeros((), float)}, ("grads", "grad_norm")
+    name, state = "clip_by_global_norm", ClipByGlobalNormState
+    stage = Stage(name, multiply, scalars=scalars, start=start, state=state, takes=takes)
+    return from_stage(stage)
 
 
 @exported_state
@@ -43,24 +84,19 @@ def skip_outliers(
     With the mean and the standard deviation (of n - 1) of the last `window` values, a step is taken
     if every watched value x is finite and
 
-    $$ x \le \operatorname{mean} + \sigma \operatorname{std} $$
+    $$ x \le \operatorname{mean} + \text{sigmas} \cdot \operatorname{std} $$
 
-    On a skipped step the updates are zero, and the other adamfn stages of the chain keep their
-    states: moments, counts, and with them corrections and schedules. Until the window has seen half
-    of its steps, and 20 at least, every finite step is taken. Finite values enter the window on
-    skipped steps too, so that a lasting change becomes the new mean. `state[0].skipped` counts the
-    skipped steps.
+    The watched values are `"loss"`, which `update(..., loss=x)` must then be given, `"grad_norm"`,
+    the norm of all gradients, or both. On a skipped step the updates are zero, and the other adamfn
+    stages of the chain keep their states: moments, counts, and with them corrections and schedules.
+    Until the window has seen half of its steps, and 20 at least, every finite step is taken. Finite
+    values enter the window on skipped steps too, so that a lasting change becomes the new mean.
+    `state[0].skipped` counts the skipped steps.
 
     It comes first in a chain. Other libraries' transformations may only stand before it: they would
     not be skipped. Sources: OLMo-core's `SkipStepOptimizer`, with this window and sigmas, which
     also skips values far below the mean; MaxText's `skip_step_on_spikes`, which does not. Both let
     values that are not finite into the window, and then skip the steps after them.
-
-    Args:
-      watched: `"loss"`, which `update(..., loss=x)` must then be given; `"grad_norm"`, the norm
-        of all gradients; or both.
-      window: how many values the mean is taken of, at least 2.
-      sigmas: how many standard deviations above the mean is far, at least 0.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.chain(adamfn.skip_outliers(["loss"]), adamfn.adam(0.1))
@@ -107,7 +143,7 @@ def skip_outliers(
 
 def _watched(name: str, extra: Mapping[str, Any], dtype: Any) -> jax.Array:
     """The value of this step, if it is a real scalar."""
-    value = grad_norm_in(extra) if name == "grad_norm" else extra.get(name)
+    value = _grad_norm(extra) if name == "grad_norm" else extra.get(name)
     if value is None:
         raise ValueError(
             "skip_outliers: update got no loss, and watches it. Call update(..., loss=x), or watch"
@@ -132,3 +168,16 @@ def _bound(recent: jax.Array, seen: jax.Array, sigmas: chex.Numeric) -> jax.Arra
     squares = jnp.square(recent - mean[:, None])
     variance = jnp.sum(squares, axis=1, where=known) / jnp.maximum(number - 1, 1)
     return mean + sigmas * jnp.sqrt(variance)
+
+
+def _grad_norm(extra: Mapping[str, Any]) -> jax.Array:
+    """The norm of all gradients: the extra argument `grad_norm`, or else computed."""
+    given = extra.get("grad_norm")
+    return _global_norm(extra["grads"]) if given is None else jnp.asarray(given)
+
+
+@jax.jit
+def _global_norm(grads: Sequence[jax.Array]) -> jax.Array:
+    wide = [g.astype(wide_dtype(g.dtype)) for g in grads]
+    squares = [jnp.sum(jnp.real(g * jnp.conj(g))) for g in wide]
+    return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
