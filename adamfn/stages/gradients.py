@@ -15,8 +15,6 @@ from adamfn.core.hyperparameters import ScalarOrSchedule, scalar, scheduled, val
 from adamfn.core.stage import Scalars, Stage, exported_state
 from adamfn.trees import describe, wide_dtype
 
-Watched = Literal["loss", "grad_norm"]
-
 
 @exported_state
 class ClipByGlobalNormState(NamedTuple):
@@ -75,7 +73,7 @@ class SkipOutliersState(NamedTuple):
 
 
 def skip_outliers(
-    watched: Sequence[Watched] = ("loss", "grad_norm"),
+    watched: Sequence[Literal["loss", "grad_norm"]] = ("loss", "grad_norm"),
     window: int = 128,
     sigmas: chex.Numeric = 6.0,
 ) -> GradientTransformation:
@@ -114,8 +112,7 @@ def skip_outliers(
         raise ValueError(f"watched is {watched!r}; expected a list of 'loss', 'grad_norm' or both.")
     if not isinstance(window, int) or window < 2:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"window is {window!r}; expected a number of steps, at least 2.")
-    sigmas = scalar("sigmas", sigmas)
-    waits = max(20, window // 2)
+    sigmas, waits = scalar("sigmas", sigmas), max(20, window // 2)
 
     def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
         found = jnp.stack([_watched(name, extra, state.recent.dtype) for name in names])

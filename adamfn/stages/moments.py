@@ -134,12 +134,9 @@ def scale_by_max_moments(
     [0.25] [1.] [16.]
     """
     averages = Averages.of(b1, b2, eps, eps_root)
-
-    def scalars(count: jax.Array, *_: Any) -> Scalars:
-        return (averages.at(count),), {}
-
     more = {"keeps": PAIR | {"nu_max": real_zeros}, "state": ScaleByMaxMomentsState}
-    return from_moments("scale_by_max_moments", formulas.max_ratio, moments, scalars, **more)
+    name, formula = "scale_by_max_moments", formulas.max_ratio
+    return from_moments(name, formula, moments, lambda t, *_: ((averages.at(t),), {}), **more)
 
 
 def scale_by_infinity_moments(

@@ -48,7 +48,7 @@ def scale_by_lr(learning_rate: ScalarOrSchedule = 1e-3) -> GradientTransformatio
     configured = scheduled("learning_rate", learning_rate)
 
     def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
-        rate = _rate_at(configured, count, extra)
+        rate = rate_at(configured, count, extra)
         return (jnp.negative(rate),), {"learning_rate": rate}
 
     def first() -> jax.Array:
@@ -151,7 +151,7 @@ def add_corrected_decay(
         raise ValueError("peak is 0; expected the largest rate of the schedule, above 0.")
 
     def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
-        share = _rate_at(rate, count, extra) / peak
+        share = rate_at(rate, count, extra) / peak
         return (value_at("weight_decay", decay, count - 1) * share,), {}
 
     name, takes = "add_corrected_decay", ("learning_rate",)
@@ -159,7 +159,7 @@ def add_corrected_decay(
     return from_stage(stage)
 
 
-def _rate_at(
+def rate_at(
     configured: ScalarOrSchedule, count: jax.Array, extra: Mapping[str, Any]
 ) -> chex.Numeric:
     """The rate of a step: the extra argument `learning_rate`, or else the configured one."""

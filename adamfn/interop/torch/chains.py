@@ -12,11 +12,12 @@ from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation, Transformation
 from adamfn.core.averages import Averages
 from adamfn.core.formulas import ratio
-from adamfn.core.hyperparameters import ScalarOrSchedule, scheduled, value_at
+from adamfn.core.hyperparameters import ScalarOrSchedule, scheduled
 from adamfn.core.stage import Scalars, Stage
 from adamfn.interop.torch.members import Member, decoupled_in, possible_classes
 from adamfn.interop.torch.parameters import TorchParameter, number_of
 from adamfn.stages.moments import from_moments
+from adamfn.stages.rates import rate_at
 
 _MAXIMIZE = from_stage(Stage("maximize", jnp.negative))
 
@@ -79,9 +80,7 @@ def _decay_last(weight_decay: float, learning_rate: ScalarOrSchedule) -> Gradien
     configured = scheduled("learning_rate", learning_rate)
 
     def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
-        given = extra.get("learning_rate")
-        chosen = configured if given is None else scheduled("learning_rate", given)
-        return (value_at("learning_rate", chosen, count - 1) * weight_decay,), {}
+        return (rate_at(configured, count, extra) * weight_decay,), {}
 
     takes = ("learning_rate",)
     return from_stage(
