@@ -10,17 +10,15 @@ from adamfn.chains.with_backend import with_backend
 from adamfn.core import masks
 from adamfn.core.stage import EmptyState, Stage
 from adamfn.recipes import adam, adamax, adamw, amsgrad, lazy_adam, nadam, radam
-from adamfn.stages.clipping import clip_by_global_norm
-from adamfn.stages.decay import add_corrected_decay, add_decayed_weights
-from adamfn.stages.learning_rate import scale_by_lr
+from adamfn.stages.gradients import clip_by_global_norm, skip_outliers
 from adamfn.stages.moments import (
     bias_correct,
     scale_by_infinity_moments,
     scale_by_max_moments,
     scale_by_moments,
 )
+from adamfn.stages.rates import add_corrected_decay, add_decayed_weights, scale_by_lr
 from adamfn.stages.round_weights import narrow_weights, round_weights, whole_weights
-from adamfn.stages.skipping import skip_outliers
 from adamfn.stages.statistics import cautious_updates, clip_updates
 from adamfn.stages.variants import (
     scale_by_atan2_moments,

@@ -1,7 +1,7 @@
 r"""Adam and its kin: chains that read as their formulas.
 
 `adam` explains the arguments; $\hat m$ and $\hat v$ are its corrected averages everywhere. The
-stages name the papers in full.
+stages say more, and name the papers in full.
 """
 
 import chex
@@ -12,14 +12,13 @@ from adamfn.core.hyperparameters import ScalarOrSchedule
 from adamfn.core.masks import Mask
 from adamfn.core.naming import explained
 from adamfn.formats import Moments
-from adamfn.stages.decay import add_decayed_weights
-from adamfn.stages.learning_rate import scale_by_lr
 from adamfn.stages.moments import (
     bias_correct,
     scale_by_infinity_moments,
     scale_by_max_moments,
     scale_by_moments,
 )
+from adamfn.stages.rates import add_decayed_weights, scale_by_lr
 from adamfn.stages.variants import (
     scale_by_lazy_moments,
     scale_by_nesterov_moments,
@@ -42,28 +41,20 @@ def adam(
 
     At step t, with m and v from zero, $\hat m = m / (1 - b_1^t)$ and $\hat v = v / (1 - b_2^t)$:
 
-    $$
-    m \leftarrow b_1 m + (1 - b_1) g, \quad v \leftarrow b_2 v + (1 - b_2) g^2, \quad
-    u = -\alpha \frac{\hat m}{\sqrt{\hat v + \epsilon_\text{root}} + \epsilon}
-    $$
+    $$ m \leftarrow b_1 m + (1 - b_1) g, \quad v \leftarrow b_2 v + (1 - b_2) g^2, \quad
+    u = -\alpha \frac{\hat m}{\sqrt{\hat v + \epsilon_\text{root}} + \epsilon} $$
+
+    Updates have the gradients' shapes and dtypes. The state takes 8 bytes a parameter, or fewer
+    with other `moments`.
 
     Args:
-      learning_rate: a number, a scalar array, or a function of the number of steps taken so far;
-        `update(..., learning_rate=x)` wins over it.
-      b1: decay of the gradients' average, in [0, 1).
-      b2: decay of the squares' average, in [0, 1).
-      eps: added to the root, in units of the gradient.
+      learning_rate: $\alpha$, a number, a scalar array or a function of the steps taken so far.
+      b1: decay of the gradients' average, in [0, 1); a number or a scalar array.
+      b2: decay of the squares' average, likewise.
+      eps: added to the root, at least 0, in units of the gradient.
       eps_root: added under the root. Above 0, updates can be differentiated at zero gradients.
       nesterov: look one step ahead, in Dozat's form (as optax's `nadam`).
       moments: how the moments are stored, as in `scale_by_moments`.
-
-    Returns:
-      A `GradientTransformation`. Updates have the gradients' shapes and dtypes. The state takes 8
-      bytes a parameter, or fewer with other `moments`.
-
-    Raises:
-      TypeError, ValueError: a hyperparameter out of range; at `init` and `update`, trees that do
-        not fit, by the name of the leaf.
 
     >>> import adamfn, jax
     >>> import jax.numpy as jnp
@@ -74,11 +65,8 @@ def adam(
     >>> print(adamfn.apply_updates(params, updates)["w"])
     [ 0.9 -1.9]
     """
-    return chain(
-        scale_by_moments(b1, b2, eps, eps_root=eps_root, nesterov=nesterov, moments=moments),
-        bias_correct(b1, b2),
-        scale_by_lr(learning_rate),
-    )
+    ratio = scale_by_moments(b1, b2, eps, eps_root=eps_root, nesterov=nesterov, moments=moments)
+    return chain(ratio, bias_correct(b1, b2), scale_by_lr(learning_rate))
 
 
 @explained
@@ -98,26 +86,18 @@ def adamw(
 
     $$ u = -\alpha (\hat m / (\sqrt{\hat v + \epsilon_\text{root}} + \epsilon) + \lambda \theta) $$
 
-    Args: as in `adam`, except:
-      learning_rate: multiplies the decay too, as in torch and optax.
-      weight_decay: $\lambda$: a number, a scalar array, or a function of the steps taken so far.
-      mask: which parameters decay, as in `add_decayed_weights`; None for all.
-
-    Its `update` needs `params`.
+    The learning rate multiplies the decay too, as in torch and optax. weight_decay, $\lambda$, and
+    the mask of parameters that decay are as in `add_decayed_weights`. `update` needs `params`.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.adamw(learning_rate=0.1, weight_decay=0.5)
     >>> params = jnp.array([2.0])
-    >>> updates, state = tx.update(jnp.array([0.0]), tx.init(params), params)
-    >>> print(updates)
+    >>> print(tx.update(jnp.array([0.0]), tx.init(params), params)[0])
     [-0.1]
     """
-    return chain(
-        scale_by_moments(b1, b2, eps, eps_root=eps_root, nesterov=nesterov, moments=moments),
-        bias_correct(b1, b2),
-        add_decayed_weights(weight_decay, mask),
-        scale_by_lr(learning_rate),
-    )
+    ratio = scale_by_moments(b1, b2, eps, eps_root=eps_root, nesterov=nesterov, moments=moments)
+    decay = add_decayed_weights(weight_decay, mask)
+    return chain(ratio, bias_correct(b1, b2), decay, scale_by_lr(learning_rate))
 
 
 @explained
@@ -132,24 +112,18 @@ def amsgrad(
 ) -> GradientTransformation:
     r"""AMSGrad, by Reddi et al. (2018, arXiv 1904.09237): its denominator never shrinks.
 
-    $$
-    u = -\alpha \frac{\hat m}{\sqrt{v_\text{max} / (1 - b_2^t)} + \epsilon}, \qquad
-    v_\text{max} \leftarrow \max(v_\text{max}, v)
-    $$
+    $$ u = -\alpha \frac{\hat m}{\sqrt{v_\text{max} / (1 - b_2^t)} + \epsilon}, \qquad
+    v_\text{max} \leftarrow \max(v_\text{max}, v) $$
 
     It is torch's `Adam(amsgrad=True)`. The state takes 12 bytes a parameter.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.amsgrad(learning_rate=0.1)
-    >>> updates, state = tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))
-    >>> print(updates)
+    >>> print(tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))[0])
     [-0.1  0.1]
     """
-    return chain(
-        scale_by_max_moments(b1, b2, eps, eps_root=eps_root, moments=moments),
-        bias_correct(b1, b2),
-        scale_by_lr(learning_rate),
-    )
+    ratio = scale_by_max_moments(b1, b2, eps, eps_root=eps_root, moments=moments)
+    return chain(ratio, bias_correct(b1, b2), scale_by_lr(learning_rate))
 
 
 @explained
@@ -165,26 +139,20 @@ def nadam(
 ) -> GradientTransformation:
     r"""NAdam, by Dozat (2016), as in torch: its momentum looks one step ahead, and warms up.
 
-    With $\bar m$, the average one step ahead, as in `scale_by_nesterov_moments`:
-
     $$ u = -\alpha\, \bar m / (\sqrt{\hat v + \epsilon_\text{root}} + \epsilon) $$
 
-    There, too, `momentum_decay` is explained. With a constant momentum the recipe is
-    `adam(nesterov=True)`, as `optax.nadam`.
+    $\bar m$, the average one step ahead, and momentum_decay are as in `scale_by_nesterov_moments`.
+    With a constant momentum the recipe is `adam(nesterov=True)`, as `optax.nadam`.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.nadam(learning_rate=0.25, b1=0.0)
-    >>> updates, state = tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))
-    >>> print(updates.round(4))
+    >>> print(tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))[0].round(4))
     [-0.25  0.25]
     """
-    return chain(
-        scale_by_nesterov_moments(
-            b1, b2, eps, eps_root=eps_root, momentum_decay=momentum_decay, moments=moments
-        ),
-        bias_correct(0.0, b2),
-        scale_by_lr(learning_rate),
+    ratio = scale_by_nesterov_moments(
+        b1, b2, eps, eps_root=eps_root, momentum_decay=momentum_decay, moments=moments
     )
+    return chain(ratio, bias_correct(0.0, b2), scale_by_lr(learning_rate))
 
 
 @explained
@@ -199,27 +167,19 @@ def radam(
 ) -> GradientTransformation:
     r"""RAdam, by Liu et al. (2020, arXiv 1908.03265): a warmup while the denominator is uncertain.
 
-    With $\rho$ and r as in `scale_by_rectified_moments`:
+    $$ u = -\alpha\, r\, \hat m \frac{\sqrt{1 - b_2^t}}{\sqrt v + \epsilon} \;\text{ if } \rho > 5,
+    \qquad u = -\alpha\, \hat m \;\text{ otherwise} $$
 
-    $$
-    u = -\alpha\, r\, \hat m \frac{\sqrt{1 - b_2^t}}{\sqrt v + \epsilon} \;\text{ if } \rho > 5,
-    \qquad u = -\alpha\, \hat m \;\text{ otherwise}
-    $$
-
-    The first steps (five with b2 = 0.999; all with b2 under 2/3) are plain momentum's, as large as
-    the gradients. eps is added to the uncorrected root, as in torch.
+    $\rho$ and r are as in `scale_by_rectified_moments`. The first steps (five with b2 = 0.999; all
+    with b2 under 2/3) are plain momentum's, as large as the gradients. eps is as in torch.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.radam(learning_rate=0.25)
-    >>> updates, state = tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))
-    >>> print(updates.round(4))
+    >>> print(tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))[0].round(4))
     [-0.75  1.25]
     """
-    return chain(
-        scale_by_rectified_moments(b1, b2, eps, eps_root=eps_root, moments=moments),
-        bias_correct(b1, b2),
-        scale_by_lr(learning_rate),
-    )
+    ratio = scale_by_rectified_moments(b1, b2, eps, eps_root=eps_root, moments=moments)
+    return chain(ratio, bias_correct(b1, b2), scale_by_lr(learning_rate))
 
 
 @explained
@@ -239,15 +199,11 @@ def adamax(
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.adamax(learning_rate=0.25)
-    >>> updates, state = tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))
-    >>> print(updates.round(4))
+    >>> print(tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))[0].round(4))
     [-0.25  0.25]
     """
-    return chain(
-        scale_by_infinity_moments(b1, b2, eps, moments=moments),
-        bias_correct(b1, 0.0),
-        scale_by_lr(learning_rate),
-    )
+    ratio = scale_by_infinity_moments(b1, b2, eps, moments=moments)
+    return chain(ratio, bias_correct(b1, 0.0), scale_by_lr(learning_rate))
 
 
 @explained
@@ -262,13 +218,10 @@ def lazy_adam(
 ) -> GradientTransformation:
     r"""Adam for embeddings: rows whose gradient is all zero keep parameters and moments.
 
-    In the other rows:
+    $$ u = -\alpha\, \hat m \frac{\sqrt{1 - b_2^t}}{\sqrt v + \epsilon} \text{ in other rows} $$
 
-    $$ u = -\alpha\, \hat m \frac{\sqrt{1 - b_2^t}}{\sqrt v + \epsilon} $$
-
-    It does what torch.optim.SparseAdam does, for dense gradients. Adam goes on moving a row by its
-    old momentum after its token was last seen. A weight decay in the chain moves all rows. eps is
-    added to the uncorrected root, as in torch.
+    It does what torch.optim.SparseAdam does, for dense gradients. (Adam goes on moving a row by its
+    old momentum after its token was last seen.) A weight decay in the chain moves all rows.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.lazy_adam(learning_rate=0.1)
@@ -279,8 +232,5 @@ def lazy_adam(
      [0.9 0.9]
      [1.  1. ]]
     """
-    return chain(
-        scale_by_lazy_moments(b1, b2, eps, eps_root=eps_root, moments=moments),
-        bias_correct(b1, b2),
-        scale_by_lr(learning_rate),
-    )
+    ratio = scale_by_lazy_moments(b1, b2, eps, eps_root=eps_root, moments=moments)
+    return chain(ratio, bias_correct(b1, b2), scale_by_lr(learning_rate))

@@ -1,18 +1,19 @@
 """The formulas of Adam and its kin for one leaf: the mathematics, each written once.
 
-They are formulas of `Stage`: functions of the update, of the arrays that the stage reads and keeps,
-and of its scalars. The native code repeats some of them in C++, and tests compare the two.
+The native code repeats some of them in C++, and tests compare the two.
 """
 
 import math
 from functools import partial
 from typing import TypeAlias
 
+import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from adamfn.core.averages import MomentScalars, average, averaged, plus, times
+from adamfn.core.averages import Averages, Decay
 from adamfn.formats.bits import quotient, root
 
 Array: TypeAlias = jax.Array
@@ -20,19 +21,63 @@ Arrays: TypeAlias = tuple[Array, ...]
 """The update, then the arrays that the stage keeps."""
 
 
+def multiply(u: Array, factor: chex.Numeric) -> Array:
+    """The formula of `bias_correct`, `scale_by_lr` and `clip_by_global_norm`."""
+    return lax.mul(u, lax.full_like(u, factor))  # faster to trace than u * factor
+
+
+def _plus(x: Array, term: chex.Numeric) -> Array:
+    return lax.add(x, lax.full_like(x, term))
+
+
+def average(old: Array, new: Array, b: Decay) -> Array:
+    """One step of the average, `b old + (1 - b) new`, from the nearer end.
+
+    That rounds about half as much, and with b = 0 it returns `new` to the last bit.
+    """
+    step = lax.sub(new, old)
+    from_old = lax.add(old, multiply(step, b.complement))
+    return from_old if b.rate is None else jnp.where(b.rate < 0.5, new - b.rate * step, from_old)
+
+
+def bounded(g: Array) -> Array:
+    """The gradient, with finite values larger than 2^48 (in float64 2^480) set to that bound.
+
+    Their squares, or a format's sums of squares, would overflow, and the element would never
+    recover. Adam's ratio hardly changes: both moments then hold this gradient and little else.
+    Infinities and NaN stay visible.
+    """
+    info = jnp.finfo(g.dtype)
+    largest = 2.0**480 if info.bits == 64 else 2.0**48
+    if jnp.iscomplexobj(g):
+        size = jnp.maximum(abs(g.real), abs(g.imag))
+        over = (size > largest) & (size <= info.max)
+        return g * jnp.where(over, largest / jnp.where(over, size, 1), 1)
+    finite = lax.le(lax.abs(g), lax.full_like(g, info.max))
+    bound = np.array(largest, g.dtype)
+    return lax.select(finite, lax.clamp(-bound, g, bound), g)
+
+
+def averaged(g: Array, mu: Array, nu: Array, at: Averages) -> Arrays:
+    """The bounded gradient, and both averages after it: of g and of |g|^2."""
+    g = bounded(g)
+    square = jnp.real(g * jnp.conj(g)) if jnp.iscomplexobj(g) else lax.mul(g, g)
+    return g, average(mu, g, at.b1), average(nu, square, at.b2)
+
+
+def over_root(m: Array, nu: Array, at: Averages) -> Array:
+    """`m / (sqrt(nu + eps_root) + eps)`."""
+    return quotient(m, _plus(root(_plus(nu, at.eps_root)), at.eps))
+
+
 def unchanged(u: Array) -> Array:
     """The formula of a stage that changes no update, such as `skip_outliers`."""
     return u
 
 
-def multiply(u: Array, factor: Array) -> Array:
-    """The formula of `bias_correct`, `scale_by_lr` and `clip_by_global_norm`."""
-    return times(u, factor)
-
-
 def add_multiple(u: Array, p: Array, rate: Array) -> Array:
     """The formula of `add_decayed_weights` and `add_corrected_decay`."""
-    return lax.add(u, times(p, rate))
+    return lax.add(u, multiply(p, rate))
 
 
 def add_agreeing_multiple(u: Array, p: Array, rate: Array) -> Array:
@@ -40,39 +85,39 @@ def add_agreeing_multiple(u: Array, p: Array, rate: Array) -> Array:
     return u + jnp.where(_inner(u, p) >= 0, rate, 0) * p
 
 
-def ratio(g: Array, mu: Array, nu: Array, at: MomentScalars, ahead: Array | None) -> Arrays:
+def ratio(g: Array, mu: Array, nu: Array, at: Averages, ahead: Array | None) -> Arrays:
     """The formula of `scale_by_moments`."""
     g, mu, nu = averaged(g, mu, nu, at)
     share = at.b1.complement
     m = mu if ahead is None else mu * ((1 - share) * ahead) + g * share
-    return quotient(m, plus(root(plus(nu, at.eps_root)), at.eps)), mu, nu
+    return over_root(m, nu, at), mu, nu
 
 
-def max_ratio(g: Array, mu: Array, nu: Array, nu_max: Array, at: MomentScalars) -> Arrays:
+def max_ratio(g: Array, mu: Array, nu: Array, nu_max: Array, at: Averages) -> Arrays:
     """The formula of `scale_by_max_moments`."""
     _, mu, nu = averaged(g, mu, nu, at)
     nu_max = jnp.maximum(nu_max, nu)
-    return quotient(mu, root(nu_max + at.eps_root) + at.eps), mu, nu, nu_max
+    return over_root(mu, nu_max, at), mu, nu, nu_max
 
 
 def nesterov_ratio(
-    g: Array, mu: Array, nu: Array, at: MomentScalars, of_mu: Array, of_g: Array
+    g: Array, mu: Array, nu: Array, at: Averages, of_mu: Array, of_g: Array
 ) -> Arrays:
     """The formula of `scale_by_nesterov_moments`."""
     g, mu, nu = averaged(g, mu, nu, at)
-    return quotient(of_mu * mu + of_g * g, root(nu + at.eps_root) + at.eps), mu, nu
+    return over_root(of_mu * mu + of_g * g, nu, at), mu, nu
 
 
 def rectified_ratio(
-    g: Array, mu: Array, nu: Array, at: MomentScalars, rectification: Array, untrusted: Array
+    g: Array, mu: Array, nu: Array, at: Averages, rectification: Array, untrusted: Array
 ) -> Arrays:
     """The formula of `scale_by_rectified_moments`."""
     _, mu, nu = averaged(g, mu, nu, at)
-    trusted = quotient(rectification, root(nu + at.eps_root) + at.eps)
+    trusted = over_root(rectification, nu, at)
     return mu * jnp.where(rectification > 0, trusted, untrusted), mu, nu
 
 
-def infinity_ratio(g: Array, mu: Array, nu: Array, at: MomentScalars) -> Arrays:
+def infinity_ratio(g: Array, mu: Array, nu: Array, at: Averages) -> Arrays:
     """The formula of `scale_by_infinity_moments`."""
     mu = average(mu, g, at.b1)
     # b2 nu as an average with 0: products with a rounded b2 would drift, the same way each step.
@@ -81,7 +126,7 @@ def infinity_ratio(g: Array, mu: Array, nu: Array, at: MomentScalars) -> Arrays:
 
 
 def atan2_ratio(
-    g: Array, mu: Array, nu: Array, at: MomentScalars, correction: Array, a: Array, b: Array
+    g: Array, mu: Array, nu: Array, at: Averages, correction: Array, a: Array, b: Array
 ) -> Arrays:
     """The formula of `scale_by_atan2_moments`."""
     _, mu, nu = averaged(g, mu, nu, at)
@@ -89,7 +134,7 @@ def atan2_ratio(
     return size * jnp.sign(mu), mu, nu  # the sign of a complex number is its direction
 
 
-def lazy_ratio(g: Array, mu: Array, nu: Array, at: MomentScalars) -> Arrays:
+def lazy_ratio(g: Array, mu: Array, nu: Array, at: Averages) -> Arrays:
     """The formula of `scale_by_lazy_moments`: not elementwise."""
     moves = jnp.any(g != 0, axis=-1, keepdims=True) if g.ndim else g != 0
     u, *new = ratio(g, mu, nu, at, None)
@@ -97,24 +142,22 @@ def lazy_ratio(g: Array, mu: Array, nu: Array, at: MomentScalars) -> Arrays:
     return jnp.where(moves, u, 0), *kept
 
 
-def where_agreeing(u: Array, g: Array, floor: Array, *, layers: bool = False) -> Array:
+def where_agreeing(u: Array, g: Array, floor: Array, first: int = 0) -> Array:
     """The formula of `cautious_updates`: not elementwise."""
     agrees = _inner(u, g) > 0
-    share = _mean(agrees.astype(jnp.real(u).dtype), layers=layers)
+    share = _mean(agrees.astype(jnp.real(u).dtype), first)
     return jnp.where(agrees, u / jnp.maximum(share, floor), 0)
 
 
-def clip_outgrown(
-    u: Array, g: Array, nu: Array, root: Array, least: Array, *, layers: bool = False
-) -> Array:
-    """The formula of `clip_updates`: not elementwise."""
+def clip_outgrown(u: Array, g: Array, nu: Array, c: Array, least: Array, first: int = 0) -> Array:
+    """The formula of `clip_updates`, with c the root of c2: not elementwise."""
     # The square of a ratio, not a ratio of squares: those may overflow.
     ratio = jnp.abs(g) / jnp.sqrt(jnp.maximum(nu, least))
-    return u / jnp.maximum(jnp.sqrt(_mean(ratio * ratio, layers=layers)) * root, 1)
+    return u / jnp.maximum(jnp.sqrt(_mean(ratio * ratio, first)) * c, 1)
 
 
-where_agreeing_by_layer = partial(where_agreeing, layers=True)
-clip_outgrown_by_layer = partial(clip_outgrown, layers=True)
+where_agreeing_by_layer = partial(where_agreeing, first=1)
+clip_outgrown_by_layer = partial(clip_outgrown, first=1)
 
 
 def angle(opposite: Array, adjacent: Array) -> Array:
@@ -137,11 +180,10 @@ def angle(opposite: Array, adjacent: Array) -> Array:
     return jnp.where(opposite > adjacent, math.pi / 2 - found, found)
 
 
-def _mean(x: Array, *, layers: bool) -> Array:
-    """The mean of a leaf, or of each of its layers along the first axis; 0 of an empty one."""
-    axes = tuple(range(1 if layers else 0, x.ndim))
-    number = max(math.prod(x.shape[axis] for axis in axes), 1)
-    return jnp.sum(x, axes, keepdims=True) / number
+def _mean(x: Array, first: int) -> Array:
+    """The mean over all axes from the first: of a leaf (0), or of its layers (1). 0 if empty."""
+    axes = tuple(range(first, x.ndim))
+    return jnp.sum(x, axes, keepdims=True) / max(math.prod(x.shape[first:]), 1)
 
 
 def _inner(x: Array, y: Array) -> Array:

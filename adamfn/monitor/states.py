@@ -10,7 +10,6 @@ from adamfn.chains.chain import chain_of
 from adamfn.chains.packed import Packed, packed_chain_of
 from adamfn.chains.transform import summary
 from adamfn.core import formulas
-from adamfn.core.averages import Decay, bias
 from adamfn.core.leaf import decode, kept_by_leaf
 from adamfn.core.stage import EmptyState, Stage, counted
 from adamfn.formats import choose_formats
@@ -94,7 +93,7 @@ def _quotient(stage: Stage, state: Any, count: jax.Array, mu: Any, nu: Any) -> t
         return None, None
     count = jnp.maximum(count, 1)
     at = stage.scalars(count, state, {})[0][0]
-    c1, c2 = (bias(Decay(b, jnp.log1p(jnp.negative(b.complement))), count) for b in (at.b1, at.b2))
+    c1, c2 = at.b1.bias(count), at.b2.bias(count)
     is_largest = stage.formula is formulas.infinity_ratio  # nu is |g| + eps, not its square
     root, factor, least = (
         (nu, 1, 2 * at.eps) if is_largest else (jnp.sqrt(nu), jnp.sqrt(c2), at.eps)

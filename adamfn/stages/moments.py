@@ -9,7 +9,7 @@ import jax
 from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core import formulas
-from adamfn.core.averages import Averages, MomentScalars, bias, increment
+from adamfn.core.averages import Averages, increment
 from adamfn.core.stage import Scalars, Stage, exported_state, real_zeros, zeros
 from adamfn.formats import Moments
 from adamfn.trees import PyTree
@@ -22,7 +22,7 @@ class ScaleByMomentsState(NamedTuple):
     count: chex.Array
     """Steps taken: int32 scalar."""
     mu: PyTree
-    """The average m of the gradients: the parameters' tree and shapes, float32 at least; or the
+    """The average m of the gradients, in the parameters' tree and shapes: float32 at least, or the
     codes of a format, and None where it has none."""
     nu: PyTree
     """The average v of their squares (of |g|^2 for a complex leaf): likewise, and real."""
@@ -51,20 +51,16 @@ class ScaleByInfinityMomentsState(NamedTuple):
     scales: PyTree
 
 
-def from_moments(
-    name: str,
-    formula: Callable[..., tuple[jax.Array, ...]],
-    scalars: Callable[..., Scalars],
-    moments: Moments,
-    **attributes: Any,
-) -> GradientTransformation:
-    """The transformation of a stage that keeps mu and nu; more attributes are those of `Stage`."""
-    attributes = {"keeps": PAIR, "state": ScaleByMomentsState} | attributes
-    return from_stage(Stage(name, formula, scalars=scalars, moments=moments, **attributes))
-
-
 PAIR = {"mu": zeros, "nu": real_zeros}
 """What a stage of moments keeps of each leaf."""
+
+
+def from_moments(
+    name: str, formula: Callable[..., Any], moments: Moments, scalars: Any, **more: Any
+) -> GradientTransformation:
+    """The transformation of a stage that keeps mu and nu; `more` are other fields of `Stage`."""
+    more = {"keeps": PAIR, "state": ScaleByMomentsState} | more
+    return from_stage(Stage(name, formula, scalars=scalars, moments=moments, **more))
 
 
 def scale_by_moments(
@@ -78,41 +74,23 @@ def scale_by_moments(
 ) -> GradientTransformation:
     r"""Divides the average of the gradients by the root of the average of their squares.
 
-    With $c_i = 1 - b_i^t$ at step $t = 1, 2, \ldots$:
+    With $c_i = 1 - b_i^t$ at step $t = 1, 2, \ldots$, and both averages from zero:
 
-    $$
-    m \leftarrow m + (1 - b_1)(g - m), \qquad v \leftarrow v + (1 - b_2)(|g|^2 - v), \qquad
-    u = \frac{m}{\sqrt{v + c_2\,\epsilon_\text{root}} + \sqrt{c_2}\,\epsilon}
-    $$
+    $$ m \leftarrow m + (1 - b_1)(g - m), \qquad v \leftarrow v + (1 - b_2)(|g|^2 - v), \qquad
+    u = \frac{m}{\sqrt{v + c_2\,\epsilon_\text{root}} + \sqrt{c_2}\,\epsilon} $$
 
-    Both averages begin at zero; `bias_correct` corrects u for that, by $\sqrt{c_2} / c_1$. eps is
-    in units of the *corrected* second moment: so $\sqrt{c_2}$ multiplies it, and both stages
-    together give exactly $\hat m / (\sqrt{\hat v} + \epsilon)$.
+    `bias_correct` corrects u for the zero, by $\sqrt{c_2} / c_1$. eps is in units of the
+    *corrected* second moment: so $\sqrt{c_2}$ multiplies it, and both stages together give exactly
+    $\hat m / (\sqrt{\hat v} + \epsilon)$. With `nesterov`, m in the ratio becomes
+    $b_1 m\, c_1(t) / c_1(t + 1) + (1 - b_1) g$. Sources: Kingma and Ba, Adam: A Method for
+    Stochastic Optimization, 2015, algorithm 1 (arXiv 1412.6980); Dozat, Incorporating Nesterov
+    Momentum into Adam, 2016, algorithm 2.
 
-    With `nesterov`, m in the ratio becomes $b_1 m\, c_1(t) / c_1(t + 1) + (1 - b_1) g$.
-
-    Sources: Kingma and Ba, Adam: A Method for Stochastic Optimization, 2015, algorithm 1
-    (arXiv 1412.6980); Dozat, Incorporating Nesterov Momentum into Adam, 2016, algorithm 2.
-
-    Args:
-      b1: decay of the gradients' average, in [0, 1); a number or a scalar array.
-      b2: decay of the squares' average, likewise.
-      eps: added to the root, at least 0, in units of the gradient.
-      eps_root: added under the root, at least 0, in units of the gradient's square. If it is not 0,
-        the derivative of an update at a zero gradient is finite.
-      nesterov: look one step ahead, in Dozat's form.
-      moments: how the moments are stored: `"float32"`, `"bfloat16"`, `"8bit"`, `"4bit"`,
-        `"factored"`, `"blockmean"`, a format of `adamfn.formats`, or a function that chooses one
-        from a leaf's path and the leaf.
-
-    Returns:
-      A `GradientTransformation`. Updates have the gradients' shapes and dtypes. Moments, also those
-      of a leaf that its format cannot hold (`adamfn.formats.describe` shows which), are float32, or
-      float64 for float64 leaves; mu is complex for complex leaves.
-
-    Raises:
-      TypeError, ValueError: a hyperparameter out of range; at `init`, a leaf that is not of
-        floating point; at `update`, gradients or a state that do not fit, each by name.
+    Args: as in `adam`, and
+      moments: how they are stored: `"float32"`, `"bfloat16"`, `"8bit"`, `"4bit"`, `"factored"`,
+        `"blockmean"`, a format of `adamfn.formats`, or a function that chooses one from a leaf's
+        path and the leaf. Those of a leaf that its format cannot hold (`adamfn.formats.describe`
+        shows which) are float32, or float64 for float64 leaves; mu is complex for complex leaves.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_moments(b1=0.5, b2=0.75)
@@ -120,14 +98,13 @@ def scale_by_moments(
     >>> print(updates)  # 0.5 g / sqrt(0.25 g^2), whatever the gradient's size
     [ 1. -1.]
     """
-    averages = Averages(b1, b2, eps, eps_root)
+    averages = Averages.of(b1, b2, eps, eps_root)
 
     def scalars(count: jax.Array, *_: Any) -> Scalars:
-        b1 = averages.b1
-        ahead = bias(b1, count) / bias(b1, increment(count)) if nesterov else None
-        return (averages.at(count), ahead), {}
+        c1 = averages.b1.bias
+        return (averages.at(count), c1(count) / c1(increment(count)) if nesterov else None), {}
 
-    return from_moments("scale_by_moments", formulas.ratio, scalars, moments)
+    return from_moments("scale_by_moments", formulas.ratio, moments, scalars)
 
 
 def scale_by_max_moments(
@@ -140,15 +117,13 @@ def scale_by_max_moments(
 ) -> GradientTransformation:
     r"""Divides the average of the gradients by the root of the largest average of squares so far.
 
-    $$
-    v_\text{max} \leftarrow \max(v_\text{max}, v), \qquad
-    u = \frac{m}{\sqrt{v_\text{max} + c_2\,\epsilon_\text{root}} + \sqrt{c_2}\,\epsilon}
-    $$
+    $$ v_\text{max} \leftarrow \max(v_\text{max}, v), \qquad
+    u = \frac{m}{\sqrt{v_\text{max} + c_2\,\epsilon_\text{root}} + \sqrt{c_2}\,\epsilon} $$
 
-    All else is as in `scale_by_moments`. The maximum is of the uncorrected v, as in torch and in
-    the paper. (In `optax.amsgrad` it is of the corrected one, which the first gradients alone
-    decide for a long time.) Source: Reddi et al., On the Convergence of Adam and Beyond, 2018,
-    algorithm 2 (arXiv 1904.09237).
+    All else is as in `scale_by_moments`. The maximum is of the uncorrected v, as in torch and the
+    paper. (In `optax.amsgrad` it is of the corrected one, which the first gradients decide for a
+    long time.) Source: Reddi et al., On the Convergence of Adam and Beyond, 2018, algorithm 2
+    (arXiv 1904.09237).
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_max_moments(b1=0.0, b2=0.0)  # v is the last g^2
@@ -158,13 +133,10 @@ def scale_by_max_moments(
     >>> print(updates, state.nu, state.nu_max)
     [0.25] [1.] [16.]
     """
-    averages, keeps = Averages(b1, b2, eps, eps_root), PAIR | {"nu_max": real_zeros}
-    name, formula, state = "scale_by_max_moments", formulas.max_ratio, ScaleByMaxMomentsState
-
-    def scalars(count: jax.Array, *_: Any) -> Scalars:
-        return (averages.at(count),), {}
-
-    return from_moments(name, formula, scalars, moments, keeps=keeps, state=state)
+    averages = Averages.of(b1, b2, eps, eps_root)
+    more = {"keeps": PAIR | {"nu_max": real_zeros}, "state": ScaleByMaxMomentsState}
+    name, formula = "scale_by_max_moments", formulas.max_ratio
+    return from_moments(name, formula, moments, lambda t, *_: ((averages.at(t),), {}), **more)
 
 
 def scale_by_infinity_moments(
@@ -176,10 +148,7 @@ def scale_by_infinity_moments(
 ) -> GradientTransformation:
     r"""Divides the average of the gradients by their largest magnitude, slowly forgotten.
 
-    $$
-    m \leftarrow m + (1 - b_1)(g - m), \qquad
-    v \leftarrow \max(b_2 v,\; |g| + \epsilon), \qquad u = m / v
-    $$
+    $$ v \leftarrow \max(b_2 v,\; |g| + \epsilon), \qquad u = m / v $$
 
     v is no average, so only m needs a correction, by `bias_correct(b1, 0)` after this stage. All
     else is as in `scale_by_moments`. It is algorithm 2 of that paper, with torch's eps.
@@ -192,10 +161,9 @@ def scale_by_infinity_moments(
     >>> print(updates, state.nu)
     [0.5] [2.]
     """
-    averages = Averages(b1, b2, eps)
-    at = MomentScalars(averages.b1.shares, averages.b2.shares, averages.eps)
-    name, state = "scale_by_infinity_moments", ScaleByInfinityMomentsState
-    return from_moments(name, formulas.infinity_ratio, lambda *_: ((at,), {}), moments, state=state)
+    averages, state = Averages.of(b1, b2, eps), ScaleByInfinityMomentsState
+    name, formula = "scale_by_infinity_moments", formulas.infinity_ratio
+    return from_moments(name, formula, moments, lambda *_: ((averages,), {}), state=state)
 
 
 def bias_correct(b1: chex.Numeric = 0.9, b2: chex.Numeric = 0.999) -> GradientTransformation:
@@ -213,7 +181,7 @@ def bias_correct(b1: chex.Numeric = 0.9, b2: chex.Numeric = 0.999) -> GradientTr
     >>> print(tx.update(mean, tx.init(mean))[0].round(4))
     [1.]
     """
-    averages = Averages(b1, b2)
+    averages = Averages.of(b1, b2)
 
     def scalars(count: jax.Array, *_: Any) -> Scalars:
         return (averages.correction(count),), {}

@@ -75,16 +75,17 @@ def whole_weights(params: PyTree, state: PyTree) -> PyTree:
     >>> print(params, adamfn.whole_weights(params, state))
     1 1.001
     """
-    found: dict[str, Any] = {}
+    found: dict[Any, Any] = {}
     for node in rounding_states(state):
-        found |= _by_path(node.correction)
+        found |= dict(jax.tree.leaves_with_path(node.correction))
 
     def whole(path: Any, p: Any) -> Any:
-        correction = found.get(jax.tree_util.keystr(path))
-        if not _is_bfloat16(p) or correction is None:
-            return p.astype(jnp.float32) if _is_bfloat16(p) else p
-        _check_shape("whole_weights", path, p, correction)
-        return _weights_of(correction).decode(p.astype(jnp.float32), correction)
+        if not _is_bfloat16(p):
+            return p
+        wide, correction = p.astype(jnp.float32), found.get(path)
+        if correction is None:
+            return wide
+        return _weights_of("whole_weights", path, p, correction).decode(wide, correction)
 
     return jax.tree.map_with_path(whole, params)
 
@@ -94,13 +95,9 @@ def narrow_weights(
 ) -> tuple[PyTree, PyTree]:
     """Float32 weights as bfloat16 parameters and a state: the inverse of `whole_weights`.
 
-    Args:
-      whole: the weights, float32 where parameters are bfloat16.
-      params: parameters of the dtypes that are wanted, arrays or `jax.ShapeDtypeStruct`s.
-      state: the state that is to hold their lower bits; or the transformation, for a first state.
-
-    Returns:
-      The parameters and the state. Bits that are not kept are rounded to nearest.
+    `params`, arrays or `jax.ShapeDtypeStruct`s, have the dtypes that are wanted. The state is to
+    hold the lower bits; in its place a transformation makes a first state. Bits that are not kept
+    are rounded to nearest.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.chain(adamfn.adam(1e-4), adamfn.round_weights(32))
@@ -114,20 +111,16 @@ def narrow_weights(
     narrow = jax.tree.map(lambda w, p: w.astype(p.dtype), whole, params)
     if callable(getattr(state, "init", None)):
         state = cast("GradientTransformation", state).init(narrow)
-    weights, landed = _by_path(whole), _by_path(narrow)
+    weights, landed = (dict(jax.tree.leaves_with_path(tree)) for tree in (whole, narrow))
 
     def correction(path: Any, old: Any) -> Any:
-        key = jax.tree_util.keystr(path)
-        if key not in landed:
+        if not _is_bfloat16(landed.get(path)):
             raise ValueError(
-                f"narrow_weights: the state has a correction at {path_name(path)}, and the weights"
-                " have no such leaf; expected the state of these parameters."
+                f"narrow_weights: the state has a correction at {path_name(path)}, and no"
+                " parameter there is bfloat16; expected the state of these parameters."
             )
-        if not _is_bfloat16(landed[key]):
-            return old
-        _check_shape("narrow_weights", path, weights[key], old)
-        p, lower = _weights_of(old).split(weights[key])
-        landed[key] = p.astype(jnp.bfloat16)
+        p, lower = _weights_of("narrow_weights", path, weights[path], old).split(weights[path])
+        landed[path] = p.astype(jnp.bfloat16)
         return lower.astype(old.dtype)
 
     def filled(node: Any) -> Any:
@@ -136,7 +129,7 @@ def narrow_weights(
         return node._replace(correction=jax.tree.map_with_path(correction, node.correction))
 
     state = jax.tree.map(filled, state, is_leaf=_is_state)
-    return jax.tree.map_with_path(lambda path, _: landed[jax.tree_util.keystr(path)], narrow), state
+    return jax.tree.map_with_path(lambda path, _: landed[path], narrow), state
 
 
 def rounding_states(state: PyTree) -> list[RoundWeightsState]:
@@ -148,7 +141,13 @@ def _is_state(node: Any) -> bool:
     return "correction" in getattr(node, "_fields", ())
 
 
-def _weights_of(correction: Any) -> Weights:
+def _weights_of(name: str, path: Any, leaf: Any, correction: Any) -> Weights:
+    """How a weight was rounded that has this correction."""
+    if leaf.shape != correction.shape:
+        raise ValueError(
+            f"{name}: at {path_name(path) or 'the root'} the weight is {describe(leaf)} and its"
+            f" correction {describe(correction)}; expected one shape, those of one run."
+        )
     return Weights(24 if correction.dtype.itemsize == 1 else 32)
 
 
@@ -169,15 +168,3 @@ def _bfloat16_leaves(params: PyTree) -> PyTree:
         return _is_bfloat16(leaf)
 
     return jax.tree.map_with_path(rounds, params)
-
-
-def _by_path(tree: PyTree) -> dict[str, Any]:
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
-def _check_shape(name: str, path: Any, leaf: Any, correction: Any) -> None:
-    if leaf.shape != correction.shape:
-        raise ValueError(
-            f"{name}: at {path_name(path) or 'the root'} the weight is {describe(leaf)} and its"
-            f" correction {describe(correction)}; expected one shape, those of one run."
-        )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from operator import not_
 from typing import Any
 
 import chex
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from adamfn.chains.chain import chain, from_stage
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core import formulas
-from adamfn.core.averages import bias, decay
+from adamfn.core.averages import decay
 from adamfn.core.hyperparameters import scalar
 from adamfn.core.masks import Mask, broadcast_mask
 from adamfn.core.stage import Scalars, Stage
@@ -23,19 +24,15 @@ def cautious_updates(floor: chex.Numeric = 1e-3, *, stacked: Mask = None) -> Gra
 
     With the share s of the elements of a leaf whose update and gradient agree:
 
-    $$
-    u \leftarrow \frac{\mathbb 1(u g > 0)\, u}{\max(s, s_\text{min})}, \qquad
-    s = \operatorname{mean} \mathbb 1(u g > 0)
-    $$
+    $$ u \leftarrow \frac{\mathbb 1(u g > 0)\, u}{\max(s, s_\text{min})}, \qquad
+    s = \operatorname{mean} \mathbb 1(u g > 0) $$
 
     g is the gradient that the stage of moments before it was given. After `bias_correct`, and
     before the decay and `scale_by_lr`, which turns signs, it makes AdamW the paper's C-AdamW.
     Inside `jax.shard_map` the share is that of a shard. Complex numbers agree if their angle is
-    below a right one.
-
-    Source: Liang et al., Cautious Optimizers: Improving Training with One Line of Code, 2024,
-    algorithms 1 and 2 (arXiv 2411.16085), which divide by s + eps, or by s + 1/n for n elements.
-    The floor is in timm and in the authors' later code.
+    below a right one. Source: Liang et al., Cautious Optimizers: Improving Training with One Line
+    of Code, 2024, algorithms 1 and 2 (arXiv 2411.16085), which divide by s + eps, or by s + 1/n for
+    n elements; the floor is in timm and in the authors' later code.
 
     Args:
       floor: $s_\text{min}$, at least 0.
@@ -50,14 +47,8 @@ def cautious_updates(floor: chex.Numeric = 1e-3, *, stacked: Mask = None) -> Gra
     >>> print(updates.round(2))  # the second still points the old way
     [0.38 0.  ]
     """
-    floor = scalar("floor", floor)
-    stage = Stage(
-        "cautious_updates",
-        formulas.where_agreeing,
-        reads=("grads",),
-        scalars=lambda *_: ((jnp.asarray(floor, float),), {}),
-        elementwise=False,
-    )
+    least, name, formula = scalar("floor", floor), "cautious_updates", formulas.where_agreeing
+    stage = Stage(name, formula, ("grads",), scalars=lambda *_: ((least,), {}), elementwise=False)
     return _by_layer(stage, formulas.where_agreeing_by_layer, stacked)
 
 
@@ -68,18 +59,15 @@ def clip_updates(
 
     With v of the stage of moments before it, after this step, and $\hat v = v / (1 - b_2^t)$:
 
-    $$
-    u \leftarrow \frac{u}{\max(1, R)}, \qquad
-    R = \sqrt{\operatorname{mean} \frac{g^2}{\max(\hat v, \epsilon^2)}}
-    $$
+    $$ u \leftarrow \frac{u}{\max(1, R)}, \qquad
+    R = \sqrt{\operatorname{mean} \frac{g^2}{\max(\hat v, \epsilon^2)}} $$
 
-    The mean is over a leaf. g and `stacked` are as in `cautious_updates`, b2 and eps as in
-    `scale_by_moments`. Just before `scale_by_lr`, with b2 of 0.99 and eps of 1e-6 in all stages, it
-    makes AdamW the paper's StableAdamW, which clips the decay too; before `add_decayed_weights` it
-    does not. `update` refuses a chain in which no adamfn stage of moments stands before it.
-
-    Sources: Wortsman et al., Stable and Low-Precision Training for Large-Scale Vision-Language
-    Models, 2023, algorithm 2 (arXiv 2304.13013); Shazeer and Stern, Adafactor, 2018, section 6.
+    The mean is over a leaf. g and stacked are as in `cautious_updates`, b2 and eps as in `adam`.
+    Just before `scale_by_lr`, with b2 of 0.99 and eps of 1e-6 in all stages, it makes AdamW the
+    paper's StableAdamW, which clips the decay too; before `add_decayed_weights` it does not.
+    `update` refuses a chain in which no adamfn stage of moments stands before it. Sources: Wortsman
+    et al., Stable and Low-Precision Training for Large-Scale Vision-Language Models, 2023,
+    algorithm 2 (arXiv 2304.13013); Shazeer and Stern, Adafactor, 2018, section 6.
 
     >>> import adamfn, jax.numpy as jnp
     >>> parts = adamfn.scale_by_moments(b1=0), adamfn.bias_correct(b1=0), adamfn.clip_updates()
@@ -93,12 +81,11 @@ def clip_updates(
     square, eps = decay("b2", b2), scalar("eps", eps)
 
     def scalars(count: jax.Array, *_: Any) -> Scalars:
-        c2 = bias(square, count)
-        least = jnp.maximum(c2 * eps * eps, jnp.finfo(jnp.float32).tiny)
-        return (jnp.sqrt(c2), least), {}
+        c2 = square.bias(count)
+        return (jnp.sqrt(c2), jnp.maximum(c2 * eps * eps, jnp.finfo(jnp.float32).tiny)), {}
 
-    reads = ("grads", "nu")
-    stage = Stage("clip_updates", formulas.clip_outgrown, reads, scalars=scalars, elementwise=False)
+    name, formula = "clip_updates", formulas.clip_outgrown
+    stage = Stage(name, formula, ("grads", "nu"), scalars=scalars, elementwise=False)
     return _by_layer(stage, formulas.clip_outgrown_by_layer, stacked)
 
 
@@ -118,8 +105,5 @@ def _by_layer(stage: Stage, formula: Callable[..., Any], stacked: Mask) -> Gradi
                 )
         return treedef.unflatten(found)
 
-    def others(params: PyTree) -> PyTree:
-        return jax.tree.map(lambda yes: not yes, mask(params))
-
-    whole, layered = replace(stage, mask=others), replace(stage, mask=mask, formula=formula)
-    return chain(from_stage(whole), from_stage(layered))
+    whole = replace(stage, mask=lambda params: jax.tree.map(not_, mask(params)))
+    return chain(from_stage(whole), from_stage(replace(stage, mask=mask, formula=formula)))

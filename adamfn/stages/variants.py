@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core import formulas
-from adamfn.core.averages import Averages, Decay, MomentScalars, bias, increment
+from adamfn.core.averages import Averages, Decay, increment
 from adamfn.core.hyperparameters import scalar
 from adamfn.core.stage import Scalars, exported_state
 from adamfn.formats import Moments, check_moments, get
@@ -41,32 +41,24 @@ def scale_by_nesterov_moments(
 ) -> GradientTransformation:
     r"""Divides a momentum that looks one step ahead by the root of the average of squares.
 
-    With m, v, $c_2$ and the other arguments as in `scale_by_moments`, and a momentum $\mu_t$ that
-    rises from about $b_1 / 2$ to $b_1$:
+    In the ratio of `scale_by_moments` it replaces m by $\bar m$, with a momentum $\mu_t$ that rises
+    from about $b_1 / 2$ to $b_1$:
 
-    $$
-    \mu_t = b_1 (1 - \tfrac12 \cdot 0.96^{t\psi}), \qquad
+    $$ \mu_t = b_1 (1 - \tfrac12 \cdot 0.96^{t\psi}), \qquad
     \bar m = \frac{\mu_{t+1}\, m}{1 - \prod_{i=1}^{t+1} \mu_i}
-      + \frac{(1 - \mu_t)\, g}{1 - \prod_{i=1}^{t} \mu_i}, \qquad
-    u = \frac{\bar m}{\sqrt{v + c_2\,\epsilon_\text{root}} + \sqrt{c_2}\,\epsilon}
-    $$
+      + \frac{(1 - \mu_t)\, g}{1 - \prod_{i=1}^{t} \mu_i} $$
 
-    The products correct $\bar m$ for its beginning at zero; `bias_correct(0, b2)` after this stage
-    corrects the denominator.
-
-    Source: Dozat, Incorporating Nesterov Momentum into Adam, 2016, section 3; torch.optim.NAdam.
-
-    Args:
-      momentum_decay: $\psi$, at least 0. The momentum's distance to b1 shrinks to 0.96 of itself in
-        $1 / \psi$ steps.
+    momentum_decay, $\psi$, is at least 0: in $1 / \psi$ steps the momentum's distance to b1 shrinks
+    to 0.96 of itself. The products correct $\bar m$ for its beginning at zero, and
+    `bias_correct(0, b2)` after this stage the denominator. Source: Dozat, Incorporating Nesterov
+    Momentum into Adam, 2016, section 3; torch.optim.NAdam.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_nesterov_moments(b1=0.0, b2=0.0)  # no memory: the gradient's sign
-    >>> updates, state = tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))
-    >>> print(updates)
+    >>> print(tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))[0])
     [ 1. -1.]
     """
-    averages = Averages(b1, b2, eps, eps_root)
+    averages = Averages.of(b1, b2, eps, eps_root)
     log_rise = scalar("momentum_decay", momentum_decay) * math.log(0.96)
 
     def momentum(count: chex.Array) -> tuple[chex.Numeric, chex.Numeric]:
@@ -75,14 +67,13 @@ def scale_by_nesterov_moments(
 
     def scalars(count: jax.Array, state: Any, *_: Any) -> Scalars:
         now, complement = momentum(count)
-        ahead = momentum(increment(count))[0]
-        product = state.mu_product * now
+        ahead, product = momentum(increment(count))[0], state.mu_product * now
         of_mu, of_g = ahead / (1 - product * ahead), complement / (1 - product)
         return (averages.at(count), of_mu, of_g), {"mu_product": product}
 
     start, state = {"mu_product": lambda: jnp.ones((), float)}, ScaleByNesterovMomentsState
     name, formula = "scale_by_nesterov_moments", formulas.nesterov_ratio
-    return from_moments(name, formula, scalars, moments, start=start, state=state)
+    return from_moments(name, formula, moments, scalars, start=start, state=state)
 
 
 def scale_by_rectified_moments(
@@ -95,22 +86,18 @@ def scale_by_rectified_moments(
 ) -> GradientTransformation:
     r"""Divides the average of the gradients by the root of squares once that can be trusted.
 
-    With m, v, $c_2$ and the arguments as in `scale_by_moments`, and the number $\rho$ of gradients
-    that v is worth:
+    With all else as in `scale_by_moments`, and the number $\rho$ of gradients that v is worth:
 
-    $$
-    \rho_\infty = \frac{2}{1 - b_2} - 1, \qquad \rho = \rho_\infty - 2 t b_2^t / c_2, \qquad
-    r = \sqrt{\frac{(\rho - 4)(\rho - 2)\rho_\infty}{(\rho_\infty - 4)(\rho_\infty - 2)\rho}}
-    $$
-    $$
-    u = \frac{r\, m}{\sqrt{v + c_2\,\epsilon_\text{root}} + \epsilon} \;\text{ if } \rho > 5, \qquad
-    u = \frac{m}{\sqrt{c_2}} \;\text{ otherwise}
-    $$
+    $$ \rho_\infty = \frac{2}{1 - b_2} - 1, \qquad \rho = \rho_\infty - 2 t b_2^t / c_2, \qquad
+    r = \sqrt{\frac{(\rho - 4)(\rho - 2)\rho_\infty}{(\rho_\infty - 4)(\rho_\infty - 2)\rho}} $$
+
+    $$ u = \frac{r\, m}{\sqrt{v + c_2\,\epsilon_\text{root}} + \epsilon} \;\text{ if } \rho > 5,
+    \qquad u = \frac{m}{\sqrt{c_2}} \;\text{ otherwise} $$
 
     `bias_correct(b1, b2)` after it makes the second $m / c_1$. As in torch, eps is in units of the
-    uncorrected root, and the bound is 5 (the paper has 4 and no eps). With b2 under 2/3, $\rho$
-    never exceeds it. Source: Liu et al., On the Variance of the Adaptive Learning Rate and Beyond,
-    2020, algorithm 2 (arXiv 1908.03265).
+    uncorrected root, and the bound is 5 (the paper has 4 and no eps); with b2 under 2/3, $\rho$
+    stays below. Source: Liu et al., On the Variance of the Adaptive Learning Rate and Beyond, 2020,
+    algorithm 2 (arXiv 1908.03265).
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_rectified_moments(b1=0.5)
@@ -118,15 +105,15 @@ def scale_by_rectified_moments(
     >>> print((updates * 0.001**0.5).round(4))  # no division yet: the average of the gradients
     [ 1.5 -2.5]
     """
-    averages = Averages(b1, b2, eps, eps_root)
+    averages = Averages.of(b1, b2, eps, eps_root)
 
     def scalars(count: jax.Array, *_: Any) -> Scalars:
         at, rho = averages.at(count), _gradients_in(averages.b2, count)
         rectification = jnp.where(rho > 5, _rectification(rho, averages.b2), 0)
-        untrusted = jax.lax.rsqrt(bias(averages.b2, count))
+        untrusted = jax.lax.rsqrt(averages.b2.bias(count))
         return (at._replace(eps=averages.eps), rectification, untrusted), {}
 
-    return from_moments("scale_by_rectified_moments", formulas.rectified_ratio, scalars, moments)
+    return from_moments("scale_by_rectified_moments", formulas.rectified_ratio, moments, scalars)
 
 
 def scale_by_atan2_moments(
@@ -139,16 +126,15 @@ def scale_by_atan2_moments(
 ) -> GradientTransformation:
     r"""Adam's ratio as an angle, which needs no eps.
 
-    With m, v, $c_i$ and the other arguments as in `scale_by_moments`:
-
     $$ u = a \operatorname{atan2}(m / c_1,\; b \sqrt{v / c_2}) $$
 
-    a and b are at least 0. An update is at most $a \pi / 2$; a of 1.27, about $4 / \pi$, makes it 1
-    where $m = \sqrt v$. Gradients multiplied by any number give the same updates, as long as their
-    squares are in the range of the moments' dtype. The averages are corrected here: no
-    `bias_correct` belongs after it. A complex m keeps its direction; its size goes into the angle.
-    Source: Everett et al., Scaling Exponents Across Parameterizations and Optimizers, 2024, section
-    4.3 (arXiv 2407.05872), with the a and b of the packages that implement it.
+    with all else as in `scale_by_moments`. a and b are at least 0. An update is at most
+    $a \pi / 2$; a of 1.27, about $4 / \pi$, makes it 1 where $m = \sqrt v$. Gradients multiplied by
+    any number give the same updates, as long as their squares are in the range of the moments'
+    dtype. The averages are corrected here: no `bias_correct` belongs after it. A complex m keeps
+    its direction; its size goes into the angle. Source: Everett et al., Scaling Exponents Across
+    Parameterizations and Optimizers, 2024, section 4.3 (arXiv 2407.05872), with the a and b of the
+    packages that implement it.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_atan2_moments()
@@ -156,13 +142,12 @@ def scale_by_atan2_moments(
     >>> print(tx.update(g, tx.init(g))[0].round(2))
     [ 1. -1.]
     """
-    averages, a, b = Averages(b1, b2), scalar("a", a), scalar("b", b)
-    at = MomentScalars(averages.b1.shares, averages.b2.shares)
+    averages, a, b = Averages.of(b1, b2), scalar("a", a), scalar("b", b)
 
     def scalars(count: jax.Array, *_: Any) -> Scalars:
-        return (at, averages.correction(count), a, b), {}
+        return (averages, averages.correction(count), a, b), {}
 
-    return from_moments("scale_by_atan2_moments", formulas.atan2_ratio, scalars, moments)
+    return from_moments("scale_by_atan2_moments", formulas.atan2_ratio, moments, scalars)
 
 
 def scale_by_lazy_moments(
@@ -175,51 +160,44 @@ def scale_by_lazy_moments(
 ) -> GradientTransformation:
     r"""Divides the average of the gradients by the root of squares, in rows with a gradient.
 
-    A row extends along the last axis: one embedding of a table of shape (tokens, features), or a
-    whole vector; a scalar is a row by itself. In a row whose gradient is not all zero,
-
     $$ u = m / (\sqrt{v + c_2\,\epsilon_\text{root}} + \epsilon) $$
 
-    with m, v and $c_2$ as in `scale_by_moments`. In the other rows m and v stay as they are, and
-    $u = 0$. The gradient is dense. The count, and with it `bias_correct(b1, b2)` after this stage,
-    goes on for all rows alike. eps is in units of the uncorrected root, as in torch. `init` refuses
-    a format in which several rows share a number, such as `"factored"`. Source:
-    torch.optim.SparseAdam, whose sparse gradients name the rows that are found here.
+    with all else as in `scale_by_moments`. A row extends along the last axis: one embedding of a
+    table of shape (tokens, features), or a whole vector; a scalar is a row by itself. Where a row's
+    gradient is all zero, m and v stay as they are, and $u = 0$. The count, and with it
+    `bias_correct(b1, b2)` after this stage, goes on for all rows alike. eps is in units of the
+    uncorrected root, as in torch. `init` refuses a format in which several rows share a number,
+    such as `"factored"`. Source: torch.optim.SparseAdam, whose sparse gradients name the rows that
+    are found here.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_lazy_moments(b1=0.0, b2=0.0)
     >>> table = jnp.ones((3, 2))
-    >>> updates, state = tx.update(jnp.zeros((3, 2)).at[1].set(5.0), tx.init(table))
-    >>> print(updates)
+    >>> print(tx.update(jnp.zeros((3, 2)).at[1].set(5.0), tx.init(table))[0])
     [[0. 0.]
      [1. 1.]
      [0. 0.]]
     """
-    averages = Averages(b1, b2, eps, eps_root)
-    moments = _stored_by_rows(moments)
+    averages, moments = Averages.of(b1, b2, eps, eps_root), _stored_by_rows(moments)
 
     def scalars(count: jax.Array, *_: Any) -> Scalars:
         return (averages.at(count)._replace(eps=averages.eps),), {}
 
     name, formula = "scale_by_lazy_moments", formulas.lazy_ratio
-    return from_moments(name, formula, scalars, moments, elementwise=False)
+    return from_moments(name, formula, moments, scalars, elementwise=False)
 
 
 def _gradients_in(b2: Decay, count: chex.Array) -> jax.Array:
-    """The number rho of gradients that an average is worth after `count` steps.
-
-    The two large terms of its definition cancel where t x is small, with x = -log b2. There it is
-    L(x / 2) + t (1 - L(t x / 2)) with L(z) = coth z - 1 / z, right to some roundings.
-    """
-    steps = count.astype(float)
-    x = jnp.negative(b2.log)
+    """The number rho of gradients that an average is worth after `count` steps."""
+    steps, x = count.astype(float), jnp.negative(b2.log)
+    # Where t x is small, its two large terms cancel; there it is L(x / 2) + t (1 - L(t x / 2)).
     early = _langevin(x / 2) + steps * (1 - _langevin(steps * x / 2))
     late = 2 / b2.complement - 1 - 2 * steps / jnp.expm1(steps * x)
     return jnp.where(steps * x < 1, early, late)
 
 
 def _langevin(z: chex.Numeric) -> chex.Numeric:
-    # Its continued fraction, right to 1e-8 for z up to 1/2.
+    """L(z) = coth z - 1 / z: its continued fraction, right to 1e-8 for z up to 1/2."""
     return z / (3 + z * z / (5 + z * z / (7 + z * z / 9)))
 
 
@@ -232,8 +210,6 @@ def _rectification(rho: jax.Array, b2: Decay) -> jax.Array:
 def _stored_by_rows(moments: Moments) -> Moments:
     """The formats, if each row of a leaf can keep its moments in them; `init` refuses others."""
     moments = check_moments(moments)
-    if not callable(moments) and answer(get(moments), "stores_rows"):
-        return moments
 
     def choose(path: str, leaf: Any) -> Any:
         format = get(moments(path, leaf) if callable(moments) else moments)
@@ -245,4 +221,4 @@ def _stored_by_rows(moments: Moments) -> Moments:
             )
         return format
 
-    return choose
+    return choose if callable(moments) or not answer(get(moments), "stores_rows") else moments

@@ -9,13 +9,11 @@ import jax.numpy as jnp
 
 from adamfn.chains.chain import chain, from_stage
 from adamfn.chains.transform import GradientTransformation, Transformation
-from adamfn.core.averages import Averages, MomentScalars
+from adamfn.core.averages import Averages
 from adamfn.core.formulas import ratio
-from adamfn.core.hyperparameters import ScalarOrSchedule, scheduled, value_at
+from adamfn.core.hyperparameters import ScalarOrSchedule, scheduled
 from adamfn.core.stage import Scalars, Stage
 from adamfn.interop.torch.parameters import TorchParameter, number_of
-from adamfn.stages.decay import add_decayed_weights
-from adamfn.stages.learning_rate import scale_by_lr
 from adamfn.stages.moments import (
     bias_correct,
     from_moments,
@@ -23,6 +21,7 @@ from adamfn.stages.moments import (
     scale_by_max_moments,
     scale_by_moments,
 )
+from adamfn.stages.rates import add_decayed_weights, rate_at, scale_by_lr
 from adamfn.stages.statistics import cautious_updates
 from adamfn.stages.variants import (
     scale_by_lazy_moments,
@@ -194,22 +193,16 @@ def continue_with(
 
 def _with_uncorrected_eps(b1: float, b2: float, eps: float) -> GradientTransformation:
     """`scale_by_moments`, but u = m / (sqrt(v) + eps): eps is in units of the uncorrected root."""
-    averages = Averages(b1, b2, eps)
-
-    def scalars(*_: Any) -> Scalars:
-        units = jnp.asarray(averages.eps, float), jnp.zeros(())
-        return (MomentScalars(averages.b1.shares, averages.b2.shares, *units), None), {}
-
-    return from_moments("scale_by_moments", ratio, scalars, "float32")
+    at = Averages.of(b1, b2, eps)
+    return from_moments("scale_by_moments", ratio, "float32", lambda *_: ((at, None), {}))
 
 
 def _decay_last(weight_decay: float, learning_rate: ScalarOrSchedule) -> GradientTransformation:
     """The decay of a parameter that has moved: u - rate weight_decay (p + u)."""
+    configured = scheduled("learning_rate", learning_rate)
 
     def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
-        given = extra.get("learning_rate")
-        chosen = scheduled("learning_rate", learning_rate if given is None else given)
-        return (value_at("learning_rate", chosen, count - 1) * weight_decay,), {}
+        return (rate_at(configured, count, extra) * weight_decay,), {}
 
     return from_stage(
         Stage("decay_last", _decayed, ("params",), scalars=scalars, takes=("learning_rate",))

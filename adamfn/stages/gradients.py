@@ -1,0 +1,180 @@
+"""Stages that look at all gradients before any average: clipping by their norm, and skipping."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from adamfn.chains.chain import from_stage
+from adamfn.chains.transform import GradientTransformation
+from adamfn.core.averages import increment
+from adamfn.core.formulas import multiply, unchanged
+from adamfn.core.hyperparameters import ScalarOrSchedule, scalar, scheduled, value_at
+from adamfn.core.stage import Scalars, Stage, exported_state
+from adamfn.trees import describe, wide_dtype
+
+
+@exported_state
+class ClipByGlobalNormState(NamedTuple):
+    """State of `clip_by_global_norm`."""
+
+    grad_norm: chex.Array
+    """The norm of the last step's gradients, to be logged."""
+
+
+def clip_by_global_norm(max_norm: ScalarOrSchedule) -> GradientTransformation:
+    r"""Scales all gradients down if their norm, taken over all of them, exceeds a bound.
+
+    $$ g \leftarrow g \min(1, r / \lVert g \rVert), \qquad
+    \lVert g \rVert^2 = \textstyle\sum |g_i|^2 $$
+
+    The bound max_norm, r, is a number at least 0, a scalar array, or a function of the count. The
+    norm takes one pass over the gradients, in float32 at least; the factor is a scalar of the fused
+    run after it, and costs no other pass. It must be the first stage of a chain.
+    `update(..., grad_norm=x)` takes x for the norm. Inside `jax.shard_map`, where gradients are
+    shards, x is the root of the `jax.lax.psum` of their squares' sums. Source: Pascanu, Mikolov and
+    Bengio, On the Difficulty of Training Recurrent Neural Networks, 2013, algorithm 1
+    (arXiv 1211.5063); as `optax.clip_by_global_norm`.
+
+    >>> import adamfn, jax.numpy as jnp
+    >>> tx = adamfn.chain(adamfn.clip_by_global_norm(1.0), adamfn.scale_by_lr(1.0))
+    >>> grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    >>> updates, state = tx.update(grads, tx.init(grads))
+    >>> print(updates["a"], updates["b"], state[0].grad_norm)
+    [-0.6] [-0.8] 5.0
+    """
+    configured = scheduled("max_norm", max_norm)
+
+    def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
+        norm, bound = _grad_norm(extra), value_at("max_norm", configured, count - 1)
+        within = norm <= bound  # of NaN neither: the factor is NaN, as optax's
+        return (jnp.where(within, 1, bound / jnp.where(within, 1, norm)),), {"grad_norm": norm}
+
+    start, takes = {"grad_norm": lambda: jnp.zeros((), float)}, ("grads", "grad_norm")
+    name, state = "clip_by_global_norm", ClipByGlobalNormState
+    stage = Stage(name, multiply, scalars=scalars, start=start, state=state, takes=takes)
+    return from_stage(stage)
+
+
+@exported_state
+class SkipOutliersState(NamedTuple):
+    """State of `skip_outliers`."""
+
+    seen: chex.Array
+    """Steps whose values have entered the window: int32 scalar."""
+    skipped: chex.Array
+    """Steps skipped: int32 scalar."""
+    taken: chex.Array
+    """Whether the last step was taken: bool scalar."""
+    recent: chex.Array
+    """The watched values of the last steps: float32 of shape (watched, window)."""
+
+
+def skip_outliers(
+    watched: Sequence[Literal["loss", "grad_norm"]] = ("loss", "grad_norm"),
+    window: int = 128,
+    sigmas: chex.Numeric = 6.0,
+) -> GradientTransformation:
+    r"""Skips a step if the loss or the gradients' norm is far above its recent mean.
+
+    With the mean and the standard deviation (of n - 1) of the last `window` values, a step is taken
+    if every watched value x is finite and
+
+    $$ x \le \operatorname{mean} + \text{sigmas} \cdot \operatorname{std} $$
+
+    The watched values are `"loss"`, which `update(..., loss=x)` must then be given, `"grad_norm"`,
+    the norm of all gradients, or both. On a skipped step the updates are zero, and the other adamfn
+    stages of the chain keep their states: moments, counts, and with them corrections and schedules.
+    Until the window has seen half of its steps, and 20 at least, every finite step is taken. Finite
+    values enter the window on skipped steps too, so that a lasting change becomes the new mean.
+    `state[0].skipped` counts the skipped steps.
+
+    It comes first in a chain. Other libraries' transformations may only stand before it: they would
+    not be skipped. Sources: OLMo-core's `SkipStepOptimizer`, with this window and sigmas, which
+    also skips values far below the mean; MaxText's `skip_step_on_spikes`, which does not. Both let
+    values that are not finite into the window, and then skip the steps after them.
+
+    >>> import adamfn, jax.numpy as jnp
+    >>> tx = adamfn.chain(adamfn.skip_outliers(["loss"]), adamfn.adam(0.1))
+    >>> params = jnp.zeros(1)
+    >>> state = tx.init(params)
+    >>> for step in range(70):
+    ...     loss = 2.0 + 0.1 * (step % 2) if step < 69 else 50.0
+    ...     params, state = adamfn.step(tx, jnp.ones(1), state, params, loss=loss)
+    >>> print(state[0].skipped, state[1][0].count)
+    1 69
+    """
+    is_list = isinstance(watched, Sequence) and not isinstance(watched, str)  # pyright: ignore[reportUnnecessaryIsInstance]
+    names = [name for name in ("loss", "grad_norm") if is_list and name in watched]
+    if not names or any(name not in names for name in watched):
+        raise ValueError(f"watched is {watched!r}; expected a list of 'loss', 'grad_norm' or both.")
+    if not isinstance(window, int) or window < 2:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"window is {window!r}; expected a number of steps, at least 2.")
+    sigmas, waits = scalar("sigmas", sigmas), max(20, window // 2)
+
+    def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
+        found = jnp.stack([_watched(name, extra, state.recent.dtype) for name in names])
+        finite = jnp.all(jnp.isfinite(found))
+        usual = jnp.all(found <= _bound(state.recent, state.seen, sigmas))
+        taken = finite & (usual | (state.seen + 1 < waits))
+        entered = state.recent.at[:, state.seen % window].set(found)
+        return (), {
+            "seen": jnp.where(finite, increment(state.seen), state.seen),
+            "skipped": jnp.where(taken, state.skipped, increment(state.skipped)),
+            "taken": taken,
+            "recent": jnp.where(finite, entered, state.recent),
+        }
+
+    start = {
+        "seen": lambda: jnp.zeros((), jnp.int32),
+        "skipped": lambda: jnp.zeros((), jnp.int32),
+        "taken": lambda: jnp.ones((), bool),
+        "recent": lambda: jnp.zeros((len(names), window), jnp.float32),
+    }
+    name, state, takes = "skip_outliers", SkipOutliersState, ("grads", *names)
+    stage = Stage(name, unchanged, scalars=scalars, start=start, state=state, takes=takes)
+    return from_stage(stage)
+
+
+def _watched(name: str, extra: Mapping[str, Any], dtype: Any) -> jax.Array:
+    """The value of this step, if it is a real scalar."""
+    value = _grad_norm(extra) if name == "grad_norm" else extra.get(name)
+    if value is None:
+        raise ValueError(
+            "skip_outliers: update got no loss, and watches it. Call update(..., loss=x), or watch"
+            " ['grad_norm'] alone."
+        )
+    real = isinstance(value, int | float) or (
+        hasattr(value, "dtype") and not jnp.issubdtype(value.dtype, jnp.complexfloating)
+    )
+    if getattr(value, "shape", ()) != () or not real:
+        raise TypeError(
+            f"skip_outliers: {name} is {describe(value)}; expected a real number or a scalar array,"
+            " such as the mean over the batch."
+        )
+    return jnp.asarray(value, dtype)
+
+
+def _bound(recent: jax.Array, seen: jax.Array, sigmas: chex.Numeric) -> jax.Array:
+    """The largest usual value of each row of recent values, of which the first may be unseen."""
+    known = jnp.arange(recent.shape[1]) < seen
+    number = jnp.minimum(seen, recent.shape[1]).astype(recent.dtype)
+    mean = jnp.sum(recent, axis=1, where=known) / jnp.maximum(number, 1)
+    squares = jnp.square(recent - mean[:, None])
+    variance = jnp.sum(squares, axis=1, where=known) / jnp.maximum(number - 1, 1)
+    return mean + sigmas * jnp.sqrt(variance)
+
+
+def _grad_norm(extra: Mapping[str, Any]) -> jax.Array:
+    """The norm of all gradients: the extra argument `grad_norm`, or else computed."""
+    given = extra.get("grad_norm")
+    return _global_norm(extra["grads"]) if given is None else jnp.asarray(given)
+
+
+@jax.jit
+def _global_norm(grads: Sequence[jax.Array]) -> jax.Array:
+    wide = [g.astype(wide_dtype(g.dtype)) for g in grads]
+    squares = [jnp.sum(jnp.real(g * jnp.conj(g))) for g in wide]
+    return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))

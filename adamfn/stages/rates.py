@@ -1,0 +1,168 @@
+"""The learning rate, and weight decay: decoupled or not, independent, cautious or corrected."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from adamfn.chains.chain import from_stage
+from adamfn.chains.contradictions import INDEPENDENT
+from adamfn.chains.transform import GradientTransformation
+from adamfn.core.formulas import add_agreeing_multiple, add_multiple, multiply
+from adamfn.core.hyperparameters import ScalarOrSchedule, scalar, scheduled, value_at
+from adamfn.core.masks import Mask
+from adamfn.core.stage import Scalars, Stage, exported_state
+
+
+@exported_state
+class ScaleByLrState(NamedTuple):
+    """State of `scale_by_lr`."""
+
+    learning_rate: chex.Array
+    """The rate of the last step, to be logged; before the first step, the rate of that one."""
+
+
+def scale_by_lr(learning_rate: ScalarOrSchedule = 1e-3) -> GradientTransformation:
+    r"""Multiplies updates by minus the learning rate.
+
+    $$ u \leftarrow -\alpha u $$
+
+    The rate is a number at least 0, a scalar array, or a function of the number of steps taken so
+    far (0 at the first), such as any optax schedule. `update(..., learning_rate=x)` takes x for
+    this step instead. If x is an argument of a jitted function, a new x compiles nothing. The state
+    holds the rate that was used last. It does not if the rate is an array, which its caller has:
+    under `optax.inject_hyperparams` it is in `state.hyperparams` alone.
+
+    >>> import adamfn, jax.numpy as jnp
+    >>> tx = adamfn.scale_by_lr(lambda count: 0.5 / (1 + count))
+    >>> params = jnp.array([1.0, 2.0])
+    >>> updates, state = tx.update(params, tx.init(params))
+    >>> print(updates)
+    [-0.5 -1. ]
+    >>> updates, state = tx.update(params, state, learning_rate=0.125)
+    >>> print(updates, state.learning_rate)
+    [-0.125 -0.25 ] 0.125
+    """
+    configured = scheduled("learning_rate", learning_rate)
+
+    def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
+        rate = rate_at(configured, count, extra)
+        return (jnp.negative(rate),), {"learning_rate": rate}
+
+    def first() -> jax.Array:
+        return jnp.array(value_at("learning_rate", configured, jnp.zeros((), jnp.int32)), float)
+
+    start = {"learning_rate": None if isinstance(configured, jax.Array) else first}
+    state, takes = ScaleByLrState, ("learning_rate",)
+    stage = Stage("scale_by_lr", multiply, scalars=scalars, start=start, state=state, takes=takes)
+    return from_stage(stage)
+
+
+def add_decayed_weights(
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: Mask = None,
+    *,
+    independent: bool = False,
+    cautious: bool = False,
+) -> GradientTransformation:
+    r"""Adds a multiple of the parameters to the updates.
+
+    $$ u \leftarrow u + \lambda \theta $$
+
+    Just before `scale_by_lr` it is AdamW's decoupled decay, which shrinks parameters by
+    $\alpha\lambda$ a step. Before `scale_by_moments` it is an L2 penalty, as in torch's
+    `Adam(weight_decay=...)`. After `scale_by_lr` it would make parameters grow, and is refused.
+
+    Sources: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2
+    (arXiv 1711.05101); Chen et al., Cautious Weight Decay, 2025, algorithm 1 (arXiv 2510.12402).
+
+    Args:
+      weight_decay: $\lambda$, given like the rate of `scale_by_lr`.
+      mask: which parameters decay, None for all: a tree of bools of the parameters' structure or a
+        prefix of it, or a function of the parameters that makes one: `adamfn.masks.matrices()`.
+      independent: decay by $u \leftarrow u - \lambda \theta$ after `scale_by_lr`, so that no rate
+        multiplies it: the first paper's decay, which only its schedule scales.
+      cautious: decay by $u \leftarrow u + \lambda \mathbb 1(u \theta \ge 0)\, \theta$: only the
+        elements that the update shrinks too. It compares signs, and so stands before `scale_by_lr`,
+        which turns them around. Complex numbers agree if their angle is at most a right one.
+
+    >>> import adamfn, jax.numpy as jnp
+    >>> tx = adamfn.add_decayed_weights(0.5, mask=lambda p: {"w": True, "b": False})
+    >>> params = {"w": jnp.array([2.0]), "b": jnp.array([2.0])}
+    >>> updates, state = tx.update({"w": jnp.zeros(1), "b": jnp.zeros(1)}, tx.init(params), params)
+    >>> print(updates["w"], updates["b"])
+    [1.] [0.]
+    """
+    configured = scheduled("weight_decay", weight_decay)
+    if independent and cautious:
+        raise ValueError(
+            "add_decayed_weights: both independent and cautious are True; expected one of them: a"
+            " cautious decay compares signs, which the rate before an independent one turns around."
+        )
+
+    def scalars(count: jax.Array, *_: Any) -> Scalars:
+        rate = value_at("weight_decay", configured, count - 1)
+        return (jnp.negative(rate) if independent else rate,), {}
+
+    name = INDEPENDENT if independent else "add_decayed_weights"
+    formula = add_agreeing_multiple if cautious else add_multiple
+    return from_stage(Stage(name, formula, reads=("params",), scalars=scalars, mask=mask))
+
+
+def add_corrected_decay(
+    weight_decay: ScalarOrSchedule,
+    learning_rate: ScalarOrSchedule,
+    peak: chex.Numeric,
+    mask: Mask = None,
+) -> GradientTransformation:
+    r"""Adds a multiple of the parameters that falls with the learning rate: AdamC's decay.
+
+    With the rate $\alpha_t$ of this step and the largest of the run:
+
+    $$ u \leftarrow u + \lambda \frac{\alpha_t}{\alpha_\text{max}} \theta $$
+
+    Before `scale_by_lr` it shrinks parameters by $\lambda \alpha_t^2 / \alpha_\text{max}$ a step.
+    The scale of weights before a normalization does not matter. Their size settles where update and
+    decay balance, with AdamW at $\sqrt{\alpha / \lambda}$, so that gradients grow as the rate
+    falls; here the balance stays. Source: Defazio, Why Gradients Rapidly Increase Near the End of
+    Training, 2025, algorithm 2 (arXiv 2506.02285). timm decays all parameters so, with the first
+    rate as the peak.
+
+    weight_decay and mask are as in `add_decayed_weights`, the rate is that of `scale_by_lr`
+    (`update(..., learning_rate=x)` wins over both), and the peak, $\alpha_\text{max}$, is above 0.
+    In the paper the weights of normalized layers decay so. An output layer without a normalization
+    decays as in AdamW, by an `add_decayed_weights` with the opposite mask.
+
+    >>> import adamfn, jax.numpy as jnp
+    >>> tx = adamfn.add_corrected_decay(0.5, lambda count: 0.1 / (1 + count), peak=0.1)
+    >>> params = jnp.array([2.0])
+    >>> state = tx.init(params)
+    >>> for _ in range(2):
+    ...     updates, state = tx.update(jnp.zeros(1), state, params)
+    ...     print(updates)
+    [1.]
+    [0.5]
+    """
+    decay, rate = scheduled("weight_decay", weight_decay), scheduled("learning_rate", learning_rate)
+    peak = scalar("peak", peak)
+    if isinstance(peak, float) and not peak:
+        raise ValueError("peak is 0; expected the largest rate of the schedule, above 0.")
+
+    def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
+        share = rate_at(rate, count, extra) / peak
+        return (value_at("weight_decay", decay, count - 1) * share,), {}
+
+    name, takes = "add_corrected_decay", ("learning_rate",)
+    stage = Stage(name, add_multiple, ("params",), scalars=scalars, takes=takes, mask=mask)
+    return from_stage(stage)
+
+
+def rate_at(
+    configured: ScalarOrSchedule, count: jax.Array, extra: Mapping[str, Any]
+) -> chex.Numeric:
+    """The rate of a step: the extra argument `learning_rate`, or else the configured one."""
+    given = extra.get("learning_rate")
+    chosen = configured if given is None else scheduled("learning_rate", given)
+    return value_at("learning_rate", chosen, count - 1)
