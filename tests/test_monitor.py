@@ -242,8 +242,16 @@ W, V = {"w": jnp.ones((3, 4))}, {"w": jnp.ones((3, 4)), "v": jnp.ones(2)}
         ({"state": optax.adam(1e-2).init(W)}, ValueError, r"found no state of scale_by_moments, "),
         ({"state": adamfn.adamax().init(W)}, ValueError, r"found no state of scale_by_moments, "),
         ({"state": BASE().init(V)}, ValueError, r"mu differ at \['v'\]: found nothing"),
-        ({"params": None}, ValueError, r"observe: params at w: found nothing; expected the shape"),
-        ({"params": {"w": jnp.ones(4)}}, ValueError, r"params at w: found float32\[4\]"),
+        (
+            {"params": None},
+            ValueError,
+            r"observe: params and grads differ at \['w'\]: found nothing, expected float32",
+        ),
+        (
+            {"params": {"w": jnp.ones(4)}},
+            ValueError,
+            r"differ at \['w'\]: found float32\[4\], expected",
+        ),
         ({"grads": {"w": jnp.ones((3, 4), int)}}, TypeError, r"the leaf at \['w'\] is int32"),
         ({"layers": {"w": 2}}, ValueError, r"axis 2 for w, which is float32\[3,4\]; .* -2 to 1"),
         ({"layers": {"v": 0}}, ValueError, r"layers has 'v', where no leaf is; .*: w\."),

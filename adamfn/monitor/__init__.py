@@ -1,7 +1,6 @@
 """Seeing inside a run: figures of every layer while it trains, and what is wrong with it.
 
-`step`, or `observe` before a step, measures every layer; `faults`, `report`, `picture` and `flat`
-show the result.
+`step`, or `observe` before a step, measures every layer; the other functions show the result.
 """
 
 from adamfn.monitor.observing import Observation, observe, step

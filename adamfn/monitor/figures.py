@@ -22,6 +22,7 @@ Ginsburg, 2017) keeps it constant. Quantiles are interpolated from the shares be
 2^-12 to 8, so no device sorts or sends elements. They are right to a tenth; below 2^-12 they are 0.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ from adamfn.trees import wide_dtype
 
 Figures = dict[str, jax.Array]
 
-QUANTILES = {"step_10": 0.1, "step_50": 0.5, "step_90": 0.9}
+_QUANTILES = {"step_10": 0.1, "step_50": 0.5, "step_90": 0.9}
 _EDGES = np.exp2(np.array([*range(-12, -4), *np.arange(-4, 3.5, 0.5)], np.float32))
 """The steps below which elements are counted."""
 
@@ -66,9 +67,8 @@ def measure(
     axis: int | None,
 ) -> Figures:
     """The figures of a leaf: scalars, or a vector of one for each layer along an axis."""
-    axes = tuple(k for k in range(jnp.ndim(grad)) if k != axis)
-    layers = 1 if axis is None else grad.shape[axis]
-    number = max(grad.size // max(layers, 1), 1)
+    axes = tuple(k for k in range(grad.ndim) if k != axis)
+    number = max(math.prod(grad.shape[k] for k in axes), 1)
 
     def total(x: jax.Array) -> jax.Array:
         return jnp.sum(x, axes, dtype=jnp.float32)
@@ -84,15 +84,12 @@ def measure(
 
     def size_of_scaled(x: jax.Array) -> jax.Array:
         # Scaled by its largest, so that no square overflows or vanishes.
-        x = jnp.abs(x)
-        scale = jnp.max(x, axes, keepdims=True, initial=0)
-        scale = jnp.where(scale == 0, 1, scale)
-        root = size(x / scale)
-        return (root * scale.reshape(root.shape)).astype(jnp.float32)
+        largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
+        scale = jnp.where(largest == 0, 1, largest)
+        return (size(x / scale) * jnp.squeeze(scale, axes)).astype(jnp.float32)
 
-    def not_finite(*arrays: jax.Array) -> jax.Array:
-        counts = [(~jnp.isfinite(x)).astype(jnp.bfloat16) for x in arrays]
-        return total(sum(counts[1:], start=counts[0]))
+    def not_finite(arrays: tuple[jax.Array, ...]) -> jax.Array:
+        return jnp.stack([count(~jnp.isfinite(x)) for x in arrays]).sum(0)
 
     g, u, p = (x.astype(wide_dtype(x.dtype)) for x in (grad, update, param))
     parts: dict[str, tuple[jax.Array, ...]] = {"gradient": (g,), "weight": (p,)}
@@ -105,9 +102,7 @@ def measure(
     gradient, moved, weight, *counts = jax.lax.cond(
         jnp.all(jnp.stack(usual)),
         lambda: vary_together([*sizes, *[jnp.zeros_like(sizes[0])] * len(parts)]),
-        lambda: vary_together(
-            [*map(size_of_scaled, (g, u, p)), *(not_finite(*part) for part in parts.values())]
-        ),
+        lambda: vary_together([*map(size_of_scaled, (g, u, p)), *map(not_finite, parts.values())]),
     )
     figures = {
         "gradient": gradient,
@@ -123,7 +118,7 @@ def measure(
         # A loop: XLA makes one slow program of many sums of one array.
         below = jax.lax.map(lambda edge: share(steps < edge), _EDGES)
         figures["rate"] = jnp.broadcast_to(rate, weight.shape)
-        figures |= dict(zip(QUANTILES, _quantiles(below), strict=True))
+        figures |= {name: _quantile(part, below) for name, part in _QUANTILES.items()}
     if moments is not None:
         mu, nu, ratio, by_eps, ends = moments
         alike = jnp.real(jnp.sign(mu) * jnp.conj(jnp.sign(g))) > 0
@@ -140,13 +135,8 @@ def measure(
     return figures | {f"not_finite_{name}": x for name, x in zip(parts, counts, strict=True)}
 
 
-def _quantiles(below: jax.Array) -> list[jax.Array]:
-    """The steps that `QUANTILES` of the elements are below, from the shares below the edges."""
-    low, high = below[:-1], below[1:]
+def _quantile(share: float, below: jax.Array) -> jax.Array:
+    """The step that a share of the elements is below, from the shares below the edges."""
     widths = np.diff(_EDGES).reshape(-1, *[1] * (below.ndim - 1))
-    found: list[jax.Array] = []
-    for share in QUANTILES.values():
-        parts = jnp.clip((share - low) / jnp.maximum(high - low, 1e-30), 0, 1)
-        quantile = _EDGES[0] + jnp.sum(parts * widths, 0)
-        found.append(jnp.where(below[0] >= share, 0, quantile))
-    return found
+    parts = jnp.clip((share - below[:-1]) / jnp.maximum(jnp.diff(below, axis=0), 1e-30), 0, 1)
+    return jnp.where(below[0] >= share, 0, _EDGES[0] + jnp.sum(parts * widths, 0))

@@ -17,7 +17,7 @@ from adamfn.interop.states import leaves_by_path
 from adamfn.monitor.figures import Figures, measure
 from adamfn.monitor.states import count_of, moments_of, rate_of, states_of
 from adamfn.stages.round_weights import rounding_states, whole_weights
-from adamfn.trees import PyTree, as_array, check_inexact, describe
+from adamfn.trees import PyTree, as_array, check_inexact, describe, matching_leaves
 
 
 @jax.tree_util.register_dataclass
@@ -28,14 +28,14 @@ class Observation:
     step: jax.Array
     """The number of the step, 1 at the first, int32; 0 if it was not looked at."""
     values: jax.Array
-    """All figures, float32; 0 if the step was not looked at. One array, because to return one more
-    from a branch and to stack it in a loop costs as much as to measure a small leaf."""
+    """All figures, float32. One array, because to return one more from a branch and to stack it in
+    a loop costs as much as to measure a small leaf."""
     places: tuple[tuple[str, str, int | None], ...] = field(metadata={"static": True})
     """For each figure the leaf's path, the figure's name, and the number of layers, if any."""
 
     @property
     def leaves(self) -> dict[str, Figures]:
-        """By a leaf's path, then by a figure's name: a scalar, or a vector with one for each layer.
+        """The figures by a leaf's path, then by name: scalars, or a vector with one for each layer.
 
         The axes that `scan` or `vmap` put before these stay there.
         """
@@ -59,18 +59,17 @@ def observe(
     layers: Mapping[str, int] | None = None,
     **extra: Any,
 ) -> Observation:
-    """Measures what the training step to come does to every leaf, in a few scalars each.
+    """Measures the effect of the step to come on every leaf, in a few scalars each.
 
-    `adamfn.monitor.figures` defines them. A pure function: call it inside a jitted step, before
-    `update` or `step`; `monitor.step` is both, and copies less. For a look it takes `tx.update`
-    once more, so that the program of the training stays as it is. On a mesh it gathers no leaf;
-    inside `jax.shard_map` each device measures its shards.
+    `adamfn.monitor.figures` defines them. Call it inside a jitted step, before `update` or `step`;
+    `monitor.step` is both, and copies less. A look takes `tx.update` once more: the program of the
+    training stays as it is. On a mesh it gathers no leaf; inside `jax.shard_map` each device
+    measures its shards.
+
+    The other arguments are those of `adamfn.step`. With flax's optimizer, the state is
+    `nnx.as_pure(optimizer.opt_state)`.
 
     Args:
-      tx: the transformation of the step.
-      grads: the gradients; None where a leaf is not trained.
-      state: the state before the step; of flax's optimizer `nnx.as_pure(optimizer.opt_state)`.
-      params: the parameters before the step.
       ours: if `tx` is optax's, the transformation of ours that is inside; if optax makes it, as
         `optax.inject_hyperparams(adamfn.adam)` does, one made with the same arguments.
       every: looks at the first step and at every n-th after it.
@@ -78,39 +77,28 @@ def observe(
         before `state.mini_step == k - 1`.
       layers: by the beginning of a path, the axis along which layers are stacked: `{"blocks": 0}`
         measures each layer of the leaves under `blocks` by itself.
-      **extra: further arguments of `update`, such as `learning_rate=`.
-
-    Returns:
-      An `Observation`. It has no figures of a rate or of moments if there are none.
 
     Raises:
-      TypeError: neither `tx` nor `ours` is ours; a leaf, or another argument, is something else.
-      ValueError: a state of another chain, trees that do not match, layers along an axis that a
-        leaf lacks; names the leaf.
+      TypeError, ValueError: neither `tx` nor `ours` is ours; a state of another chain, trees that
+        do not match, layers along an axis that a leaf lacks; names the leaf.
 
-    >>> import adamfn
-    >>> import jax.numpy as jnp
-    >>> from adamfn import monitor
+    >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.adam(0.1)
     >>> params, grads = {"w": jnp.array([3.0, -3.0])}, {"w": jnp.array([1.0, -2.0])}
-    >>> seen = monitor.observe(tx, grads, tx.init(params), params)
-    >>> figures = seen.leaves["w"]
+    >>> figures = adamfn.monitor.observe(tx, grads, tx.init(params), params).leaves["w"]
     >>> print(", ".join(f"{name} {figures[name]:.2f}" for name in ("weight", "update", "signal")))
     weight 3.00, update 0.10, signal 1.00
     """
     stepping.check_extra(tx, extra, "observe")
     if not _is_integer(every) or every < 1:
         raise ValueError(f"observe: every is {every!r}; expected a number of steps, at least 1.")
-    if not (isinstance(when, bool) or (hasattr(when, "dtype") and describe(when) == "bool[]")):
+    if not isinstance(when, bool) and describe(when) != "bool[]":
         raise TypeError(f"observe: when is {describe(when)}; expected True, False or bool[].")
     params = where_updated(params, grads)
     gs, ps = _by_path("grads", grads), _by_path("params", params)
-    for path, g in gs.items():
-        if path not in ps or ps[path].shape != g.shape:
-            raise ValueError(
-                f"observe: params at {path or 'the root'}: found {describe(ps.get(path))}; expected"
-                f" the shape of its gradient, {describe(g)}. Pass the parameters before the step."
-            )
+    matching_leaves(
+        "observe: params", params, "grads", grads, "Pass the parameters before the step."
+    )
     axes = _axes(gs, {} if layers is None else layers)
     name, ours = ("tx", tx) if ours is None else ("ours", ours)
     count = count_of(states_of(ours, state, name=name)[0])
@@ -169,23 +157,13 @@ def step(
 ) -> Any:
     """Observes a training step and takes it: `observe`, then `adamfn.step`.
 
-    Separate calls have no order, so XLA copies each array that `step` writes in place. Here `step`
-    waits for the look, and nothing is copied. Arguments are those of the two functions; donate the
-    state and the parameters.
+    Arguments and errors are theirs. Separate calls have no order, so XLA copies each array that
+    `step` writes in place. Here it waits for the look, and nothing is copied if the state and the
+    parameters are donated. The `Observation` comes after the results of `adamfn.step`.
 
-    Returns:
-      The next parameters, the next state, with `return_updates` the updates, and the
-      `Observation`.
-
-    Raises:
-      TypeError, ValueError: as `observe` and `adamfn.step`.
-
-    >>> import adamfn
-    >>> import jax.numpy as jnp
-    >>> from adamfn import monitor
-    >>> tx = adamfn.adam(0.1)
-    >>> params = {"w": jnp.array([3.0, -3.0])}
-    >>> params, state, seen = monitor.step(tx, params, tx.init(params), params)
+    >>> import adamfn, jax.numpy as jnp
+    >>> tx, params = adamfn.adam(0.1), {"w": jnp.array([3.0, -3.0])}
+    >>> params, state, seen = adamfn.monitor.step(tx, params, tx.init(params), params)
     >>> print(f"{params['w'][0]:.1f}", seen.leaves["w"]["weight"])
     2.9 3.0
     """
@@ -195,7 +173,12 @@ def step(
     # Always 0, which XLA does not know, so it keeps the two in order. It would remove an
     # optimization barrier before it decides which arrays to copy.
     nothing = jnp.where(seen.step < 0, 1, 0).astype(jnp.int32)
-    state = jax.tree.map(lambda x: x + nothing if _is_count(x) else x, state)
+
+    def ordered(x: Any) -> Any:
+        # A count, which the program of every leaf reads.
+        return x + nothing if jnp.shape(x) == () and jnp.result_type(x) == jnp.int32 else x
+
+    state = jax.tree.map(ordered, state)
     moved = stepping.step(tx, grads, state, params, return_updates=return_updates, **extra)
     return *moved, seen
 
@@ -215,11 +198,6 @@ def _is_integer(x: Any) -> bool:
     return isinstance(x, int | np.integer) and not isinstance(x, bool)
 
 
-def _is_count(x: Any) -> bool:
-    """Whether an array of a state may be its count, which the program of every leaf reads."""
-    return jnp.shape(x) == () and jnp.result_type(x) == jnp.int32
-
-
 def _axes(leaves: Mapping[str, Any], layers: Any) -> dict[str, int]:
     """The axis along which the layers of a leaf are stacked, by the paths of such leaves."""
     if not isinstance(layers, Mapping) or not all(map(_is_integer, layers.values())):
@@ -229,7 +207,7 @@ def _axes(leaves: Mapping[str, Any], layers: Any) -> dict[str, int]:
         )
     axes: dict[str, int] = {}
     for start, axis in layers.items():
-        under = [path for path in leaves if path == start or path.startswith(f"{start}/")]
+        under = [path for path in leaves if f"{path}/".startswith(f"{start}/")]
         if not under:
             raise ValueError(
                 f"observe: layers has {start!r}, where no leaf is; expected the beginning of a"
@@ -237,7 +215,7 @@ def _axes(leaves: Mapping[str, Any], layers: Any) -> dict[str, int]:
             )
         for path in under:
             rank = leaves[path].ndim
-            if not -rank <= axis < rank:
+            if axis not in range(-rank, rank):
                 raise ValueError(
                     f"observe: layers has the axis {axis} for {path}, which is"
                     f" {describe(leaves[path])}; expected one from {-rank} to {rank - 1}."

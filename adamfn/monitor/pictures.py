@@ -16,17 +16,12 @@ _SIZES = ("gradient", "update", "weight", "update_over_weight", "rate")
 
 
 def report(seen: Any, rows: int | None = None) -> Any:
-    """Makes a table of the last look: the worst layers first, with what is wrong.
+    """Makes a `rich.table.Table` of the last look: the worst layers first, with what is wrong.
 
-    Args:
-      seen: as in `looks`, and so are errors.
-      rows: how many layers to show; None for all.
+    `seen` and errors are as in `looks`; `rows` is how many layers to show, None for all. Show it
+    with `rich.print` or `rich.live.Live`.
 
-    Returns:
-      A `rich.table.Table`, for `rich.print` or `rich.live.Live`.
-
-    >>> import adamfn
-    >>> import jax.numpy as jnp
+    >>> import adamfn, jax.numpy as jnp
     >>> tx, params = adamfn.adam(0.1), {"w": jnp.ones(3)}
     >>> seen = adamfn.monitor.observe(tx, params, tx.init(params), params)
     >>> print(adamfn.monitor.report(seen).title)
@@ -40,8 +35,9 @@ def report(seen: Any, rows: int | None = None) -> Any:
     wrong, (step, layers) = faults(seen), last_look(seen)
     words = {fault.layer: fault.word for fault in wrong}
     found = f"{len(wrong)} of {len(layers)} layers" if wrong else "nothing is wrong"
-    title = f"step {step}: {found}"
-    table = Table(title=title, box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(
+        title=f"step {step}: {found}", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     table.add_column("layer", no_wrap=True)
     table.add_column("what is wrong", style="bold red", no_wrap=True)
     columns = [name for name in COLUMNS if any(name in own for own in layers.values())]
@@ -59,14 +55,13 @@ def picture(seen: Any, losses: Sequence[float] | None = None, figure: str = "gra
     Args:
       seen: as in `looks`, and so are errors.
       losses: the loss of every training step, from the first.
-      figure: a figure of `adamfn.monitor.figures`. Red is not finite; grey is missing, or zero on
-        a logarithmic scale.
+      figure: one of `adamfn.monitor.figures`. Red is not finite; grey is missing, or zero on a
+        logarithmic scale.
 
     Returns:
       A `matplotlib.figure.Figure`, for `.savefig(path)`.
 
-    >>> import adamfn
-    >>> import jax.numpy as jnp
+    >>> import adamfn, jax.numpy as jnp
     >>> tx, params = adamfn.adam(0.1), {"w": jnp.ones(3)}
     >>> seen = [adamfn.monitor.observe(tx, params, tx.init(params), params)]
     >>> drawn = adamfn.monitor.picture(seen, losses=[1.0], figure="signal")

@@ -1,6 +1,6 @@
 """Observations on the host: which steps were looked at, and what is wrong with each layer."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -13,25 +13,24 @@ Layer = dict[str, float]
 """The figures of one layer."""
 
 EXPLODING = 1000.0
-"""How many times the median of the other layers' gradients. A layer so far above a thousand others
-has 99.9% of the squared global norm, so clipping by that norm leaves the others nothing."""
+"""Times the median of the other layers' gradients. A layer so far above a thousand others has 99.9%
+of the squared global norm, so clipping by that norm leaves the others nothing."""
 
 MOST = 0.5
 """Fraction of a layer above which a condition counts as affecting all of it."""
 
-WORDS = (
-    "not finite",
-    "exploding",
-    "dead",
-    "frozen",
-    "stalled by rounding",
-    "decided by eps",
-    "codes at their limit",
-)
+FIGURES = {
+    "stalled by rounding": "lost",
+    "decided by eps": "by_eps",
+    "codes at their limit": "lowest",
+}
+"""The figures that these words of `faults` are about."""
+
+WORDS = ("not finite", "exploding", "dead", "frozen", *FIGURES)
 """The words of `faults`, the worst first. Not finite: a NaN or an infinity, worst in a weight, then
 in moments. Exploding: a gradient over a thousand times the median of the other layers'. Dead: a
-gradient of zeros. Frozen: a gradient, a rate, and an update of zeros. The others: more than half of
-the layer, by the figures `lost`, `by_eps` and `lowest`."""
+gradient of zeros. Frozen: a gradient, a rate, and an update of zeros. Stalled by rounding, decided
+by eps, codes at their limit: more than half of the layer, by `lost`, `by_eps` and `lowest`."""
 
 
 class Fault(NamedTuple):
@@ -48,16 +47,12 @@ class Fault(NamedTuple):
 def looks(seen: Any) -> list[tuple[int, dict[str, Layer]]]:
     """Returns the steps that were looked at, with the figures of every layer by its name.
 
-    The other functions take the same argument. They raise a ValueError if no step was looked at.
-
-    Args:
-      seen: an `Observation`, one stacked by `scan`, or a list of either.
-
-    Raises:
-      TypeError: it is something else, or is being traced.
+    `seen` is an `Observation`, one stacked by `scan`, or a list of either; anything else, and one
+    that is being traced, raises a TypeError. The other functions take the same, and raise a
+    ValueError if no step was looked at.
     """
     if isinstance(seen, list):
-        return [look for part in seen for look in looks(part)]  # pyright: ignore[reportUnknownVariableType]
+        return [look for part in cast("list[Any]", seen) for look in looks(part)]
     if not isinstance(seen, Observation):
         raise TypeError(
             f"monitor: found {describe(seen)}; expected what `observe` returned, or a list of it."
@@ -69,9 +64,7 @@ def looks(seen: Any) -> list[tuple[int, dict[str, Layer]]]:
         )
     seen = jax.device_get(seen)
     found: list[tuple[int, dict[str, Layer]]] = []
-    for place in np.ndindex(np.shape(seen.step)):
-        if not seen.step[place]:
-            continue
+    for place in map(tuple, np.argwhere(seen.step)):
         layers: dict[str, Layer] = {}
         for path, figures in seen.leaves.items():
             for figure, value in figures.items():
@@ -99,13 +92,10 @@ def flat(seen: Any) -> dict[str, float]:
     For TensorBoard, `for name, x in flat(seen).items(): writer.add_scalar(name, x, step)`; for
     Weights and Biases, `wandb.log(flat(seen), step=step)`.
 
-    >>> import adamfn
-    >>> import jax.numpy as jnp
-    >>> from adamfn import monitor
-    >>> tx = adamfn.adam(0.1)
-    >>> params = {"w": jnp.ones((2, 3))}
-    >>> seen = monitor.observe(tx, params, tx.init(params), params, layers={"w": 0})
-    >>> print(monitor.flat(seen)["w[1]/gradient"])
+    >>> import adamfn, jax.numpy as jnp
+    >>> tx, params = adamfn.adam(0.1), {"w": jnp.ones((2, 3))}
+    >>> seen = adamfn.monitor.observe(tx, params, tx.init(params), params, layers={"w": 0})
+    >>> print(adamfn.monitor.flat(seen)["w[1]/gradient"])
     1.0
     """
     _, layers = last_look(seen)
@@ -117,25 +107,22 @@ def faults(seen: Any) -> list[Fault]:
 
     A layer has one `Fault` at most: the first of `WORDS` that holds.
 
-    >>> import adamfn
-    >>> import jax.numpy as jnp
-    >>> from adamfn import monitor
+    >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.adam(0.1, eps=1e-3)
     >>> params = {"w": jnp.ones(2), "v": jnp.ones(2)}
     >>> grads = {"w": jnp.full(2, 1e-6), "v": jnp.zeros(2)}
-    >>> for fault in monitor.faults(monitor.observe(tx, grads, tx.init(params), params)):
-    ...     print(fault.layer, fault.word)
-    v dead
-    w decided by eps
+    >>> seen = adamfn.monitor.observe(tx, grads, tx.init(params), params)
+    >>> [(fault.layer, fault.word) for fault in adamfn.monitor.faults(seen)]
+    [('v', 'dead'), ('w', 'decided by eps')]
     """
+    _, layers = last_look(seen)
     found: list[Fault] = []
-    layers = last_look(seen)[1]
     for name, own in layers.items():
         others = [x["gradient"] for other, x in layers.items() if other != name]
         others = [x for x in others if 0 < x < np.inf]
-        found.append(Fault(name, *_worst(own, float(np.median(others)) if others else np.inf)))
-    wrong = [fault for fault in found if fault.word]
-    return sorted(wrong, key=lambda fault: (WORDS.index(fault.word), -fault.degree))
+        word, degree = _worst(own, float(np.median(others)) if others else np.inf)
+        found += [Fault(name, word, degree)] if word else []
+    return sorted(found, key=lambda fault: (WORDS.index(fault.word), -fault.degree))
 
 
 def _worst(own: Layer, median: float) -> tuple[str, float]:
@@ -149,7 +136,5 @@ def _worst(own: Layer, median: float) -> tuple[str, float]:
         return "dead", 1.0
     if own["still"] == 1 and own.get("rate", 1.0) > 0:
         return "frozen", own["gradient"]
-    for word, figure in zip(WORDS[-3:], ("lost", "by_eps", "lowest"), strict=True):
-        if own.get(figure, 0.0) > MOST:
-            return word, own[figure]
-    return "", 0.0
+    degrees = ((word, own.get(figure, 0.0)) for word, figure in FIGURES.items())
+    return next((found for found in degrees if found[1] > MOST), ("", 0.0))

@@ -28,15 +28,7 @@ def states_of(
 ) -> list[States]:
     """The states of a chain: its state itself, or all that optax's wrappers hold, in their order.
 
-    Args:
-      tx: the chain.
-      state: the state to search.
-      leaves: the gradients by their paths. Where they are given, packed states are unpacked.
-      name: what error messages call the chain.
-
-    Raises:
-      TypeError: the transformation is not ours.
-      ValueError: there is no state of it.
+    Packed states are unpacked where gradients are given by their paths. Messages say `name`.
     """
     chain = chain_of(tx)
     if chain is None or not chain.stages:
@@ -74,17 +66,16 @@ def rate_of(states: States, around: PyTree) -> Any:
 def moments_of(states: States, leaves: Mapping[str, Any]) -> dict[str, Moments]:
     """The moments in a chain's states, by the paths of their leaves."""
     found: dict[str, Moments] = {}
-    pairs = [pair for pair in states if pair[0].has_moments][:1]
-    entries = [(stage, state, *kept) for stage, state in pairs for kept in kept_leaves(state)]
-    for stage, state, path, parts, _ in entries:
-        name = path_name(path)
-        tree, fields = {name: leaves[name]}, {field: {name: x} for field, x in parts.items()}
-        (format,) = formats = choose_formats(stage.moments, tree)
-        (row,) = kept_by_leaf(stage, state._replace(**fields), tree, formats)
-        mu, nu, *more = row if format is None else decode(format, row)
-        quotient = _quotient(stage, state, count_of(states), mu, (more or [nu])[0])
-        ends = answer(format, "ends")(*row[:2]) if format else {}
-        found[name] = Moments(mu, nu, *quotient, ends)
+    for stage, state in [pair for pair in states if pair[0].has_moments][:1]:
+        for path, parts, _ in kept_leaves(state):
+            name = path_name(path)
+            tree, fields = {name: leaves[name]}, {field: {name: x} for field, x in parts.items()}
+            (format,) = formats = choose_formats(stage.moments, tree)
+            (row,) = kept_by_leaf(stage, state._replace(**fields), tree, formats)
+            mu, nu, *more = row if format is None else decode(format, row)
+            quotient = _quotient(stage, state, count_of(states), mu, (more or [nu])[0])
+            ends = answer(format, "ends")(*row[:2]) if format else {}
+            found[name] = Moments(mu, nu, *quotient, ends)
     return found
 
 
@@ -95,10 +86,9 @@ def _quotient(stage: Stage, state: Any, count: jax.Array, mu: Any, nu: Any) -> t
     count = jnp.maximum(count, 1)
     at = stage.scalars(count, state, {})[0][0]
     c1, c2 = (bias(Decay(b, jnp.log1p(jnp.negative(b.complement))), count) for b in (at.b1, at.b2))
-    is_largest = stage.formula is formulas.infinity_ratio  # nu is |g| + eps, not its square
-    root, factor, least = (
-        (nu, 1, 2 * at.eps) if is_largest else (jnp.sqrt(nu), jnp.sqrt(c2), at.eps)
-    )
+    root, factor, least = jnp.sqrt(nu), jnp.sqrt(c2), at.eps
+    if stage.formula is formulas.infinity_ratio:  # nu is |g| + eps, not its square
+        root, factor, least = nu, 1, 2 * at.eps
     return jnp.abs(mu) / jnp.where(root == 0, 1, root) * (factor / c1), root < least
 
 

@@ -55,7 +55,7 @@ def sharded(
     if inner is None or packed_chain_of(tx) is not None:
         raise ValueError(
             f"sharded: found {'a packed chain' if inner else summary(tx)}; expected another"
-            " transformation of adamfn's. Leave `packed` out: its long leaves are on one device. Put"
+            " transformation of adamfn's. Leave `packed` out: a long leaf is on one device. Put"
             " others around it: optax.MultiSteps(sharded(adamw(), shardings), 4)."
         )
     return _Sharded(inner, shardings, zero_axis).transformation
