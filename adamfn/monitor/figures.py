@@ -14,12 +14,12 @@ r"""The figures of one leaf, or of each layer of a stacked one: float32 scalars.
 | `lost` | share of nonzero updates that rounding a 16-bit weight loses: p + u = p |
 | `not_finite_gradient`, `..._moments`, `..._weight` | how many elements are NaN or infinite |
 
-`signal` is the square of the signal-to-noise ratio of Kingma and Ba (2015, section 2.1): 1 for a
-constant gradient, (1 - b1) / (1 + b1) = 0.05 for noise alone. For noise the effective step has a
-median of 0.15, and a share 1/2 + asin(sqrt(1 - b1^2)) / pi = 0.64 of the gradients agrees with mu,
-which has them in it. The CS231n notes watch update over weight (about 1e-3); LARS (You, Gitman and
-Ginsburg, 2017) keeps it constant. Quantiles are interpolated from the shares below 23 steps from
-2^-12 to 8, so no device sorts or sends elements. They are right to a tenth; below 2^-12 they are 0.
+`signal` is the square of Kingma and Ba's signal-to-noise ratio (2015, section 2.1): 1 for constant
+gradients, (1 - b1) / (1 + b1) = 0.05 for noise alone. Of noise, the effective step has a median of
+0.15, and 1/2 + asin(sqrt(1 - b1^2)) / pi = 0.64 agrees with mu, which has the gradient in it. The
+CS231n notes watch update over weight (about 1e-3); LARS (You, Gitman and Ginsburg, 2017) keeps it
+constant. Quantiles are interpolated from the shares below 23 steps from 2^-12 to 8, so no device
+sorts or sends elements. They are right to a tenth; below 2^-12 they are 0.
 """
 
 import math
@@ -45,16 +45,17 @@ _SMALLEST, _LARGEST = 1e-12, 1e12
 
 
 class Moments(NamedTuple):
-    """The decoded moments of a leaf, and what follows from them."""
+    """The decoded moments of a leaf, and what follows from them.
+
+    `ratio` is the corrected mu over the corrected root of nu, and `by_eps` is true where eps is
+    most of that root; None if the formula is not Adam's. `ends`: codes at an end of their levels.
+    """
 
     mu: jax.Array
     nu: jax.Array
     ratio: jax.Array | None
-    """The corrected mu over the corrected root of nu; None if the formula is not Adam's."""
     by_eps: jax.Array | None
-    """Where eps is most of the denominator; None likewise."""
     ends: dict[str, jax.Array]
-    """Where codes are at either end of their levels."""
 
 
 @partial(jax.jit, static_argnames="axis")  # leaves of one shape are traced once
@@ -82,8 +83,7 @@ def measure(
     def size(x: jax.Array) -> jax.Array:
         return jnp.sqrt(total(jnp.real(x * jnp.conj(x))) / number)
 
-    def size_of_scaled(x: jax.Array) -> jax.Array:
-        # Scaled by its largest, so that no square overflows or vanishes.
+    def size_of_scaled(x: jax.Array) -> jax.Array:  # no square overflows or vanishes
         largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
         scale = jnp.where(largest == 0, 1, largest)
         return (size(x / scale) * jnp.squeeze(scale, axes)).astype(jnp.float32)

@@ -28,17 +28,13 @@ class Observation:
     step: jax.Array
     """The number of the step, 1 at the first, int32; 0 if it was not looked at."""
     values: jax.Array
-    """All figures, float32. One array, because to return one more from a branch and to stack it in
-    a loop costs as much as to measure a small leaf."""
+    """All figures, float32: one array is cheaper to return from a branch and to stack in a loop."""
     places: tuple[tuple[str, str, int | None], ...] = field(metadata={"static": True})
     """For each figure the leaf's path, the figure's name, and the number of layers, if any."""
 
     @property
     def leaves(self) -> dict[str, Figures]:
-        """The figures by a leaf's path, then by name: scalars, or a vector with one for each layer.
-
-        The axes that `scan` or `vmap` put before these stay there.
-        """
+        """By a leaf's path and a figure's name, after the axes of `scan` or `vmap`; by layer last."""
         found, start = dict[str, Figures](), 0
         for path, name, layers in self.places:
             where = start if layers is None else slice(start, start + layers)
@@ -64,23 +60,21 @@ def observe(
     `adamfn.monitor.figures` defines them. Call it inside a jitted step, before `update` or `step`;
     `monitor.step` is both, and copies less. A look takes `tx.update` once more: the program of the
     training stays as it is. On a mesh it gathers no leaf; inside `jax.shard_map` each device
-    measures its shards.
-
-    The other arguments are those of `adamfn.step`. With flax's optimizer, the state is
-    `nnx.as_pure(optimizer.opt_state)`.
+    measures its shards. The arguments not listed are those of `adamfn.step`; with flax's optimizer,
+    the state is `nnx.as_pure(optimizer.opt_state)`.
 
     Args:
-      ours: if `tx` is optax's, the transformation of ours that is inside; if optax makes it, as
-        `optax.inject_hyperparams(adamfn.adam)` does, one made with the same arguments.
+      ours: the transformation of ours inside an optax wrapper; if optax makes it, as in
+        `optax.inject_hyperparams(adamfn.adam)`, one made with the same arguments.
       every: looks at the first step and at every n-th after it.
-      when: looks only where this bool, a scalar, is true: `optax.MultiSteps(tx, k)` moves nothing
-        before `state.mini_step == k - 1`.
+      when: a bool; False skips the look: `optax.MultiSteps(tx, k)` moves nothing before
+        `state.mini_step == k - 1`.
       layers: by the beginning of a path, the axis along which layers are stacked: `{"blocks": 0}`
-        measures each layer of the leaves under `blocks` by itself.
+        measures each layer of the leaves under `blocks`.
 
     Raises:
-      TypeError, ValueError: neither `tx` nor `ours` is ours; a state of another chain, trees that
-        do not match, layers along an axis that a leaf lacks; names the leaf.
+      TypeError, ValueError: neither `tx` nor `ours` is ours; a state of another chain; trees that
+        do not match; layers along an axis that a leaf lacks.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.adam(0.1)
@@ -96,9 +90,7 @@ def observe(
         raise TypeError(f"observe: when is {describe(when)}; expected True, False or bool[].")
     params = where_updated(params, grads)
     gs, ps = _by_path("grads", grads), _by_path("params", params)
-    matching_leaves(
-        "observe: params", params, "grads", grads, "Pass the parameters before the step."
-    )
+    matching_leaves("observe: params", params, "grads", grads, "Pass those before the step.")
     axes = _axes(gs, {} if layers is None else layers)
     name, ours = ("tx", tx) if ours is None else ("ours", ours)
     count = count_of(states_of(ours, state, name=name)[0])
@@ -127,7 +119,7 @@ def observe(
     def end_to_end() -> jax.Array:
         found = look()
         values = [_replicated(found[path][name]).reshape(-1) for path, name, _ in places]
-        return jnp.concatenate(values) if values else jnp.zeros(0)
+        return jnp.concatenate([jnp.zeros(0), *values])
 
     def result(number: Any, values: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Both branches vary over the mesh axes that a gradient varies over.
@@ -173,12 +165,8 @@ def step(
     # Always 0, which XLA does not know, so it keeps the two in order. It would remove an
     # optimization barrier before it decides which arrays to copy.
     nothing = jnp.where(seen.step < 0, 1, 0).astype(jnp.int32)
-
-    def ordered(x: Any) -> Any:
-        # A count, which the program of every leaf reads.
-        return x + nothing if jnp.shape(x) == () and jnp.result_type(x) == jnp.int32 else x
-
-    state = jax.tree.map(ordered, state)
+    # The program of every leaf reads the count.
+    state = jax.tree.map(lambda x: x + nothing if describe(x) == "int32[]" else x, state)
     moved = stepping.step(tx, grads, state, params, return_updates=return_updates, **extra)
     return *moved, seen
 
@@ -200,25 +188,18 @@ def _is_integer(x: Any) -> bool:
 
 def _axes(leaves: Mapping[str, Any], layers: Any) -> dict[str, int]:
     """The axis along which the layers of a leaf are stacked, by the paths of such leaves."""
-    if not isinstance(layers, Mapping) or not all(map(_is_integer, layers.values())):
-        raise TypeError(
-            f"observe: layers is {layers!r}; expected an axis for the beginning of each path, such"
-            " as {'blocks': 0}."
-        )
+    if not isinstance(layers, Mapping):
+        raise TypeError(f"observe: layers is {layers!r}; expected axes by paths: {{'blocks': 0}}.")
     axes: dict[str, int] = {}
     for start, axis in layers.items():
-        under = [path for path in leaves if f"{path}/".startswith(f"{start}/")]
-        if not under:
+        under = {path: x for path, x in leaves.items() if f"{path}/".startswith(f"{start}/")}
+        if not under or not all(
+            _is_integer(axis) and -x.ndim <= axis < x.ndim for x in under.values()
+        ):
+            among = ", ".join(f"{path} {describe(x)}" for path, x in (under or leaves).items())
             raise ValueError(
-                f"observe: layers has {start!r}, where no leaf is; expected the beginning of a"
-                f" path: {', '.join(leaves)}."
+                f"observe: layers has {start!r}: {axis!r}; expected the beginning of a path, and an"
+                f" axis of all leaves under it: {among}."
             )
-        for path in under:
-            rank = leaves[path].ndim
-            if axis not in range(-rank, rank):
-                raise ValueError(
-                    f"observe: layers has the axis {axis} for {path}, which is"
-                    f" {describe(leaves[path])}; expected one from {-rank} to {rank - 1}."
-                )
-            axes[path] = axis % rank
+        axes |= {path: axis % x.ndim for path, x in under.items()}
     return axes

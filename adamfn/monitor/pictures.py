@@ -35,9 +35,8 @@ def report(seen: Any, rows: int | None = None) -> Any:
     wrong, (step, layers) = faults(seen), last_look(seen)
     words = {fault.layer: fault.word for fault in wrong}
     found = f"{len(wrong)} of {len(layers)} layers" if wrong else "nothing is wrong"
-    table = Table(
-        title=f"step {step}: {found}", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0)
-    )
+    table = Table(title=f"step {step}: {found}", box=box.SIMPLE, pad_edge=False)
+    table.padding = (0, 1, 0, 0)
     table.add_column("layer", no_wrap=True)
     table.add_column("what is wrong", style="bold red", no_wrap=True)
     columns = [name for name in COLUMNS if any(name in own for own in layers.values())]
@@ -52,14 +51,9 @@ def report(seen: Any, rows: int | None = None) -> Any:
 def picture(seen: Any, losses: Sequence[float] | None = None, figure: str = "gradient") -> Any:
     """Draws a run: layers against steps in colours of a figure, with the loss above.
 
-    Args:
-      seen: as in `looks`, and so are errors.
-      losses: the loss of every training step, from the first.
-      figure: one of `adamfn.monitor.figures`. Red is not finite; grey is missing, or zero on a
-        logarithmic scale.
-
-    Returns:
-      A `matplotlib.figure.Figure`, for `.savefig(path)`.
+    `seen` and errors are as in `looks`; `losses` is the loss of every training step, from the
+    first; `figure` is one of `adamfn.monitor.figures`. Red is not finite; grey is missing, or zero
+    on a logarithmic scale. Returns a `matplotlib.figure.Figure`, for `.savefig(path)`.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx, params = adamfn.adam(0.1), {"w": jnp.ones(3)}
@@ -72,14 +66,14 @@ def picture(seen: Any, losses: Sequence[float] | None = None, figure: str = "gra
     from matplotlib.ticker import MaxNLocator
 
     last, found = last_look(seen)[1], looks(seen)
-    if not any(figure in own for own in last.values()):
-        known = dict.fromkeys(name for own in last.values() for name in own)
+    known = dict.fromkeys(name for own in last.values() for name in own)
+    if figure not in known:
         wanted = f"one of {', '.join(known)}" if known else "layers, of which there are none"
         raise ValueError(f"picture: found no figure {figure!r}; expected {wanted}.")
     curve = np.zeros(0) if losses is None else np.asarray(losses)
     if curve.ndim != 1 or curve.dtype.kind not in "fiu":
         raise TypeError(
-            f"picture: losses is {describe(losses)}; expected a loss for every training step."
+            f"picture: losses is {describe(losses)}; expected the loss of every training step."
             " Which figure is drawn is figure=."
         )
     values = np.array([[own[layer].get(figure, -1.0) for _, own in found] for layer in last])

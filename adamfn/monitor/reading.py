@@ -24,13 +24,11 @@ FIGURES = {
     "decided by eps": "by_eps",
     "codes at their limit": "lowest",
 }
-"""The figures that these words of `faults` are about."""
-
 WORDS = ("not finite", "exploding", "dead", "frozen", *FIGURES)
 """The words of `faults`, the worst first. Not finite: a NaN or an infinity, worst in a weight, then
 in moments. Exploding: a gradient over a thousand times the median of the other layers'. Dead: a
-gradient of zeros. Frozen: a gradient, a rate, and an update of zeros. Stalled by rounding, decided
-by eps, codes at their limit: more than half of the layer, by `lost`, `by_eps` and `lowest`."""
+gradient of zeros. Frozen: a gradient, a rate, and an update of zeros. The others: more than half of
+the layer, by the figures `lost`, `by_eps` and `lowest`."""
 
 
 class Fault(NamedTuple):
@@ -53,14 +51,12 @@ def looks(seen: Any) -> list[tuple[int, dict[str, Layer]]]:
     """
     if isinstance(seen, list):
         return [look for part in cast("list[Any]", seen) for look in looks(part)]
-    if not isinstance(seen, Observation):
+    if not isinstance(seen, Observation) or isinstance(seen.step, Tracer):
+        traced = "an Observation that is being traced"
         raise TypeError(
-            f"monitor: found {describe(seen)}; expected what `observe` returned, or a list of it."
-        )
-    if isinstance(seen.step, Tracer):
-        raise TypeError(
-            "monitor: found an Observation that is being traced; expected one with numbers. Return"
-            " it from the jitted function, and read it outside."
+            f"monitor: found {traced if isinstance(seen, Observation) else describe(seen)}; expected"
+            " what `observe` returned, or a list of it. Return it from the jitted function, and"
+            " read it outside."
         )
     seen = jax.device_get(seen)
     found: list[tuple[int, dict[str, Layer]]] = []
@@ -80,8 +76,8 @@ def last_look(seen: Any) -> tuple[int, dict[str, Layer]]:
     found = looks(seen)
     if not found:
         raise ValueError(
-            "monitor: found no step that was looked at; expected one. With every=n that is the"
-            " first, and each n-th after it: keep what `observe` returned then."
+            "monitor: found no step that was looked at; expected one. With every=n these are the"
+            " first and each n-th after it."
         )
     return found[-1]
 

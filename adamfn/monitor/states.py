@@ -34,16 +34,15 @@ def states_of(
     if chain is None or not chain.stages:
         raise TypeError(
             f"observe: {name} is {summary(tx)}; expected a transformation of adamfn's, such as"
-            " adamw(). Inside optax's wrappers, ours= is the one that is wrapped, or one made as it"
-            " was."
+            " adamw(). Inside optax's wrappers, pass the one that is wrapped as ours=."
         )
     nodes = jax.tree.leaves(state, is_leaf=lambda node: _paired(tx, node) is not None)
     nodes = [node for node in nodes if _paired(tx, node) is not None]
     if not nodes:
         raise ValueError(
             f"observe: found no state of {', '.join(stage.name for stage in chain.stages)} in"
-            f" {describe(state)}; expected the state that `update` returned. It belongs to another"
-            " chain, or was restored into other containers: restore into tx.init(params)."
+            f" {describe(state)}; expected the state that `update` returned for this chain, or one"
+            " that was restored into tx.init(params)."
         )
     return [_paired(tx, node, leaves) or [] for node in nodes]
 
