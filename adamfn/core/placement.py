@@ -47,8 +47,7 @@ def place(
 ) -> tuple[dict[Path, Placed], Mesh | AbstractMesh]:
     """Where each parameter is, by its path, and the mesh that all are on.
 
-    Arguments and errors are those of `state_shardings`; messages begin with the caller's name.
-    Unless `all_used`, shardings may stand where no parameter is.
+    Arguments and errors are those of `state_shardings`. Not `all_used`: shardings may have more.
     """
     given: dict[Path, Any] = dict(jax.tree.leaves_with_path(shardings))
     leaves: list[tuple[Path, Any]] = jax.tree.leaves_with_path(params, is_leaf=lambda x: x is None)
@@ -71,15 +70,11 @@ def place(
         )
     first: Any = next(iter(given.values()))
     for path, sharding in given.items():
-        if not isinstance(sharding, NamedSharding):
-            raise TypeError(
+        is_named = isinstance(sharding, NamedSharding)
+        if not is_named or sharding.mesh != first.mesh:
+            raise (ValueError if is_named else TypeError)(
                 f"{caller}: the sharding at {_name(path)} is {sharding!r}; expected a"
-                " jax.sharding.NamedSharding, which knows its mesh."
-            )
-        if sharding.mesh != first.mesh:
-            raise ValueError(
-                f"{caller}: the sharding at {_name(path)} is on {sharding.mesh}, and the first on"
-                f" {first.mesh}; expected one mesh for all of them."
+                " jax.sharding.NamedSharding, on one mesh for all of them."
             )
     mesh: Mesh | AbstractMesh = first.mesh
     sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())

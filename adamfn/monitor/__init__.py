@@ -4,8 +4,7 @@
 """
 
 from adamfn.monitor.observing import Observation, observe, step
-from adamfn.monitor.pictures import picture, report
-from adamfn.monitor.reading import WORDS, Fault, faults, flat, looks
+from adamfn.monitor.reading import WORDS, Fault, faults, flat, looks, picture, report
 
 __all__ = [
     "WORDS",

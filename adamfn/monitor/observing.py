@@ -34,7 +34,7 @@ class Observation:
 
     @property
     def leaves(self) -> dict[str, Figures]:
-        """By a leaf's path and a figure's name, after the axes of `scan` or `vmap`; by layer last."""
+        """By a leaf's path, then by a figure's name; by layer along the last axis, if stacked."""
         found, start = dict[str, Figures](), 0
         for path, name, layers in self.places:
             where = start if layers is None else slice(start, start + layers)
@@ -84,7 +84,7 @@ def observe(
     weight 3.00, update 0.10, signal 1.00
     """
     stepping.check_extra(tx, extra, "observe")
-    if not _is_integer(every) or every < 1:
+    if not isinstance(every, int | np.integer) or every is True or every < 1:
         raise ValueError(f"observe: every is {every!r}; expected a number of steps, at least 1.")
     if not isinstance(when, bool) and describe(when) != "bool[]":
         raise TypeError(f"observe: when is {describe(when)}; expected True, False or bool[].")
@@ -95,7 +95,7 @@ def observe(
     name, ours = ("tx", tx) if ours is None else ("ours", ours)
     count = count_of(states_of(ours, state, name=name)[0])
 
-    def look() -> dict[str, Figures]:
+    def look() -> dict[tuple[str, str], jax.Array]:
         updates, after = tx.update(grads, state, params, **extra)
         us, weights = _by_path("updates", updates), ps
         if rounding_states(after):  # measure the weights that bfloat16 and corrections stand for
@@ -103,23 +103,25 @@ def observe(
             weights = _by_path("params", whole_weights(params, state))
             us = {path: w - weights[path] for path, w in _by_path("params", moved).items()}
         chains = [(moments_of(own, gs), rate_of(own, after)) for own in states_of(ours, after, gs)]
-        found: dict[str, Figures] = {}
+        found: dict[tuple[str, str], jax.Array] = {}
         for path, g in gs.items():
             moments, rate = next((own for own in chains if path in own[0]), chains[0])
             u = us.get(path, jnp.zeros_like(g))  # None moves nothing
-            found[path] = measure(g, u, weights[path], moments.get(path), rate, axes.get(path))
+            figures = measure(g, u, weights[path], moments.get(path), rate, axes.get(path))
+            found |= {(path, name): x for name, x in figures.items()}
         return found
 
-    places = tuple(
-        (path, name, x.shape[0] if x.shape else None)
-        for path, figures in jax.eval_shape(look).items()
-        for name, x in figures.items()
-    )
+    shapes = jax.eval_shape(look)
+    places = tuple((*place, x.shape[0] if x.shape else None) for place, x in shapes.items())
 
     def end_to_end() -> jax.Array:
         found = look()
-        values = [_replicated(found[path][name]).reshape(-1) for path, name, _ in places]
-        return jnp.concatenate([jnp.zeros(0), *values])
+        # Explicit axes of a mesh may split the figures of layers.
+        values = [
+            jax.sharding.reshard(x, jax.P()) if any(jax.typeof(x).sharding.spec) else x
+            for x in map(found.__getitem__, shapes)
+        ]
+        return jnp.concatenate([jnp.zeros(0), *map(jnp.atleast_1d, values)])
 
     def result(number: Any, values: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Both branches vary over the mesh axes that a gradient varies over.
@@ -171,19 +173,10 @@ def step(
     return *moved, seen
 
 
-def _replicated(x: jax.Array) -> jax.Array:
-    """The figures of layers that explicit axes of a mesh split, on every device."""
-    return jax.sharding.reshard(x, jax.P()) if any(jax.typeof(x).sharding.spec) else x
-
-
 def _by_path(name: str, tree: PyTree) -> dict[str, Any]:
     check_inexact(tree, f"observe: {name}")
     leaves = leaves_by_path(tree)
     return {path: as_array(leaf) for path, leaf in leaves.items() if leaf is not None}
-
-
-def _is_integer(x: Any) -> bool:
-    return isinstance(x, int | np.integer) and not isinstance(x, bool)
 
 
 def _axes(leaves: Mapping[str, Any], layers: Any) -> dict[str, int]:
@@ -193,9 +186,7 @@ def _axes(leaves: Mapping[str, Any], layers: Any) -> dict[str, int]:
     axes: dict[str, int] = {}
     for start, axis in layers.items():
         under = {path: x for path, x in leaves.items() if f"{path}/".startswith(f"{start}/")}
-        if not under or not all(
-            _is_integer(axis) and -x.ndim <= axis < x.ndim for x in under.values()
-        ):
+        if not under or not all(axis in range(-x.ndim, x.ndim) for x in under.values()):
             among = ", ".join(f"{path} {describe(x)}" for path, x in (under or leaves).items())
             raise ValueError(
                 f"observe: layers has {start!r}: {axis!r}; expected the beginning of a path, and an"

@@ -1,5 +1,9 @@
-"""Observations on the host: which steps were looked at, and what is wrong with each layer."""
+"""Observations on the host: which steps were looked at, what is wrong, a table and a picture.
 
+rich and matplotlib are imported where they are used.
+"""
+
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -13,8 +17,8 @@ Layer = dict[str, float]
 """The figures of one layer."""
 
 EXPLODING = 1000.0
-"""Times the median of the other layers' gradients. A layer so far above a thousand others has 99.9%
-of the squared global norm, so clipping by that norm leaves the others nothing."""
+"""Times the median of the other layers' gradients. One such layer among a thousand has 99.9% of the
+squared global norm, so clipping by that norm leaves the others nothing."""
 
 MOST = 0.5
 """Fraction of a layer above which a condition counts as affecting all of it."""
@@ -30,16 +34,20 @@ in moments. Exploding: a gradient over a thousand times the median of the other 
 gradient of zeros. Frozen: a gradient, a rate, and an update of zeros. The others: more than half of
 the layer, by the figures `lost`, `by_eps` and `lowest`."""
 
+COLUMNS = ("gradient", "update_over_weight", "step_50", "signal", "by_eps", "lost")
+"""The figures in the table."""
+
+_SIZES = ("gradient", "update", "weight", "update_over_weight", "rate")
+"""Figures that span many powers of ten."""
+
 
 class Fault(NamedTuple):
-    """What is wrong with a layer."""
+    """What is wrong with a layer: one of `WORDS`. A larger degree is worse within one word."""
 
     layer: str
     """Its path, with an index if layers are stacked: `blocks/qkv[2]`."""
     word: str
-    """One of `WORDS`."""
     degree: float
-    """How bad it is: larger is worse among the faults of one word."""
 
 
 def looks(seen: Any) -> list[tuple[int, dict[str, Layer]]]:
@@ -51,12 +59,12 @@ def looks(seen: Any) -> list[tuple[int, dict[str, Layer]]]:
     """
     if isinstance(seen, list):
         return [look for part in cast("list[Any]", seen) for look in looks(part)]
-    if not isinstance(seen, Observation) or isinstance(seen.step, Tracer):
-        traced = "an Observation that is being traced"
+    traced = isinstance(seen, Observation) and isinstance(seen.step, Tracer)
+    if traced or not isinstance(seen, Observation):
         raise TypeError(
-            f"monitor: found {traced if isinstance(seen, Observation) else describe(seen)}; expected"
-            " what `observe` returned, or a list of it. Return it from the jitted function, and"
-            " read it outside."
+            f"monitor: found {'a traced Observation' if traced else describe(seen)}; expected what"
+            " `observe` returned, or a list of it. Return it from the jitted function, and read it"
+            " outside."
         )
     seen = jax.device_get(seen)
     found: list[tuple[int, dict[str, Layer]]] = []
@@ -134,3 +142,90 @@ def _worst(own: Layer, median: float) -> tuple[str, float]:
         return "frozen", own["gradient"]
     degrees = ((word, own.get(figure, 0.0)) for word, figure in FIGURES.items())
     return next((found for found in degrees if found[1] > MOST), ("", 0.0))
+
+
+def report(seen: Any, rows: int | None = None) -> Any:
+    """Makes a `rich.table.Table` of the last look: the worst layers first, with what is wrong.
+
+    `seen` and errors are as in `looks`; `rows` is how many layers to show, None for all. Show it
+    with `rich.print` or `rich.live.Live`.
+
+    >>> import adamfn, jax.numpy as jnp
+    >>> tx, params = adamfn.adam(0.1), {"w": jnp.ones(3)}
+    >>> seen = adamfn.monitor.observe(tx, params, tx.init(params), params)
+    >>> print(adamfn.monitor.report(seen).title)
+    step 1: nothing is wrong
+    """
+    if rows is not None and (not isinstance(rows, int) or rows < 0):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"report: rows is {rows!r}; expected how many layers, or None for all.")
+    from rich import box
+    from rich.table import Table
+
+    wrong, (step, layers) = faults(seen), last_look(seen)
+    words = {fault.layer: fault.word for fault in wrong}
+    found = f"{len(wrong)} of {len(layers)} layers" if wrong else "nothing is wrong"
+    table = Table(title=f"step {step}: {found}", box=box.SIMPLE, pad_edge=False)
+    table.padding = (0, 1, 0, 0)
+    table.add_column("layer", no_wrap=True)
+    table.add_column("what is wrong", style="bold red", no_wrap=True)
+    columns = [name for name in COLUMNS if any(name in own for own in layers.values())]
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="right")
+    for layer in [*words, *(name for name in layers if name not in words)][:rows]:
+        cells = [f"{layers[layer][c]:.2g}" if c in layers[layer] else "" for c in columns]
+        table.add_row(layer, words.get(layer, ""), *cells)
+    return table
+
+
+def picture(seen: Any, losses: Sequence[float] | None = None, figure: str = "gradient") -> Any:
+    """Draws a run: layers against steps in colours of a figure, with the loss above.
+
+    `seen` and errors are as in `looks`; `losses` is the loss of every training step, from the
+    first; `figure` is one of `adamfn.monitor.figures`. Red is not finite; grey is missing, or zero
+    on a logarithmic scale. Returns a `matplotlib.figure.Figure`, for `.savefig(path)`.
+
+    >>> import adamfn, jax.numpy as jnp
+    >>> tx, params = adamfn.adam(0.1), {"w": jnp.ones(3)}
+    >>> seen = [adamfn.monitor.observe(tx, params, tx.init(params), params)]
+    >>> drawn = adamfn.monitor.picture(seen, losses=[1.0], figure="signal")
+    """
+    import matplotlib as mpl
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    last, found = last_look(seen)[1], looks(seen)
+    known = dict.fromkeys(name for own in last.values() for name in own)
+    if figure not in known:
+        wanted = f"one of {', '.join(known)}" if known else "layers, of which there are none"
+        raise ValueError(f"picture: found no figure {figure!r}; expected {wanted}.")
+    curve = np.zeros(0) if losses is None else np.asarray(losses)
+    if curve.ndim != 1 or curve.dtype.kind not in "fiu":
+        raise TypeError(
+            f"picture: losses is {describe(losses)}; expected the loss of every training step."
+            " Which figure is drawn is figure=."
+        )
+    values = np.array([[own[layer].get(figure, -1.0) for _, own in found] for layer in last])
+    log, finite = figure in _SIZES, np.isfinite(values)
+    shown = values[finite & ((values > 0) if log else (values >= 0))]
+    ends = (shown.min(), shown.max()) if shown.size else (1.0, 1.0)
+    top = ends[1] if log else max(1.0, ends[1])
+    norm = LogNorm(ends[0], top) if log else Normalize(0, top)
+    colours = mpl.colormaps["viridis"].with_extremes(over="red", under="0.85", bad="0.85")
+    steps = [step for step, _ in found]
+    edges = [*steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)]
+    rows = np.arange(len(last) + 1)
+
+    height = 0.22 * len(last) + 0.5
+    drawn = Figure(figsize=(8, height + 1.5), layout="constrained")
+    above, below = drawn.subplots(2, 1, sharex=True, height_ratios=(1.5, height))
+    above.plot(range(1, len(curve) + 1), curve, color="black", linewidth=0.8)
+    above.set_ylabel("loss")
+    values = np.where(finite, np.where(log & (values == 0), -1.0, values), 10 * top)
+    mesh = below.pcolormesh(edges, rows, values, norm=norm, cmap=colours)
+    below.set_yticks(rows[:-1] + 0.5, list(last), fontsize=7)
+    below.invert_yaxis()
+    below.set_xlabel("step")
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    drawn.colorbar(mesh, ax=below, label=figure.replace("_", " "))
+    return drawn
