@@ -45,10 +45,7 @@ def size(names: Sequence[str], mesh: Mesh | AbstractMesh) -> int:
 def place(
     caller: str, params: PyTree, shardings: PyTree, zero_axis: str | None, *, all_used: bool = True
 ) -> tuple[dict[Path, Placed], Mesh | AbstractMesh]:
-    """Where each parameter is, by its path, and the mesh that all are on.
-
-    Arguments and errors are those of `state_shardings`. Not `all_used`: shardings may have more.
-    """
+    """Where each parameter is, by its path, and their mesh; otherwise as `state_shardings`."""
     given: dict[Path, Any] = dict(jax.tree.leaves_with_path(shardings))
     leaves: list[tuple[Path, Any]] = jax.tree.leaves_with_path(params, is_leaf=lambda x: x is None)
     heads = {

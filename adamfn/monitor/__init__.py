@@ -6,15 +6,5 @@
 from adamfn.monitor.observing import Observation, observe, step
 from adamfn.monitor.reading import WORDS, Fault, faults, flat, looks, picture, report
 
-__all__ = [
-    "WORDS",
-    "Fault",
-    "Observation",
-    "faults",
-    "flat",
-    "looks",
-    "observe",
-    "picture",
-    "report",
-    "step",
-]
+__all__ = ["WORDS", "Fault", "Observation", "faults", "flat", "looks"]
+__all__ += ["observe", "picture", "report", "step"]

@@ -40,22 +40,15 @@ _QUANTILES = {"step_10": 0.1, "step_50": 0.5, "step_90": 0.9}
 _EDGES = np.exp2(np.array([*range(-12, -4), *np.arange(-4, 3.5, 0.5)], np.float32))
 """The steps below which elements are counted."""
 
-_SMALLEST, _LARGEST = 1e-12, 1e12
-"""Between these root mean squares no square overflows, and no square that matters vanishes."""
-
 
 class Moments(NamedTuple):
-    """The decoded moments of a leaf, and what follows from them.
-
-    `ratio` is the corrected mu over the corrected root of nu, and `by_eps` is true where eps is
-    most of that root; None if the formula is not Adam's. `ends`: codes at an end of their levels.
-    """
+    """The decoded moments of a leaf, and what follows from them."""
 
     mu: jax.Array
     nu: jax.Array
-    ratio: jax.Array | None
-    by_eps: jax.Array | None
-    ends: dict[str, jax.Array]
+    ratio: jax.Array | None  # corrected mu over corrected root of nu; None if it is not Adam's
+    by_eps: jax.Array | None  # where eps is most of the divisor
+    ends: dict[str, jax.Array]  # where codes are at an end of their levels
 
 
 @partial(jax.jit, static_argnames="axis")  # leaves of one shape are traced once
@@ -83,7 +76,7 @@ def measure(
     def size(x: jax.Array) -> jax.Array:
         return jnp.sqrt(total(jnp.real(x * jnp.conj(x))) / number)
 
-    def size_of_scaled(x: jax.Array) -> jax.Array:  # no square overflows or vanishes
+    def size_of_scaled(x: jax.Array) -> jax.Array:
         largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
         scale = jnp.where(largest == 0, 1, largest)
         return (size(x / scale) * jnp.squeeze(scale, axes)).astype(jnp.float32)
@@ -96,7 +89,7 @@ def measure(
     if moments is not None:
         parts["moments"] = (moments.mu, moments.nu)
     sizes = [size(x) for x in (g, u, p)]
-    usual = [(x > _SMALLEST) & (x < _LARGEST) for x in sizes]
+    usual = [(x > 1e-12) & (x < 1e12) for x in sizes]  # no square overflows or vanishes
     usual += [total(jnp.abs(x - x)) == 0 for x in parts.get("moments", ())]  # else NaN
     # Most leaves are finite and of a usual size: they are read once, and not three times.
     gradient, moved, weight, *counts = jax.lax.cond(

@@ -1,6 +1,6 @@
 """`observe` measures every leaf at a training step; `step` observes a step and takes it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,7 +84,7 @@ def observe(
     weight 3.00, update 0.10, signal 1.00
     """
     stepping.check_extra(tx, extra, "observe")
-    if not isinstance(every, int | np.integer) or every is True or every < 1:
+    if not np.issubdtype(type(every), np.integer) or every < 1:
         raise ValueError(f"observe: every is {every!r}; expected a number of steps, at least 1.")
     if not isinstance(when, bool) and describe(when) != "bool[]":
         raise TypeError(f"observe: when is {describe(when)}; expected True, False or bool[].")
@@ -109,29 +109,25 @@ def observe(
             u = us.get(path, jnp.zeros_like(g))  # None moves nothing
             figures = measure(g, u, weights[path], moments.get(path), rate, axes.get(path))
             found |= {(path, name): x for name, x in figures.items()}
-        return found
+        return dict(sorted(found.items()))  # as eval_shape returns it
 
     shapes = jax.eval_shape(look)
     places = tuple((*place, x.shape[0] if x.shape else None) for place, x in shapes.items())
 
-    def end_to_end() -> jax.Array:
-        found = look()
-        # Explicit axes of a mesh may split the figures of layers.
-        values = [
+    def result(number: Any, figures: Iterable[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        figures = [  # explicit axes of a mesh may split those of layers
             jax.sharding.reshard(x, jax.P()) if any(jax.typeof(x).sharding.spec) else x
-            for x in map(found.__getitem__, shapes)
+            for x in figures
         ]
-        return jnp.concatenate([jnp.zeros(0), *map(jnp.atleast_1d, values)])
-
-    def result(number: Any, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values = jnp.concatenate([jnp.zeros(0), *map(jnp.atleast_1d, figures)])
         # Both branches vary over the mesh axes that a gradient varies over.
         return jnp.asarray(number, jnp.int32), vary_together([values, *gs.values()])[0]
 
     # The condition is never a constant: XLA would merge this update with the step's.
     number, values = jax.lax.cond(
         (count % min(every, 2**31 - 1) == 0) & (count >= 0) & jnp.asarray(when, bool),
-        lambda: result(increment(count), end_to_end()),
-        lambda: result(0, jnp.zeros(sum(layers or 1 for *_, layers in places))),
+        lambda: result(increment(count), look().values()),
+        lambda: result(0, [jnp.zeros(x.shape) for x in shapes.values()]),
     )
     return Observation(number, values, places)
 

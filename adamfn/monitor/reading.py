@@ -20,9 +20,6 @@ EXPLODING = 1000.0
 """Times the median of the other layers' gradients. One such layer among a thousand has 99.9% of the
 squared global norm, so clipping by that norm leaves the others nothing."""
 
-MOST = 0.5
-"""Fraction of a layer above which a condition counts as affecting all of it."""
-
 FIGURES = {
     "stalled by rounding": "lost",
     "decided by eps": "by_eps",
@@ -107,13 +104,10 @@ def flat(seen: Any) -> dict[str, float]:
 
 
 def faults(seen: Any) -> list[Fault]:
-    """Returns what is wrong at the last of `looks`, the worst first.
-
-    A layer has one `Fault` at most: the first of `WORDS` that holds.
+    """Returns what is wrong at the last of `looks`, the worst first, and once for a layer.
 
     >>> import adamfn, jax.numpy as jnp
-    >>> tx = adamfn.adam(0.1, eps=1e-3)
-    >>> params = {"w": jnp.ones(2), "v": jnp.ones(2)}
+    >>> tx, params = adamfn.adam(0.1, eps=1e-3), {"w": jnp.ones(2), "v": jnp.ones(2)}
     >>> grads = {"w": jnp.full(2, 1e-6), "v": jnp.zeros(2)}
     >>> seen = adamfn.monitor.observe(tx, grads, tx.init(params), params)
     >>> [(fault.layer, fault.word) for fault in adamfn.monitor.faults(seen)]
@@ -141,7 +135,7 @@ def _worst(own: Layer, median: float) -> tuple[str, float]:
     if own["still"] == 1 and own.get("rate", 1.0) > 0:
         return "frozen", own["gradient"]
     degrees = ((word, own.get(figure, 0.0)) for word, figure in FIGURES.items())
-    return next((found for found in degrees if found[1] > MOST), ("", 0.0))
+    return next((found for found in degrees if found[1] > 0.5), ("", 0.0))
 
 
 def report(seen: Any, rows: int | None = None) -> Any:
@@ -189,10 +183,8 @@ def picture(seen: Any, losses: Sequence[float] | None = None, figure: str = "gra
     >>> seen = [adamfn.monitor.observe(tx, params, tx.init(params), params)]
     >>> drawn = adamfn.monitor.picture(seen, losses=[1.0], figure="signal")
     """
-    import matplotlib as mpl
-    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib import colormaps, colors, ticker
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     last, found = last_look(seen)[1], looks(seen)
     known = dict.fromkeys(name for own in last.values() for name in own)
@@ -206,12 +198,12 @@ def picture(seen: Any, losses: Sequence[float] | None = None, figure: str = "gra
             " Which figure is drawn is figure=."
         )
     values = np.array([[own[layer].get(figure, -1.0) for _, own in found] for layer in last])
-    log, finite = figure in _SIZES, np.isfinite(values)
-    shown = values[finite & ((values > 0) if log else (values >= 0))]
-    ends = (shown.min(), shown.max()) if shown.size else (1.0, 1.0)
-    top = ends[1] if log else max(1.0, ends[1])
-    norm = LogNorm(ends[0], top) if log else Normalize(0, top)
-    colours = mpl.colormaps["viridis"].with_extremes(over="red", under="0.85", bad="0.85")
+    finite = np.isfinite(values)
+    shown = values[finite & (values > 0)]
+    low, top = (shown.min(), shown.max()) if shown.size else (1.0, 1.0)
+    norm = colors.LogNorm(low, top) if figure in _SIZES else colors.Normalize(0, max(1.0, top))
+    values = np.where(finite, values, 10 * float(norm.vmax or 1))
+    colours = colormaps["viridis"].with_extremes(over="red", under="0.85", bad="0.85")
     steps = [step for step, _ in found]
     edges = [*steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)]
     rows = np.arange(len(last) + 1)
@@ -221,11 +213,10 @@ def picture(seen: Any, losses: Sequence[float] | None = None, figure: str = "gra
     above, below = drawn.subplots(2, 1, sharex=True, height_ratios=(1.5, height))
     above.plot(range(1, len(curve) + 1), curve, color="black", linewidth=0.8)
     above.set_ylabel("loss")
-    values = np.where(finite, np.where(log & (values == 0), -1.0, values), 10 * top)
     mesh = below.pcolormesh(edges, rows, values, norm=norm, cmap=colours)
     below.set_yticks(rows[:-1] + 0.5, list(last), fontsize=7)
     below.invert_yaxis()
     below.set_xlabel("step")
-    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    below.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     drawn.colorbar(mesh, ax=below, label=figure.replace("_", " "))
     return drawn

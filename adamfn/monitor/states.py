@@ -26,10 +26,7 @@ States: TypeAlias = list[tuple[Stage, Any]]
 def states_of(
     tx: Any, state: PyTree, leaves: Mapping[str, Any] | None = None, name: str = "tx"
 ) -> list[States]:
-    """The states of a chain: its state itself, or all that optax's wrappers hold, in their order.
-
-    Packed states are unpacked where gradients are given by their paths. Messages say `name`.
-    """
+    """The states of a chain inside any state, in their order; unpacked if leaves are given."""
     chain = chain_of(tx)
     if chain is None or not chain.stages:
         raise TypeError(

@@ -54,7 +54,7 @@ def state_shardings(
     >>> mesh = jax.make_mesh((1, 1), ("data", "model"))
     >>> params = {"w": jax.ShapeDtypeStruct((512, 1024), jnp.float32)}
     >>> specs = {"w": jax.NamedSharding(mesh, jax.P(None, "model"))}
-    >>> tx = adamfn.adamw(1e-3, moments="8bit")
+    >>> tx = adamfn.adamw(moments="8bit")
     >>> where = adamfn.sharding.state_shardings(tx, params, specs, zero_axis="data")
     >>> print(tuple(where[0].mu["w"].spec), tuple(where[0].count.spec))
     ('data', 'model') ()
@@ -98,11 +98,7 @@ def lay_out(
 
 
 def _owners(arrays: Mapping[Path, Any], placed: Mapping[Path, Placed]) -> dict[Path, Path]:
-    """The parameter that each array of a state belongs to, for those that belong to one.
-
-    Its path ends the array's, or that of the moments whose scales the array holds; both have one
-    rank.
-    """
+    """The parameter whose path ends an array's, or that of the moments that its scales are of."""
     moments: dict[tuple[Path, Any], Path] = {
         (path[:k], scales_key(path[k + 1 :])): path
         for path in arrays

@@ -21,9 +21,8 @@ def sharded(
 
     XLA cannot partition native code and kernels. So the fused program of each leaf runs inside
     `jax.shard_map`, on a device's part of moments, gradient and parameter; XLA then gathers the
-    results where the parameter belongs. The codes are those of one device: random bits are made
-    from an element's index in the whole leaf. Without `sharded` this happens where all axes of the
-    mesh are explicit.
+    results where the parameter belongs. The codes are those of one device. Without `sharded` this
+    happens where all axes of the mesh are explicit.
 
     `clip_by_global_norm` takes the norm of the global gradients. XLA partitions formulas that need
     a statistic of their leaf (`clip_updates`, `cautious_updates`, `lazy_adam`), and all programs of
@@ -42,8 +41,7 @@ def sharded(
     >>> import adamfn, jax, jax.numpy as jnp
     >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     >>> everywhere = jax.NamedSharding(mesh, jax.P())
-    >>> tx = adamfn.adamw(1e-3, moments="8bit")
-    >>> tx = adamfn.sharding.sharded(tx, everywhere, zero_axis="data")
+    >>> tx = adamfn.sharding.sharded(adamfn.adamw(moments="8bit"), everywhere, zero_axis="data")
     >>> params = jax.device_put({"w": jnp.ones((512, 1024))}, everywhere)
     >>> state = tx.init(params)
     >>> print(tuple(state[0].mu["w"].sharding.spec))
