@@ -24,17 +24,18 @@ sorts or sends elements. They are right to a tenth; below 2^-12 they are 0.
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from adamfn.chains.transform import wide_sum
 from adamfn.core.varying import vary_together
 from adamfn.trees import wide_dtype
 
-Figures = dict[str, jax.Array]
+Figures = dict[str, Array]
 
 _QUANTILES = {"step_10": 0.1, "step_50": 0.5, "step_90": 0.9}
 _EDGES = np.exp2(np.array([*range(-12, -4), *np.arange(-4, 3.5, 0.5)], np.float32))
@@ -44,48 +45,43 @@ _EDGES = np.exp2(np.array([*range(-12, -4), *np.arange(-4, 3.5, 0.5)], np.float3
 class Moments(NamedTuple):
     """The decoded moments of a leaf, and what follows from them."""
 
-    mu: jax.Array
-    nu: jax.Array
-    ratio: jax.Array | None  # corrected mu over corrected root of nu; None if it is not Adam's
-    by_eps: jax.Array | None  # where eps is most of the divisor
-    ends: dict[str, jax.Array]  # where codes are at an end of their levels
+    mu: Array
+    nu: Array
+    ratio: Array | None  # corrected mu over corrected root of nu; None if it is not Adam's
+    by_eps: Array | None  # where eps is most of the divisor
+    ends: dict[str, Array]  # where codes are at an end of their levels
 
 
 @partial(jax.jit, static_argnames="axis")  # leaves of one shape are traced once
 def measure(
-    grad: jax.Array,
-    update: jax.Array,
-    param: jax.Array,
-    moments: Moments | None,
-    rate: jax.Array | None,
-    axis: int | None,
+    grad: Array, update: Array, param: Array, moments: Moments | None, rate: Any, axis: int | None
 ) -> Figures:
     """The figures of a leaf: scalars, or a vector of one for each layer along an axis."""
     axes = tuple(k for k in range(grad.ndim) if k != axis)
     number = max(math.prod(grad.shape[k] for k in axes), 1)
 
-    def total(x: jax.Array) -> jax.Array:
+    def total(x: Array) -> Array:
         return jnp.sum(x, axes, dtype=jnp.float32)
 
-    def count(where: jax.Array) -> jax.Array:
+    def count(where: Array) -> Array:
         return total(where.astype(jnp.bfloat16))  # XLA on CPU adds these up fastest
 
-    def share(where: jax.Array) -> jax.Array:
+    def share(where: Array) -> Array:
         return count(where) / number
 
-    def size(x: jax.Array) -> jax.Array:
+    def size(x: Array) -> Array:
         return jnp.sqrt(total(jnp.real(x * jnp.conj(x))) / number)
 
-    def size_of_scaled(x: jax.Array) -> jax.Array:
-        largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
-        scale = jnp.where(largest == 0, 1, largest)
+    def size_of_scaled(x: Array) -> Array:
+        scale = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
+        scale = jnp.where(scale == 0, 1, scale)
         return (size(x / scale) * jnp.squeeze(scale, axes)).astype(jnp.float32)
 
-    def not_finite(arrays: tuple[jax.Array, ...]) -> jax.Array:
+    def not_finite(arrays: tuple[Array, ...]) -> Array:
         return jnp.stack([count(~jnp.isfinite(x)) for x in arrays]).sum(0)
 
     g, u, p = (x.astype(wide_dtype(x.dtype)) for x in (grad, update, param))
-    parts: dict[str, tuple[jax.Array, ...]] = {"gradient": (g,), "weight": (p,)}
+    parts: dict[str, tuple[Array, ...]] = {"gradient": (g,), "weight": (p,)}
     if moments is not None:
         parts["moments"] = (moments.mu, moments.nu)
     sizes = [size(x) for x in (g, u, p)]
@@ -118,9 +114,9 @@ def measure(
         figures["agreement"] = count(alike) / jnp.maximum(number - count(g == 0), 1)
         if ratio is not None and by_eps is not None:
             known = nu > 0
-            number_known = jnp.maximum(count(known), 1)
-            figures["signal"] = total(jnp.where(known, jnp.square(ratio), 0)) / number_known
-            figures["by_eps"] = count(by_eps & known) / number_known
+            of_known = jnp.maximum(count(known), 1)
+            figures["signal"] = total(jnp.where(known, jnp.square(ratio), 0)) / of_known
+            figures["by_eps"] = count(by_eps & known) / of_known
         figures |= {name: share(where) for name, where in ends.items()}
     if jnp.issubdtype(param.dtype, jnp.floating) and jnp.finfo(param.dtype).bits == 16:
         stays = wide_sum(param, update).astype(param.dtype) == param
@@ -128,7 +124,7 @@ def measure(
     return figures | {f"not_finite_{name}": x for name, x in zip(parts, counts, strict=True)}
 
 
-def _quantile(share: float, below: jax.Array) -> jax.Array:
+def _quantile(share: float, below: Array) -> Array:
     """The step that a share of the elements is below, from the shares below the edges."""
     widths = np.diff(_EDGES).reshape(-1, *[1] * (below.ndim - 1))
     parts = jnp.clip((share - below[:-1]) / jnp.maximum(jnp.diff(below, axis=0), 1e-30), 0, 1)

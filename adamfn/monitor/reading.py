@@ -1,7 +1,4 @@
-"""Observations on the host: which steps were looked at, what is wrong, a table and a picture.
-
-rich and matplotlib are imported where they are used.
-"""
+"""Observations on the host: looks, faults, a table (by rich) and a picture (by matplotlib)."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
@@ -13,8 +10,7 @@ from jax.core import Tracer
 from adamfn.monitor.observing import Observation
 from adamfn.trees import describe
 
-Layer = dict[str, float]
-"""The figures of one layer."""
+Layer = dict[str, float]  # its figures
 
 EXPLODING = 1000.0
 """Times the median of the other layers' gradients. One such layer among a thousand has 99.9% of the
@@ -31,9 +27,7 @@ in moments. Exploding: a gradient over a thousand times the median of the other 
 gradient of zeros. Frozen: a gradient, a rate, and an update of zeros. The others: more than half of
 the layer, by the figures `lost`, `by_eps` and `lowest`."""
 
-COLUMNS = ("gradient", "update_over_weight", "step_50", "signal", "by_eps", "lost")
-"""The figures in the table."""
-
+_COLUMNS = ("gradient", "update_over_weight", "step_50", "signal", "by_eps", "lost")
 _SIZES = ("gradient", "update", "weight", "update_over_weight", "rate")
 """Figures that span many powers of ten."""
 
@@ -50,9 +44,8 @@ class Fault(NamedTuple):
 def looks(seen: Any) -> list[tuple[int, dict[str, Layer]]]:
     """Returns the steps that were looked at, with the figures of every layer by its name.
 
-    `seen` is an `Observation`, one stacked by `scan`, or a list of either; anything else, and one
-    that is being traced, raises a TypeError. The other functions take the same, and raise a
-    ValueError if no step was looked at.
+    `seen` is an `Observation`, one stacked by `scan`, or a list of either; else, or if it is being
+    traced: TypeError. The others take the same; if no step was looked at: ValueError.
     """
     if isinstance(seen, list):
         return [look for part in cast("list[Any]", seen) for look in looks(part)]
@@ -162,7 +155,7 @@ def report(seen: Any, rows: int | None = None) -> Any:
     table.padding = (0, 1, 0, 0)
     table.add_column("layer", no_wrap=True)
     table.add_column("what is wrong", style="bold red", no_wrap=True)
-    columns = [name for name in COLUMNS if any(name in own for own in layers.values())]
+    columns = [name for name in _COLUMNS if any(name in own for own in layers.values())]
     for name in columns:
         table.add_column(name.replace("_", " "), justify="right")
     for layer in [*words, *(name for name in layers if name not in words)][:rows]:

@@ -19,8 +19,7 @@ from adamfn.formats.format import answer
 from adamfn.monitor.figures import Moments
 from adamfn.trees import PyTree, describe, path_name
 
-States: TypeAlias = list[tuple[Stage, Any]]
-"""The stages of a chain, each with its state."""
+States: TypeAlias = list[tuple[Stage, Any]]  # of a chain
 
 
 def states_of(
