@@ -43,68 +43,51 @@ def size(names: Sequence[str], mesh: Mesh | AbstractMesh) -> int:
 
 
 def place(
-    caller: str, params: PyTree, shardings: PyTree, *, all_used: bool = True
+    caller: str, params: PyTree, shardings: PyTree, zero_axis: str | None, *, all_used: bool = True
 ) -> tuple[dict[Path, Placed], Mesh | AbstractMesh]:
-    """Where each parameter is, by its path, and the mesh that all are on.
-
-    Args:
-      caller: what error messages begin with.
-      params: the parameters.
-      shardings: a `NamedSharding` for each of them, or for each subtree.
-      all_used: whether to refuse a sharding of no parameter.
-
-    Raises:
-      ValueError, TypeError: as `state_shardings`.
-    """
+    """Where each parameter is, by its path, and their mesh; otherwise as `state_shardings`."""
     given: dict[Path, Any] = dict(jax.tree.leaves_with_path(shardings))
-    if not given:
-        raise ValueError(
-            f"{caller}: shardings has no leaves; expected a NamedSharding for each parameter,"
-            " or one for all of them, such as NamedSharding(mesh, PartitionSpec())."
-        )
-    first = next(iter(given))
-    for path, sharding in given.items():
-        if not isinstance(sharding, NamedSharding):
-            is_spec = isinstance(sharding, PartitionSpec)
-            found = f"the spec {sharding}" if is_spec else describe(sharding)
-            raise TypeError(
-                f"{caller}: shardings at {_name(path)} is {found}; expected a"
-                " jax.sharding.NamedSharding, which knows its mesh."
-            )
-        if sharding.mesh != given[first].mesh:
-            raise ValueError(
-                f"{caller}: the sharding at {_name(path)} is on {sharding.mesh}, and that at"
-                f" {_name(first)} on {given[first].mesh}; expected one mesh for all of them."
-            )
-    placed: dict[Path, Placed] = {}
-    unused, mesh = {*given} - {()} if all_used else set[Path](), given[first].mesh
     leaves: list[tuple[Path, Any]] = jax.tree.leaves_with_path(params, is_leaf=lambda x: x is None)
-    for path, leaf in leaves:
-        head = next((path[:k] for k in range(len(path) + 1) if path[:k] in given), None)
-        unused -= {head}
-        if leaf is None:
-            continue
-        if head is None:
-            raise ValueError(
-                f"{caller}: found no sharding for the parameter at {_name(path)},"
-                f" {describe(leaf)}; expected a NamedSharding there or above it. Make them from"
-                " params: jax.tree.map(lambda p: NamedSharding(mesh, ...), params)."
-            )
-        spec = given[head].spec
-        axes = axes_of_spec(spec, leaf.ndim)
-        if len(axes) > leaf.ndim or any(map(lambda n, x: n % size(x, mesh), leaf.shape, axes)):
-            sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
-            raise ValueError(
-                f"{caller}: the parameter at {_name(path)} is {describe(leaf)}, and its"
-                f" sharding is {spec} on a mesh of {sizes}; expected at most one entry a"
-                " dimension, and axes whose sizes divide it."
-            )
-        placed[path] = Placed(leaf.shape, axes, given[head].memory_kind)
-    for path in unused:
+    heads = {
+        path: next((path[:k] for k in range(len(path) + 1) if path[:k] in given), None)
+        for path, _ in leaves
+    }
+    wrong = [] if given else ["no leaves in shardings"]
+    wrong += [
+        f"no sharding for the parameter at {_name(path)}, {describe(leaf)}"
+        for path, leaf in leaves
+        if heads[path] is None and leaf is not None
+    ]
+    unused = {*given} - {(), *heads.values()} if all_used else set[Path]()
+    wrong += [f"a sharding at {_name(path)}, where params has no leaf" for path in unused]
+    if wrong:
         raise ValueError(
-            f"{caller}: found a sharding at {_name(path)}, where params has no leaf;"
-            " expected shardings with the structure of params, or of its upper part."
+            f"{caller}: found {wrong[0]}; expected shardings with the structure of params, or of"
+            " its upper part: jax.tree.map(lambda p: NamedSharding(mesh, ...), params)."
         )
+    first: Any = next(iter(given.values()))
+    for path, sharding in given.items():
+        is_named = isinstance(sharding, NamedSharding)
+        if not is_named or sharding.mesh != first.mesh:
+            raise (ValueError if is_named else TypeError)(
+                f"{caller}: the sharding at {_name(path)} is {sharding!r}; expected a"
+                " jax.sharding.NamedSharding, on one mesh for all of them."
+            )
+    mesh: Mesh | AbstractMesh = first.mesh
+    sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    if zero_axis is not None and zero_axis not in mesh.shape:
+        raise ValueError(f"{caller}: zero_axis is {zero_axis!r}; expected an axis of {sizes}.")
+    placed: dict[Path, Placed] = {}
+    for path, leaf in jax.tree.leaves_with_path(params):
+        sharding = given[heads[path] or ()]
+        axes = axes_of_spec(sharding.spec, leaf.ndim)
+        if len(axes) > leaf.ndim or any(map(lambda n, x: n % size(x, mesh), leaf.shape, axes)):
+            raise ValueError(
+                f"{caller}: the parameter at {_name(path)} is {describe(leaf)}, and its sharding"
+                f" is {sharding.spec} on a mesh of {sizes}; expected at most one entry a dimension,"
+                " and axes whose sizes divide it."
+            )
+        placed[path] = Placed(leaf.shape, axes, sharding.memory_kind)
     return placed, mesh
 
 
@@ -113,15 +96,13 @@ def axes_beside(
 ) -> Axes:
     """The axes that split an array of the state, given the axes that split its parameter.
 
-    A dimension shorter than the parameter's has an entry for each block of elements, and is split
-    if no shard has a part of a block.
+    A dimension shorter than the parameter's has an entry for each block of elements. It is split if
+    no shard has a part of a block.
     """
-
-    def divides(n: int, m: int, names: tuple[str, ...]) -> bool:
-        return n == m or (n > 0 and m % n == 0 and n % size(names, mesh) == 0)
-
-    dimensions = zip(shape, whole, axes, strict=True)
-    return tuple(names if divides(n, m, names) else () for n, m, names in dimensions)
+    return tuple(
+        names if n == m or (n > 0 and m % n == 0 and n % size(names, mesh) == 0) else ()
+        for n, m, names in zip(shape, whole, axes, strict=True)
+    )
 
 
 def spec_of(axes: Axes) -> PartitionSpec:
@@ -154,15 +135,15 @@ def zeros_beside(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
     """Zeros of another shape and dtype beside a parameter, split as it is if this cuts no block."""
     if like.shape == jnp.shape(leaf):
         return jnp.zeros_like(leaf, like.dtype)
-    traced, device = isinstance(leaf, Tracer), None
-    if traced or getattr(leaf, "committed", False):
-        # The type of a traced array says which explicit axes of a mesh split it.
-        device = jax.typeof(leaf).sharding if traced else leaf.sharding
-    if isinstance(device, NamedSharding):
-        axes: Axes = ()
-        if len(like.shape) == leaf.ndim:
-            whole = axes_of_spec(device.spec, leaf.ndim)
-            axes = axes_beside(like.shape, leaf.shape, whole, device.mesh)
+    traced = isinstance(leaf, Tracer)
+    # The type of a traced array says which explicit axes of a mesh split it.
+    device = jax.typeof(leaf).sharding if traced else getattr(leaf, "sharding", None)
+    if not traced and not getattr(leaf, "committed", False):
+        device = None
+    elif isinstance(device, NamedSharding):
+        whole = axes_of_spec(device.spec, leaf.ndim)
+        fits = len(like.shape) == leaf.ndim
+        axes = axes_beside(like.shape, leaf.shape, whole, device.mesh) if fits else ()
         split = NamedSharding(device.mesh, spec_of(axes), memory_kind=device.memory_kind)
         device = split if any(axes) or not traced else None
     elif device is not None and len(device.device_set) > 1:

@@ -4,25 +4,22 @@ Inside `jax.shard_map` an array's type says over which axes of the mesh its valu
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-Axes = frozenset[Any]
 
-
-def axes_of(x: Any) -> Axes:
+def axes_of(x: Any) -> frozenset[Any]:
     """The mesh axes over which an array may vary; none outside `jax.shard_map`."""
-    kind = jax.typeof(x)
-    manual = getattr(kind, "mat", None)  # jax 0.8 calls it vma
-    return cast("Axes", getattr(kind, "vma", frozenset()) if manual is None else manual.varying)
+    kind: Any = jax.typeof(x)
+    return kind.mat.varying if hasattr(kind, "mat") else kind.vma  # vma: jax 0.8
 
 
 def vary_together(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """The arrays, each varying over every axis that one of them varies over."""
-    every: Axes = frozenset[Any]().union(*map(axes_of, arrays))
-    return [_vary(x, every) for x in arrays] if every else list(arrays)
+    every = frozenset[Any]().union(*map(axes_of, arrays))
+    return [_vary(x, every) for x in arrays]
 
 
 def with_type_of(new: Any, old: Any) -> jax.Array:
@@ -30,22 +27,16 @@ def with_type_of(new: Any, old: Any) -> jax.Array:
     return _vary(jnp.array(new, jnp.result_type(old)), axes_of(old))
 
 
-def shape_like(
-    x: jax.Array, dtype: Any, shape: tuple[int, ...] | None = None
-) -> jax.ShapeDtypeStruct:
-    """The type of a result that varies as the array does, of its shape if no other is given."""
+def shape_like(x: jax.Array, dtype: Any) -> jax.ShapeDtypeStruct:
+    """The type of a result that has the array's shape and varies as it does."""
     kind: Any = jax.typeof(x)
-    manual: Any = {"vma": axes_of(x)}
-    if hasattr(kind, "mat"):
-        manual = {"manual_axis_type": kind.mat}
-    return jax.ShapeDtypeStruct(x.shape if shape is None else shape, dtype, **manual)
+    manual = {"manual_axis_type": kind.mat} if hasattr(kind, "mat") else {"vma": kind.vma}
+    return jax.ShapeDtypeStruct(x.shape, dtype, **manual)
 
 
-def _vary(x: jax.Array, axes: Axes) -> jax.Array:
+def _vary(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
     missing = tuple(axes - axes_of(x))
+    lax: Any = jax.lax  # 0.8.0 has no pcast yet
     if not missing:
         return x
-    pvary = getattr(jax.lax, "pvary", None)
-    if pvary is not None:
-        return cast("jax.Array", pvary(x, missing))
-    return jax.lax.pcast(x, missing, to="varying")
+    return lax.pcast(x, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, missing)

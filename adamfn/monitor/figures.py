@@ -14,100 +14,84 @@ r"""The figures of one leaf, or of each layer of a stacked one: float32 scalars.
 | `lost` | share of nonzero updates that rounding a 16-bit weight loses: p + u = p |
 | `not_finite_gradient`, `..._moments`, `..._weight` | how many elements are NaN or infinite |
 
-`signal` is the square of the signal-to-noise ratio of Kingma and Ba (2015, section 2.1): 1 for a
-constant gradient, (1 - b1) / (1 + b1) = 0.05 for noise alone. For noise the effective step has a
-median of 0.15, and a share 1/2 + asin(sqrt(1 - b1^2)) / pi = 0.64 of the gradients agrees with mu,
-which has them in it. The CS231n notes watch update over weight (about 1e-3); LARS (You, Gitman and
-Ginsburg, 2017) keeps it constant. Quantiles are interpolated from the shares below 23 steps from
-2^-12 to 8, so no device sorts or sends elements. They are right to a tenth; below 2^-12 they are 0.
+`signal` is the square of Kingma and Ba's signal-to-noise ratio (2015, section 2.1): 1 for constant
+gradients, (1 - b1) / (1 + b1) = 0.05 for noise alone. Of noise, the effective step has a median of
+0.15, and 1/2 + asin(sqrt(1 - b1^2)) / pi = 0.64 agrees with mu, which has the gradient in it. The
+CS231n notes watch update over weight (about 1e-3); LARS (You, Gitman and Ginsburg, 2017) keeps it
+constant. Quantiles are interpolated from the shares below 23 steps from 2^-12 to 8, so no device
+sorts or sends elements. They are right to a tenth; below 2^-12 they are 0.
 """
 
+import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from adamfn.chains.transform import wide_sum
 from adamfn.core.varying import vary_together
 from adamfn.trees import wide_dtype
 
-Figures = dict[str, jax.Array]
+Figures = dict[str, Array]
 
-QUANTILES = {"step_10": 0.1, "step_50": 0.5, "step_90": 0.9}
+_QUANTILES = {"step_10": 0.1, "step_50": 0.5, "step_90": 0.9}
 _EDGES = np.exp2(np.array([*range(-12, -4), *np.arange(-4, 3.5, 0.5)], np.float32))
 """The steps below which elements are counted."""
-
-_SMALLEST, _LARGEST = 1e-12, 1e12
-"""Between these root mean squares no square overflows, and no square that matters vanishes."""
 
 
 class Moments(NamedTuple):
     """The decoded moments of a leaf, and what follows from them."""
 
-    mu: jax.Array
-    nu: jax.Array
-    ratio: jax.Array | None
-    """The corrected mu over the corrected root of nu; None if the formula is not Adam's."""
-    by_eps: jax.Array | None
-    """Where eps is most of the denominator; None likewise."""
-    ends: dict[str, jax.Array]
-    """Where codes are at either end of their levels."""
+    mu: Array
+    nu: Array
+    ratio: Array | None  # corrected mu over corrected root of nu; None if it is not Adam's
+    by_eps: Array | None  # where eps is most of the divisor
+    ends: dict[str, Array]  # where codes are at an end of their levels
 
 
 @partial(jax.jit, static_argnames="axis")  # leaves of one shape are traced once
 def measure(
-    grad: jax.Array,
-    update: jax.Array,
-    param: jax.Array,
-    moments: Moments | None,
-    rate: jax.Array | None,
-    axis: int | None,
+    grad: Array, update: Array, param: Array, moments: Moments | None, rate: Any, axis: int | None
 ) -> Figures:
     """The figures of a leaf: scalars, or a vector of one for each layer along an axis."""
-    axes = tuple(k for k in range(jnp.ndim(grad)) if k != axis)
-    layers = 1 if axis is None else grad.shape[axis]
-    number = max(grad.size // max(layers, 1), 1)
+    axes = tuple(k for k in range(grad.ndim) if k != axis)
+    number = max(math.prod(grad.shape[k] for k in axes), 1)
 
-    def total(x: jax.Array) -> jax.Array:
+    def total(x: Array) -> Array:
         return jnp.sum(x, axes, dtype=jnp.float32)
 
-    def count(where: jax.Array) -> jax.Array:
+    def count(where: Array) -> Array:
         return total(where.astype(jnp.bfloat16))  # XLA on CPU adds these up fastest
 
-    def share(where: jax.Array) -> jax.Array:
+    def share(where: Array) -> Array:
         return count(where) / number
 
-    def size(x: jax.Array) -> jax.Array:
+    def size(x: Array) -> Array:
         return jnp.sqrt(total(jnp.real(x * jnp.conj(x))) / number)
 
-    def size_of_scaled(x: jax.Array) -> jax.Array:
-        # Scaled by its largest, so that no square overflows or vanishes.
-        x = jnp.abs(x)
-        scale = jnp.max(x, axes, keepdims=True, initial=0)
+    def size_of_scaled(x: Array) -> Array:
+        scale = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
         scale = jnp.where(scale == 0, 1, scale)
-        root = size(x / scale)
-        return (root * scale.reshape(root.shape)).astype(jnp.float32)
+        return (size(x / scale) * jnp.squeeze(scale, axes)).astype(jnp.float32)
 
-    def not_finite(*arrays: jax.Array) -> jax.Array:
-        counts = [(~jnp.isfinite(x)).astype(jnp.bfloat16) for x in arrays]
-        return total(sum(counts[1:], start=counts[0]))
+    def not_finite(arrays: tuple[Array, ...]) -> Array:
+        return jnp.stack([count(~jnp.isfinite(x)) for x in arrays]).sum(0)
 
     g, u, p = (x.astype(wide_dtype(x.dtype)) for x in (grad, update, param))
-    parts: dict[str, tuple[jax.Array, ...]] = {"gradient": (g,), "weight": (p,)}
+    parts: dict[str, tuple[Array, ...]] = {"gradient": (g,), "weight": (p,)}
     if moments is not None:
         parts["moments"] = (moments.mu, moments.nu)
     sizes = [size(x) for x in (g, u, p)]
-    usual = [(x > _SMALLEST) & (x < _LARGEST) for x in sizes]
+    usual = [(x > 1e-12) & (x < 1e12) for x in sizes]  # no square overflows or vanishes
     usual += [total(jnp.abs(x - x)) == 0 for x in parts.get("moments", ())]  # else NaN
     # Most leaves are finite and of a usual size: they are read once, and not three times.
     gradient, moved, weight, *counts = jax.lax.cond(
         jnp.all(jnp.stack(usual)),
         lambda: vary_together([*sizes, *[jnp.zeros_like(sizes[0])] * len(parts)]),
-        lambda: vary_together(
-            [*map(size_of_scaled, (g, u, p)), *(not_finite(*part) for part in parts.values())]
-        ),
+        lambda: vary_together([*map(size_of_scaled, (g, u, p)), *map(not_finite, parts.values())]),
     )
     figures = {
         "gradient": gradient,
@@ -123,16 +107,16 @@ def measure(
         # A loop: XLA makes one slow program of many sums of one array.
         below = jax.lax.map(lambda edge: share(steps < edge), _EDGES)
         figures["rate"] = jnp.broadcast_to(rate, weight.shape)
-        figures |= dict(zip(QUANTILES, _quantiles(below), strict=True))
+        figures |= {name: _quantile(part, below) for name, part in _QUANTILES.items()}
     if moments is not None:
         mu, nu, ratio, by_eps, ends = moments
         alike = jnp.real(jnp.sign(mu) * jnp.conj(jnp.sign(g))) > 0
         figures["agreement"] = count(alike) / jnp.maximum(number - count(g == 0), 1)
         if ratio is not None and by_eps is not None:
             known = nu > 0
-            number_known = jnp.maximum(count(known), 1)
-            figures["signal"] = total(jnp.where(known, jnp.square(ratio), 0)) / number_known
-            figures["by_eps"] = count(by_eps & known) / number_known
+            of_known = jnp.maximum(count(known), 1)
+            figures["signal"] = total(jnp.where(known, jnp.square(ratio), 0)) / of_known
+            figures["by_eps"] = count(by_eps & known) / of_known
         figures |= {name: share(where) for name, where in ends.items()}
     if jnp.issubdtype(param.dtype, jnp.floating) and jnp.finfo(param.dtype).bits == 16:
         stays = wide_sum(param, update).astype(param.dtype) == param
@@ -140,13 +124,8 @@ def measure(
     return figures | {f"not_finite_{name}": x for name, x in zip(parts, counts, strict=True)}
 
 
-def _quantiles(below: jax.Array) -> list[jax.Array]:
-    """The steps that `QUANTILES` of the elements are below, from the shares below the edges."""
-    low, high = below[:-1], below[1:]
+def _quantile(share: float, below: Array) -> Array:
+    """The step that a share of the elements is below, from the shares below the edges."""
     widths = np.diff(_EDGES).reshape(-1, *[1] * (below.ndim - 1))
-    found: list[jax.Array] = []
-    for share in QUANTILES.values():
-        parts = jnp.clip((share - low) / jnp.maximum(high - low, 1e-30), 0, 1)
-        quantile = _EDGES[0] + jnp.sum(parts * widths, 0)
-        found.append(jnp.where(below[0] >= share, 0, quantile))
-    return found
+    parts = jnp.clip((share - below[:-1]) / jnp.maximum(jnp.diff(below, axis=0), 1e-30), 0, 1)
+    return jnp.where(below[0] >= share, 0, _EDGES[0] + jnp.sum(parts * widths, 0))

@@ -1,6 +1,6 @@
 """`observe` measures every leaf at a training step; `step` observes a step and takes it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from adamfn.interop.states import leaves_by_path
 from adamfn.monitor.figures import Figures, measure
 from adamfn.monitor.states import count_of, moments_of, rate_of, states_of
 from adamfn.stages.round_weights import rounding_states, whole_weights
-from adamfn.trees import PyTree, as_array, check_inexact, describe
+from adamfn.trees import PyTree, as_array, check_inexact, describe, matching_leaves
 
 
 @jax.tree_util.register_dataclass
@@ -28,17 +28,13 @@ class Observation:
     step: jax.Array
     """The number of the step, 1 at the first, int32; 0 if it was not looked at."""
     values: jax.Array
-    """All figures, float32; 0 if the step was not looked at. One array, because to return one more
-    from a branch and to stack it in a loop costs as much as to measure a small leaf."""
+    """All figures, float32: one array is cheaper to return from a branch and to stack in a loop."""
     places: tuple[tuple[str, str, int | None], ...] = field(metadata={"static": True})
     """For each figure the leaf's path, the figure's name, and the number of layers, if any."""
 
     @property
     def leaves(self) -> dict[str, Figures]:
-        """By a leaf's path, then by a figure's name: a scalar, or a vector with one for each layer.
-
-        The axes that `scan` or `vmap` put before these stay there.
-        """
+        """By a leaf's path, then by a figure's name; by layer along the last axis, if stacked."""
         found, start = dict[str, Figures](), 0
         for path, name, layers in self.places:
             where = start if layers is None else slice(start, start + layers)
@@ -59,63 +55,47 @@ def observe(
     layers: Mapping[str, int] | None = None,
     **extra: Any,
 ) -> Observation:
-    """Measures what the training step to come does to every leaf, in a few scalars each.
+    """Measures the effect of the step to come on every leaf, in a few scalars each.
 
-    `adamfn.monitor.figures` defines them. A pure function: call it inside a jitted step, before
-    `update` or `step`; `monitor.step` is both, and copies less. For a look it takes `tx.update`
-    once more, so that the program of the training stays as it is. On a mesh it gathers no leaf;
-    inside `jax.shard_map` each device measures its shards.
+    `adamfn.monitor.figures` defines them. Call it inside a jitted step, before `update` or `step`;
+    `monitor.step` is both, and copies less. A look takes `tx.update` once more: the program of the
+    training stays as it is. On a mesh it gathers no leaf; inside `jax.shard_map` each device
+    measures its shards. The arguments not listed are those of `adamfn.step`; with flax's optimizer,
+    the state is `nnx.as_pure(optimizer.opt_state)`.
 
     Args:
-      tx: the transformation of the step.
-      grads: the gradients; None where a leaf is not trained.
-      state: the state before the step; of flax's optimizer `nnx.as_pure(optimizer.opt_state)`.
-      params: the parameters before the step.
-      ours: if `tx` is optax's, the transformation of ours that is inside; if optax makes it, as
-        `optax.inject_hyperparams(adamfn.adam)` does, one made with the same arguments.
+      ours: the transformation of ours inside an optax wrapper; if optax makes it, as in
+        `optax.inject_hyperparams(adamfn.adam)`, one made with the same arguments.
       every: looks at the first step and at every n-th after it.
-      when: looks only where this bool, a scalar, is true: `optax.MultiSteps(tx, k)` moves nothing
-        before `state.mini_step == k - 1`.
+      when: a bool; False skips the look: `optax.MultiSteps(tx, k)` moves nothing before
+        `state.mini_step == k - 1`.
       layers: by the beginning of a path, the axis along which layers are stacked: `{"blocks": 0}`
-        measures each layer of the leaves under `blocks` by itself.
-      **extra: further arguments of `update`, such as `learning_rate=`.
-
-    Returns:
-      An `Observation`. It has no figures of a rate or of moments if there are none.
+        measures each layer of the leaves under `blocks`.
 
     Raises:
-      TypeError: neither `tx` nor `ours` is ours; a leaf, or another argument, is something else.
-      ValueError: a state of another chain, trees that do not match, layers along an axis that a
-        leaf lacks; names the leaf.
+      TypeError, ValueError: neither `tx` nor `ours` is ours; a state of another chain; trees that
+        do not match; layers along an axis that a leaf lacks.
 
-    >>> import adamfn
-    >>> import jax.numpy as jnp
-    >>> from adamfn import monitor
+    >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.adam(0.1)
     >>> params, grads = {"w": jnp.array([3.0, -3.0])}, {"w": jnp.array([1.0, -2.0])}
-    >>> seen = monitor.observe(tx, grads, tx.init(params), params)
-    >>> figures = seen.leaves["w"]
+    >>> figures = adamfn.monitor.observe(tx, grads, tx.init(params), params).leaves["w"]
     >>> print(", ".join(f"{name} {figures[name]:.2f}" for name in ("weight", "update", "signal")))
     weight 3.00, update 0.10, signal 1.00
     """
     stepping.check_extra(tx, extra, "observe")
-    if not _is_integer(every) or every < 1:
+    if not np.issubdtype(type(every), np.integer) or every < 1:
         raise ValueError(f"observe: every is {every!r}; expected a number of steps, at least 1.")
-    if not (isinstance(when, bool) or (hasattr(when, "dtype") and describe(when) == "bool[]")):
+    if not isinstance(when, bool) and describe(when) != "bool[]":
         raise TypeError(f"observe: when is {describe(when)}; expected True, False or bool[].")
     params = where_updated(params, grads)
     gs, ps = _by_path("grads", grads), _by_path("params", params)
-    for path, g in gs.items():
-        if path not in ps or ps[path].shape != g.shape:
-            raise ValueError(
-                f"observe: params at {path or 'the root'}: found {describe(ps.get(path))}; expected"
-                f" the shape of its gradient, {describe(g)}. Pass the parameters before the step."
-            )
+    matching_leaves("observe: params", params, "grads", grads, "Pass those before the step.")
     axes = _axes(gs, {} if layers is None else layers)
     name, ours = ("tx", tx) if ours is None else ("ours", ours)
     count = count_of(states_of(ours, state, name=name)[0])
 
-    def look() -> dict[str, Figures]:
+    def look() -> dict[tuple[str, str], jax.Array]:
         updates, after = tx.update(grads, state, params, **extra)
         us, weights = _by_path("updates", updates), ps
         if rounding_states(after):  # measure the weights that bfloat16 and corrections stand for
@@ -123,33 +103,31 @@ def observe(
             weights = _by_path("params", whole_weights(params, state))
             us = {path: w - weights[path] for path, w in _by_path("params", moved).items()}
         chains = [(moments_of(own, gs), rate_of(own, after)) for own in states_of(ours, after, gs)]
-        found: dict[str, Figures] = {}
+        found: dict[tuple[str, str], jax.Array] = {}
         for path, g in gs.items():
             moments, rate = next((own for own in chains if path in own[0]), chains[0])
             u = us.get(path, jnp.zeros_like(g))  # None moves nothing
-            found[path] = measure(g, u, weights[path], moments.get(path), rate, axes.get(path))
-        return found
+            figures = measure(g, u, weights[path], moments.get(path), rate, axes.get(path))
+            found |= {(path, name): x for name, x in figures.items()}
+        return dict(sorted(found.items()))  # as eval_shape returns it
 
-    places = tuple(
-        (path, name, x.shape[0] if x.shape else None)
-        for path, figures in jax.eval_shape(look).items()
-        for name, x in figures.items()
-    )
+    shapes = jax.eval_shape(look)
+    places = tuple((*place, x.shape[0] if x.shape else None) for place, x in shapes.items())
 
-    def end_to_end() -> jax.Array:
-        found = look()
-        values = [_replicated(found[path][name]).reshape(-1) for path, name, _ in places]
-        return jnp.concatenate(values) if values else jnp.zeros(0)
-
-    def result(number: Any, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def result(number: Any, figures: Iterable[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        figures = [  # explicit axes of a mesh may split those of layers
+            jax.sharding.reshard(x, jax.P()) if any(jax.typeof(x).sharding.spec) else x
+            for x in figures
+        ]
+        values = jnp.concatenate([jnp.zeros(0), *map(jnp.atleast_1d, figures)])
         # Both branches vary over the mesh axes that a gradient varies over.
         return jnp.asarray(number, jnp.int32), vary_together([values, *gs.values()])[0]
 
     # The condition is never a constant: XLA would merge this update with the step's.
     number, values = jax.lax.cond(
         (count % min(every, 2**31 - 1) == 0) & (count >= 0) & jnp.asarray(when, bool),
-        lambda: result(increment(count), end_to_end()),
-        lambda: result(0, jnp.zeros(sum(layers or 1 for *_, layers in places))),
+        lambda: result(increment(count), look().values()),
+        lambda: result(0, [jnp.zeros(x.shape) for x in shapes.values()]),
     )
     return Observation(number, values, places)
 
@@ -169,23 +147,13 @@ def step(
 ) -> Any:
     """Observes a training step and takes it: `observe`, then `adamfn.step`.
 
-    Separate calls have no order, so XLA copies each array that `step` writes in place. Here `step`
-    waits for the look, and nothing is copied. Arguments are those of the two functions; donate the
-    state and the parameters.
+    Arguments and errors are theirs. Separate calls have no order, so XLA copies each array that
+    `step` writes in place. Here it waits for the look, and nothing is copied if the state and the
+    parameters are donated. The `Observation` comes after the results of `adamfn.step`.
 
-    Returns:
-      The next parameters, the next state, with `return_updates` the updates, and the
-      `Observation`.
-
-    Raises:
-      TypeError, ValueError: as `observe` and `adamfn.step`.
-
-    >>> import adamfn
-    >>> import jax.numpy as jnp
-    >>> from adamfn import monitor
-    >>> tx = adamfn.adam(0.1)
-    >>> params = {"w": jnp.array([3.0, -3.0])}
-    >>> params, state, seen = monitor.step(tx, params, tx.init(params), params)
+    >>> import adamfn, jax.numpy as jnp
+    >>> tx, params = adamfn.adam(0.1), {"w": jnp.array([3.0, -3.0])}
+    >>> params, state, seen = adamfn.monitor.step(tx, params, tx.init(params), params)
     >>> print(f"{params['w'][0]:.1f}", seen.leaves["w"]["weight"])
     2.9 3.0
     """
@@ -195,14 +163,10 @@ def step(
     # Always 0, which XLA does not know, so it keeps the two in order. It would remove an
     # optimization barrier before it decides which arrays to copy.
     nothing = jnp.where(seen.step < 0, 1, 0).astype(jnp.int32)
-    state = jax.tree.map(lambda x: x + nothing if _is_count(x) else x, state)
+    # The program of every leaf reads the count.
+    state = jax.tree.map(lambda x: x + nothing if describe(x) == "int32[]" else x, state)
     moved = stepping.step(tx, grads, state, params, return_updates=return_updates, **extra)
     return *moved, seen
-
-
-def _replicated(x: jax.Array) -> jax.Array:
-    """The figures of layers that explicit axes of a mesh split, on every device."""
-    return jax.sharding.reshard(x, jax.P()) if any(jax.typeof(x).sharding.spec) else x
 
 
 def _by_path(name: str, tree: PyTree) -> dict[str, Any]:
@@ -211,36 +175,18 @@ def _by_path(name: str, tree: PyTree) -> dict[str, Any]:
     return {path: as_array(leaf) for path, leaf in leaves.items() if leaf is not None}
 
 
-def _is_integer(x: Any) -> bool:
-    return isinstance(x, int | np.integer) and not isinstance(x, bool)
-
-
-def _is_count(x: Any) -> bool:
-    """Whether an array of a state may be its count, which the program of every leaf reads."""
-    return jnp.shape(x) == () and jnp.result_type(x) == jnp.int32
-
-
 def _axes(leaves: Mapping[str, Any], layers: Any) -> dict[str, int]:
     """The axis along which the layers of a leaf are stacked, by the paths of such leaves."""
-    if not isinstance(layers, Mapping) or not all(map(_is_integer, layers.values())):
-        raise TypeError(
-            f"observe: layers is {layers!r}; expected an axis for the beginning of each path, such"
-            " as {'blocks': 0}."
-        )
+    if not isinstance(layers, Mapping):
+        raise TypeError(f"observe: layers is {layers!r}; expected axes by paths: {{'blocks': 0}}.")
     axes: dict[str, int] = {}
     for start, axis in layers.items():
-        under = [path for path in leaves if path == start or path.startswith(f"{start}/")]
-        if not under:
+        under = {path: x for path, x in leaves.items() if f"{path}/".startswith(f"{start}/")}
+        if not under or not all(axis in range(-x.ndim, x.ndim) for x in under.values()):
+            among = ", ".join(f"{path} {describe(x)}" for path, x in (under or leaves).items())
             raise ValueError(
-                f"observe: layers has {start!r}, where no leaf is; expected the beginning of a"
-                f" path: {', '.join(leaves)}."
+                f"observe: layers has {start!r}: {axis!r}; expected the beginning of a path, and an"
+                f" axis of all leaves under it: {among}."
             )
-        for path in under:
-            rank = leaves[path].ndim
-            if not -rank <= axis < rank:
-                raise ValueError(
-                    f"observe: layers has the axis {axis} for {path}, which is"
-                    f" {describe(leaves[path])}; expected one from {-rank} to {rank - 1}."
-                )
-            axes[path] = axis % rank
+        axes |= {path: axis % x.ndim for path, x in under.items()}
     return axes

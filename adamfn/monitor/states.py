@@ -18,39 +18,26 @@ from adamfn.formats.format import answer
 from adamfn.monitor.figures import Moments
 from adamfn.trees import PyTree, describe, path_name
 
-States: TypeAlias = list[tuple[Stage, Any]]
-"""The stages of a chain, each with its state."""
+States: TypeAlias = list[tuple[Stage, Any]]  # of a chain
 
 
 def states_of(
     tx: Any, state: PyTree, leaves: Mapping[str, Any] | None = None, name: str = "tx"
 ) -> list[States]:
-    """The states of a chain: its state itself, or all that optax's wrappers hold, in their order.
-
-    Args:
-      tx: the chain.
-      state: the state to search.
-      leaves: the gradients by their paths. Where they are given, packed states are unpacked.
-      name: what error messages call the chain.
-
-    Raises:
-      TypeError: the transformation is not ours.
-      ValueError: there is no state of it.
-    """
+    """The states of a chain inside any state, in their order; unpacked if leaves are given."""
     chain = chain_of(tx)
     if chain is None or not chain.stages:
         raise TypeError(
             f"observe: {name} is {summary(tx)}; expected a transformation of adamfn's, such as"
-            " adamw(). Inside optax's wrappers, ours= is the one that is wrapped, or one made as it"
-            " was."
+            " adamw(). Inside optax's wrappers, pass the one that is wrapped as ours=."
         )
     nodes = jax.tree.leaves(state, is_leaf=lambda node: _paired(tx, node) is not None)
     nodes = [node for node in nodes if _paired(tx, node) is not None]
     if not nodes:
         raise ValueError(
             f"observe: found no state of {', '.join(stage.name for stage in chain.stages)} in"
-            f" {describe(state)}; expected the state that `update` returned. It belongs to another"
-            " chain, or was restored into other containers: restore into tx.init(params)."
+            f" {describe(state)}; expected the state that `update` returned for this chain, or one"
+            " that was restored into tx.init(params)."
         )
     return [_paired(tx, node, leaves) or [] for node in nodes]
 
@@ -73,17 +60,16 @@ def rate_of(states: States, around: PyTree) -> Any:
 def moments_of(states: States, leaves: Mapping[str, Any]) -> dict[str, Moments]:
     """The moments in a chain's states, by the paths of their leaves."""
     found: dict[str, Moments] = {}
-    pairs = [pair for pair in states if pair[0].has_moments][:1]
-    entries = [(stage, state, *kept) for stage, state in pairs for kept in kept_leaves(state)]
-    for stage, state, path, parts, _ in entries:
-        name = path_name(path)
-        tree, fields = {name: leaves[name]}, {field: {name: x} for field, x in parts.items()}
-        (format,) = formats = choose_formats(stage.moments, tree)
-        (row,) = kept_by_leaf(stage, state._replace(**fields), tree, formats)
-        mu, nu, *more = row if format is None else decode(format, row)
-        quotient = _quotient(stage, state, count_of(states), mu, (more or [nu])[0])
-        ends = answer(format, "ends")(*row[:2]) if format else {}
-        found[name] = Moments(mu, nu, *quotient, ends)
+    for stage, state in [pair for pair in states if pair[0].has_moments][:1]:
+        for path, parts, _ in kept_leaves(state):
+            name = path_name(path)
+            tree, fields = {name: leaves[name]}, {field: {name: x} for field, x in parts.items()}
+            (format,) = formats = choose_formats(stage.moments, tree)
+            (row,) = kept_by_leaf(stage, state._replace(**fields), tree, formats)
+            mu, nu, *more = row if format is None else decode(format, row)
+            quotient = _quotient(stage, state, count_of(states), mu, (more or [nu])[0])
+            ends = answer(format, "ends")(*row[:2]) if format else {}
+            found[name] = Moments(mu, nu, *quotient, ends)
     return found
 
 
@@ -94,10 +80,9 @@ def _quotient(stage: Stage, state: Any, count: jax.Array, mu: Any, nu: Any) -> t
     count = jnp.maximum(count, 1)
     at = stage.scalars(count, state, {})[0][0]
     c1, c2 = at.b1.bias(count), at.b2.bias(count)
-    is_largest = stage.formula is formulas.infinity_ratio  # nu is |g| + eps, not its square
-    root, factor, least = (
-        (nu, 1, 2 * at.eps) if is_largest else (jnp.sqrt(nu), jnp.sqrt(c2), at.eps)
-    )
+    root, factor, least = jnp.sqrt(nu), jnp.sqrt(c2), at.eps
+    if stage.formula is formulas.infinity_ratio:  # nu is |g| + eps, not its square
+        root, factor, least = nu, 1, 2 * at.eps
     return jnp.abs(mu) / jnp.where(root == 0, 1, root) * (factor / c1), root < least
 
 
