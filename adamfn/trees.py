@@ -142,3 +142,22 @@ def raise_mismatch(
         differ = "have the same leaves in different containers"
         a, b = jax.tree.structure(tree), jax.tree.structure(other)
     raise ValueError(f"{name} and {other_name} {differ}: found {a}, expected {b}. {way_out}")
+
+
+def leaves_by_path(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by their paths, such as `layers/0/kernel`; None for masked ones."""
+    named: dict[str, Any] = {}
+    for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_masked):
+        name = path_name(path)
+        if name in named:
+            raise ValueError(
+                f"Two leaves have the path {name}; expected a path for each. Rename a key that has"
+                " a slash in it."
+            )
+        named[name] = None if is_masked(leaf) else leaf
+    return named
+
+
+def is_masked(leaf: Any) -> bool:
+    """True for None and for optax's placeholder of a masked leaf."""
+    return leaf is None or type(leaf).__name__ == "MaskedNode"

@@ -13,8 +13,7 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
 from adamfn.chains.step import step
-from adamfn.interop.states import leaves_by_path
-from adamfn.trees import PyTree
+from adamfn.trees import PyTree, leaves_by_path
 
 M = TypeVar("M")
 # Flax 0.12.7 and later have the first, and call the second deprecated.

@@ -10,8 +10,8 @@ import numpy as np
 from adamfn.chains.leaves import way_out
 from adamfn.chains.transform import GradientTransformation, Transformation, check_transformation
 from adamfn.formats.arrangement import holds_moments, kept_leaves, leaf_fields, scales_key
-from adamfn.interop.states import leaves_by_path, moment_states
-from adamfn.trees import PyTree, check_inexact, describe, path_name
+from adamfn.interop.states import moment_states
+from adamfn.trees import PyTree, check_inexact, describe, leaves_by_path, path_name
 
 
 class CarriedOver(NamedTuple):

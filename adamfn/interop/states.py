@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from adamfn.formats.arrangement import holds_moments, kept_leaves, leaf_fields, states_of_moments
-from adamfn.trees import PyTree, path_name
+from adamfn.trees import PyTree, leaves_by_path, path_name
 
 _COUNTERS = {
     *("InjectHyperparamsState", "InjectStatefulHyperparamsState"),
@@ -91,25 +91,7 @@ def fill_moments(
     return walk(like)
 
 
-def leaves_by_path(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a tree by their paths, such as `layers/0/kernel`; None for masked ones."""
-    named: dict[str, Any] = {}
-    for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=_is_masked):
-        name = path_name(path)
-        if name in named:
-            raise ValueError(
-                f"Two leaves have the path {name}; expected a path for each. Rename a key that has"
-                " a slash in it."
-            )
-        named[name] = None if _is_masked(leaf) else leaf
-    return named
-
-
 def _counts_steps(node: Any) -> bool:
     kind: Any = type(node)
     ours = kind.__module__.startswith("adamfn.") and "count" in getattr(kind, "_fields", ())
     return ours or holds_moments(node) or kind.__name__ in _COUNTERS
-
-
-def _is_masked(leaf: Any) -> bool:
-    return leaf is None or type(leaf).__name__ == "MaskedNode"

@@ -13,11 +13,10 @@ from adamfn.chains import step as stepping
 from adamfn.chains.transform import Transformation, apply_updates, where_updated
 from adamfn.core.averages import increment
 from adamfn.core.varying import vary_together
-from adamfn.interop.states import leaves_by_path
+from adamfn.monitor.chain_states import count_of, moments_of, rate_of, states_of
 from adamfn.monitor.figures import Figures, measure
-from adamfn.monitor.states import count_of, moments_of, rate_of, states_of
 from adamfn.stages.round_weights import rounding_states, whole_weights
-from adamfn.trees import PyTree, as_array, check_inexact, describe, matching_leaves
+from adamfn.trees import PyTree, as_array, check_inexact, describe, leaves_by_path, matching_leaves
 
 
 @jax.tree_util.register_dataclass

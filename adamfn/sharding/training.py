@@ -10,7 +10,7 @@ from adamfn.chains.packed import packed_chain_of
 from adamfn.chains.segment import Wanted
 from adamfn.chains.transform import GradientTransformation, check_transformation, summary
 from adamfn.core.placement import Path, Shards
-from adamfn.sharding.states import lay_out
+from adamfn.sharding.state_shardings import lay_out
 from adamfn.trees import PyTree, as_array, check_inexact
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core.hyperparameters import ScalarOrSchedule
 from adamfn.interop.growing import by_group
-from adamfn.interop.states import LeafMoments, fill_moments, find_moments, leaves_by_path
+from adamfn.interop.states import LeafMoments, fill_moments, find_moments
 from adamfn.interop.torch.members import Member, check_settings, continue_with, member_of
 from adamfn.interop.torch.parameters import (
     Layout,
@@ -23,7 +23,7 @@ from adamfn.interop.torch.parameters import (
     parameters_of,
     with_plain_moments,
 )
-from adamfn.trees import PyTree, check_inexact, describe, wide_dtype
+from adamfn.trees import PyTree, check_inexact, describe, leaves_by_path, wide_dtype
 
 
 def from_state_dict(

@@ -9,7 +9,7 @@ from adamfn.core.placement import Path, place, size
 from adamfn.formats import Format, Moments, check_moments, get
 from adamfn.formats.blocks import cut_block, size_for
 from adamfn.formats.format import answer
-from adamfn.sharding.states import split_further
+from adamfn.sharding.state_shardings import split_further
 from adamfn.trees import PyTree, path_name
 
 
