@@ -138,7 +138,7 @@ bench-gpu: $(VENV)-cuda/.cuda
 
 # One stamp for each extra, so that an extra is installed once and again when it changes. To install
 # builds the native code, in cmake/, and puts its library beside its sources.
-NATIVE := cmake/CMakeLists.txt $(wildcard adamfn/backends/native/*.cc adamfn/backends/native/*.h)
+NATIVE := cmake/CMakeLists.txt $(wildcard adamfn/backends/cpu/*.cc adamfn/backends/cpu/*.h)
 $(VENV)/.% $(VENV)-bench/.% $(VENV)-lean/.% $(VENV)-tpu/.% $(VENV)-gpu/.% $(VENV)-cuda/.%: \
 		pyproject.toml $(NATIVE)
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
@@ -148,5 +148,5 @@ $(VENV)/.% $(VENV)-bench/.% $(VENV)-lean/.% $(VENV)-tpu/.% $(VENV)-gpu/.% $(VENV
 clean:
 	rm -rf $(VENV) $(VENV)-bench $(VENV)-lean $(VENV)-tpu $(VENV)-gpu $(VENV)-cuda \
 		$(VENV)-lowest $(VENV)-newest $(VENV)-docs build dist site out .ruff_cache .hypothesis
-	rm -f adamfn/backends/native/*.so
+	rm -f adamfn/backends/cpu/*.so
 	find cmake -mindepth 1 -not -name CMakeLists.txt -not -name .gitignore -delete

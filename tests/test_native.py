@@ -16,8 +16,7 @@ import pytest
 from programs import call_of
 
 import adamfn
-from adamfn.backends import cpu
-from adamfn.backends.native import loader
+from adamfn.backends.cpu import loader, lowering
 from adamfn.backends.primitive import bind_primitive as bind
 from adamfn.backends.xla import run_call
 from adamfn.formats import EightBit, get
@@ -262,7 +261,7 @@ def test_results_that_are_not_in_place():
     rng = np.random.default_rng(0)
     g, p = (jnp.asarray(rng.standard_normal(n), jnp.float32) for _ in range(2))
     call, operands = call_of(adamfn.adamw(0.1, weight_decay=0.1), g, p)
-    assert cpu.scalar_places(call.program) == PLACES.tolist()
+    assert lowering.scalar_places(call.program) == PLACES.tolist()
     mu = operands[3]
     found = native_call(operands, [mu, mu, p])
     expected = run_call(call, *operands)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import adamfn
-from adamfn.backends.native import loader
+from adamfn.backends.cpu import loader
 
 LIBRARY = Path(loader.__file__).with_name("adamfn_native.so")
 STEP = """
@@ -89,7 +89,7 @@ def test_without_the_library_there_is_one_warning_and_xla(copy):
 
 
 def test_a_library_that_cannot_be_loaded(copy):
-    (copy / "adamfn/backends/native/adamfn_native.so").write_bytes(b"of another system")
+    (copy / "adamfn/backends/cpu/adamfn_native.so").write_bytes(b"of another system")
     assert "OSError" in python(f"import sys; sys.path.insert(0, {str(copy)!r})", STEP, ONE_WARNING)
 
 
@@ -110,7 +110,7 @@ def test_a_library_for_a_newer_xla_leaves_the_cpu_backend_alone(copy, tmp_path):
             adamfn_step, Run, ffi::Ffi::Bind().RemainingArgs().RemainingRets());
         """
     )
-    built = copy / "adamfn/backends/native/adamfn_native.so"
+    built = copy / "adamfn/backends/cpu/adamfn_native.so"
     flags = ["-std=c++17", "-shared", "-fPIC", f"-I{include}", "-o", built]
     subprocess.run(["g++", *flags, source], check=True)
     said = python(f"import sys; sys.path.insert(0, {str(copy)!r})", STEP, ONE_WARNING)
@@ -123,7 +123,7 @@ def test_a_jaxlib_yet_unknown_gets_it_at_the_first_step():
         "import jaxlib.version; jaxlib.version.__version_info__ = (0, 99, 0)",
         STEP,
         """
-        from adamfn.backends.native import loader
+        from adamfn.backends.cpu import loader
         assert loader._native is None
         steps_right()
         assert loader._native.reason is None
@@ -139,7 +139,7 @@ def test_two_copies_in_a_process(tmp_path):
         STEP,
         f"""
         import importlib.util
-        from adamfn.backends.native import loader
+        from adamfn.backends.cpu import loader
         spec = importlib.util.spec_from_file_location("other", {str(tmp_path / "loader.py")!r})
         other = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(other)

@@ -7,7 +7,7 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from adamfn.backends import cpu
+from adamfn.backends.cpu import lowering
 from adamfn.backends.xla import by_leaf, run_call
 from adamfn.core.program import Call
 from adamfn.core.varying import vary_together
@@ -70,8 +70,8 @@ def _lower_for(platform: str, ctx: Any, *operands: Any, call: Call, pallas: bool
     run = run_call
     if _is_whole(module.axis_context) and not module.lowering_parameters.for_export:
         if platform == "cpu" and not pallas:
-            if cpu.can_run(call, ctx.avals_in):
-                return cpu.lower(ctx, *operands, call=call)
+            if lowering.can_run(call, ctx.avals_in):
+                return lowering.lower(ctx, *operands, call=call)
         else:
             run = partial(_run_by_kernels, platform, pallas)
     return mlir.lower_fun(partial(run, call), multiple_results=True)(ctx, *operands)

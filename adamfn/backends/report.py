@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 
-from adamfn.backends.native import loader
+from adamfn.backends.cpu import loader
 
 _KERNELS = {"tpu": ("8 and 4 bits, factored and blockmean", "Mosaic")}
 

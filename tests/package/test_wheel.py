@@ -15,7 +15,7 @@ PACKAGE = {
     for path in (ROOT / "adamfn").rglob("*")
     if path.is_file() and path.suffix not in (".pyc", ".so", ".cc", ".h")
 }
-LIBRARY = "adamfn/backends/native/adamfn_native.so"
+LIBRARY = "adamfn/backends/cpu/adamfn_native.so"
 STEPS = """
 import json, sys
 from importlib.metadata import distributions
@@ -92,7 +92,7 @@ def test_the_sdist_has_what_tests_and_documentation_need():
     assert {"pyproject.toml", "README.md", "LICENSE", "Makefile", "CHANGELOG.md"} <= names
     assert {"docs/stages.md", "examples/digits.py", "tests/test_stage.py"} <= names
     assert {"mkdocs.yml", "website/hooks.py"} <= names
-    assert {"cmake/CMakeLists.txt", "adamfn/backends/native/handler.cc"} <= names
+    assert {"cmake/CMakeLists.txt", "adamfn/backends/cpu/handler.cc"} <= names
     assert LIBRARY not in names
 
 

@@ -10,7 +10,7 @@ from jax import lax
 from jax.core import ShapedArray
 from jax.interpreters import mlir
 
-from adamfn.backends.native import loader
+from adamfn.backends.cpu import loader
 from adamfn.core.formulas import (
     add_agreeing_multiple,
     add_multiple,

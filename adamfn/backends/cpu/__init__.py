@@ -1,0 +1,1 @@
+"""The native code on CPU: its C++, the loader of the library, and the lowering of calls to it."""
