@@ -72,7 +72,8 @@ def measure(
         return jnp.sqrt(total(jnp.real(x * jnp.conj(x))) / number)
 
     def size_of_scaled(x: Array) -> Array:
-        scale = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
+        x = jnp.abs(x)
+        scale = jnp.max(x, axes, keepdims=True, initial=0)
         scale = jnp.where(scale == 0, 1, scale)
         return (size(x / scale) * jnp.squeeze(scale, axes)).astype(jnp.float32)
 

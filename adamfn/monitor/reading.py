@@ -101,8 +101,7 @@ def faults(seen: Any) -> list[Fault]:
     >>> [(fault.layer, fault.word) for fault in adamfn.monitor.faults(seen)]
     [('v', 'dead'), ('w', 'decided by eps')]
     """
-    _, layers = last_look(seen)
-    found: list[Fault] = []
+    layers, found = last_look(seen)[1], list[Fault]()
     for name, own in layers.items():
         others = [x["gradient"] for other, x in layers.items() if other != name]
         others = [x for x in others if 0 < x < np.inf]
