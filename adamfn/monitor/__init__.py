@@ -1,7 +1,4 @@
-"""Seeing inside a run: figures of every layer while it trains, and what is wrong with it.
-
-`step`, or `observe` before a step, measures every layer; the other functions show the result.
-"""
+"""Seeing inside a run: `step` or `observe` measures every layer; the others show the figures."""
 
 from adamfn.monitor.observing import Observation, observe, step
 from adamfn.monitor.reading import WORDS, Fault, faults, flat, looks, picture, report

@@ -36,8 +36,7 @@ def states_of(
     if not nodes:
         raise ValueError(
             f"observe: found no state of {', '.join(stage.name for stage in chain.stages)} in"
-            f" {describe(state)}; expected the state that `update` returned for this chain, or one"
-            " that was restored into tx.init(params)."
+            f" {describe(state)}; expected its state, or one restored into tx.init(params)."
         )
     return [_paired(tx, node, leaves) or [] for node in nodes]
 

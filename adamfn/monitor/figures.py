@@ -38,8 +38,7 @@ from adamfn.trees import wide_dtype
 Figures = dict[str, Array]
 
 _QUANTILES = {"step_10": 0.1, "step_50": 0.5, "step_90": 0.9}
-_EDGES = np.exp2(np.array([*range(-12, -4), *np.arange(-4, 3.5, 0.5)], np.float32))
-"""The steps below which elements are counted."""
+_EDGES = np.exp2(np.array([*range(-12, -4), *np.arange(-4, 3.5, 0.5)], np.float32))  # of steps
 
 
 class Moments(NamedTuple):
@@ -73,7 +72,8 @@ def measure(
         return jnp.sqrt(total(jnp.real(x * jnp.conj(x))) / number)
 
     def size_of_scaled(x: Array) -> Array:
-        scale = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0)
+        x = jnp.abs(x)
+        scale = jnp.max(x, axes, keepdims=True, initial=0)
         scale = jnp.where(scale == 0, 1, scale)
         return (size(x / scale) * jnp.squeeze(scale, axes)).astype(jnp.float32)
 
@@ -81,9 +81,7 @@ def measure(
         return jnp.stack([count(~jnp.isfinite(x)) for x in arrays]).sum(0)
 
     g, u, p = (x.astype(wide_dtype(x.dtype)) for x in (grad, update, param))
-    parts: dict[str, tuple[Array, ...]] = {"gradient": (g,), "weight": (p,)}
-    if moments is not None:
-        parts["moments"] = (moments.mu, moments.nu)
+    parts = {"gradient": (g,), "weight": (p,)} | ({"moments": moments[:2]} if moments else {})
     sizes = [size(x) for x in (g, u, p)]
     usual = [(x > 1e-12) & (x < 1e12) for x in sizes]  # no square overflows or vanishes
     usual += [total(jnp.abs(x - x)) == 0 for x in parts.get("moments", ())]  # else NaN

@@ -159,10 +159,9 @@ def step(
     seen = observe(
         tx, grads, state, params, ours=ours, every=every, when=when, layers=layers, **extra
     )
-    # Always 0, which XLA does not know, so it keeps the two in order. It would remove an
-    # optimization barrier before it decides which arrays to copy.
+    # 0, which XLA does not know, on the count, which every leaf reads: this keeps the two in order.
+    # XLA would remove an optimization barrier before it decides which arrays to copy.
     nothing = jnp.where(seen.step < 0, 1, 0).astype(jnp.int32)
-    # The program of every leaf reads the count.
     state = jax.tree.map(lambda x: x + nothing if describe(x) == "int32[]" else x, state)
     moved = stepping.step(tx, grads, state, params, return_updates=return_updates, **extra)
     return *moved, seen

@@ -12,31 +12,26 @@ from adamfn.trees import describe
 
 Layer = dict[str, float]  # its figures
 
-EXPLODING = 1000.0
-"""Times the median of the other layers' gradients. One such layer among a thousand has 99.9% of the
-squared global norm, so clipping by that norm leaves the others nothing."""
-
-FIGURES = {
+# Times the others' median. One such layer of a thousand has 99.9% of the squared global norm.
+_EXPLODING = 1000.0
+_BY_FIGURE = {
     "stalled by rounding": "lost",
     "decided by eps": "by_eps",
     "codes at their limit": "lowest",
 }
-WORDS = ("not finite", "exploding", "dead", "frozen", *FIGURES)
-"""The words of `faults`, the worst first. Not finite: a NaN or an infinity, worst in a weight, then
-in moments. Exploding: a gradient over a thousand times the median of the other layers'. Dead: a
-gradient of zeros. Frozen: a gradient, a rate, and an update of zeros. The others: more than half of
-the layer, by the figures `lost`, `by_eps` and `lowest`."""
+WORDS = ("not finite", "exploding", "dead", "frozen", *_BY_FIGURE)
+"""The words of `faults`, the worst first: a NaN or an infinity, worst in a weight, then in moments;
+a gradient over 1000 times the median of the other layers'; a gradient of zeros; an update of zeros
+despite gradient and rate; more than half of the layer, by `lost`, `by_eps` and `lowest`."""
 
 _COLUMNS = ("gradient", "update_over_weight", "step_50", "signal", "by_eps", "lost")
-_SIZES = ("gradient", "update", "weight", "update_over_weight", "rate")
-"""Figures that span many powers of ten."""
+_SIZES = ("gradient", "update", "weight", "update_over_weight", "rate")  # span powers of ten
 
 
 class Fault(NamedTuple):
-    """What is wrong with a layer: one of `WORDS`. A larger degree is worse within one word."""
+    """What is wrong with a layer, such as `blocks/qkv[2]`: one of `WORDS`, and how bad it is."""
 
     layer: str
-    """Its path, with an index if layers are stacked: `blocks/qkv[2]`."""
     word: str
     degree: float
 
@@ -106,8 +101,7 @@ def faults(seen: Any) -> list[Fault]:
     >>> [(fault.layer, fault.word) for fault in adamfn.monitor.faults(seen)]
     [('v', 'dead'), ('w', 'decided by eps')]
     """
-    _, layers = last_look(seen)
-    found: list[Fault] = []
+    layers, found = last_look(seen)[1], list[Fault]()
     for name, own in layers.items():
         others = [x["gradient"] for other, x in layers.items() if other != name]
         others = [x for x in others if 0 < x < np.inf]
@@ -121,13 +115,13 @@ def _worst(own: Layer, median: float) -> tuple[str, float]:
         count = own.get(f"not_finite_{kind}", 0.0)
         if count:
             return "not finite", 4 - worst - 1 / (1 + count)
-    if own["gradient"] > EXPLODING * median:
+    if own["gradient"] > _EXPLODING * median:
         return "exploding", own["gradient"] / median
     if own["zeros"] == 1:
         return "dead", 1.0
     if own["still"] == 1 and own.get("rate", 1.0) > 0:
         return "frozen", own["gradient"]
-    degrees = ((word, own.get(figure, 0.0)) for word, figure in FIGURES.items())
+    degrees = ((word, own.get(figure, 0.0)) for word, figure in _BY_FIGURE.items())
     return next((found for found in degrees if found[1] > 0.5), ("", 0.0))
 
 
@@ -200,7 +194,6 @@ def picture(seen: Any, losses: Sequence[float] | None = None, figure: str = "gra
     steps = [step for step, _ in found]
     edges = [*steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)]
     rows = np.arange(len(last) + 1)
-
     height = 0.22 * len(last) + 0.5
     drawn = Figure(figsize=(8, height + 1.5), layout="constrained")
     above, below = drawn.subplots(2, 1, sharex=True, height_ratios=(1.5, height))
