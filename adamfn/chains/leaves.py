@@ -169,7 +169,7 @@ def _params_of(
     readers = [stage.name for stage in stages if "params" in stage.reads]
     name, number = (readers or [stages[0].name])[0], len(jax.tree.leaves(updates))
     if params is None:
-        if number and (readers or moves):
+        if updates is not None and (readers or moves):
             raise ValueError(
                 f"{name}: update got no params, and it needs them. Call update(updates, state,"
                 " params)."
