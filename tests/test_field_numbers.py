@@ -191,3 +191,13 @@ def test_a_decay_independent_of_the_rate():
         by_update = adamfn.apply_updates(by_update, updates)
     np.testing.assert_allclose(by_step["w"], expected, rtol=1e-6)
     np.testing.assert_allclose(by_update["w"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamax", "amsgrad", "nadam"])
+def test_huge_gradients_of_unlike_signs_leave_an_element_alive(name):
+    tx, largest = member(name), np.finfo(np.float32).max
+    params = jnp.ones(2)
+    state = tx.init(params)
+    for g in (largest, -largest, 1.0, 1.0):
+        updates, state = tx.update(jnp.array([g, 1.0]), state, params)
+        assert np.all(np.isfinite(updates)), g

@@ -53,7 +53,8 @@ class Step:
 def together(step: Step, leaves: Sequence[Leaf], segment: range) -> Iterator[list[Leaf]]:
     """The leaves of each call, alike in all but shape.
 
-    Large leaves are alone, and leaves that the segment does not change are left out.
+    Large leaves, and leaves of a program with a statistic, are alone. Leaves that the segment does
+    not change are left out.
     """
     most = 1 if step.backend == "pallas" else _LEAVES
     is_manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
@@ -90,11 +91,11 @@ def run_leaves(step: Step, leaves: Sequence[Leaf], segment: range, *, last: bool
     rows = [[leaf.kept[place] for place in places] for leaf in leaves]
     vector = step.vector(places, program.dtype)
     if program.fused:
-        grads = [leaf.update for leaf in leaves]
+        updates = [leaf.update for leaf in leaves]
         params = [leaf.param for leaf in leaves] if program.reads_params else []
         call = Call(program, len(leaves), jax.tree.structure(rows))
         indices = np.array([[leaf.index, 0] for leaf in leaves], np.uint32)
-        operands = [vector, step.count, indices, *jax.tree.leaves(rows), *grads, *params]
+        operands = [vector, step.count, indices, *jax.tree.leaves(rows), *updates, *params]
         if not program.known:
             jax.eval_shape(partial(run_call, call), *operands)  # mistakes show before it lowers
         shards = leaves[0].shards

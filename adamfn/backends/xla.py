@@ -53,14 +53,14 @@ def by_leaf(
 def _run_leaf(
     program: Program,
     strides: tuple[int, ...] | None,
-    scalars: tuple[jax.Array, jax.Array, jax.Array],
+    step: tuple[jax.Array, jax.Array, jax.Array],
     g: jax.Array,
     p: jax.Array | None,
     kept: list[Kept],
 ) -> tuple[list[Kept], list[jax.Array]]:
-    vector, count, (leaf, first) = scalars
+    vector, count, (index, first) = step
     indices = None if strides is None else indices_of(g.shape, strides, first)
-    return program(Seeds.of(count, leaf), [*vector], g, p, kept, indices)
+    return program(Seeds.of(count, index), [*vector], g, p, kept, indices)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -80,7 +80,7 @@ def run_whole(
       count: the step.
       index: the leaf's.
       arrays: the update, the parameter or None, and the state.
-      given: the state of parts of earlier runs that it reads, then the gradient if it reads it.
+      given: the state of parts of earlier segments that it reads, then the gradient if it reads it.
     """
     leaves, treedef = jax.tree.flatten((arrays, given))
     (g, p, kept), given = treedef.unflatten(vary_together(leaves))

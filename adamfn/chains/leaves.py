@@ -45,7 +45,7 @@ def next_count(stages: Sequence[Stage], states: Sequence[PyTree]) -> jax.Array:
     """The count of the step to come, 1 at the first.
 
     Raises:
-      TypeError: a state is of something else, or the count is no int32 scalar.
+      TypeError: a state has the wrong type, or its count is not an int32 scalar.
     """
     for stage, state in zip(stages, states, strict=True):
         if not isinstance(state, stage.states):

@@ -138,6 +138,7 @@ def program_of(step: Step, segment: range, leaf: Leaf, wanted: Wanted) -> Progra
         k: _part(step.stages[k], leaf.formats[k]) for k in range(segment.stop) if leaf.active[k]
     }
     own = {k: part for k, part in parts.items() if k in segment}
+    # Moments, and the gradient that they were given, may come from an earlier segment.
     known, given, given_grads = {"params", "grads", "noise"}, dict[int, Part](), False
     for part in own.values():
         for name in {*part.reads} - known:

@@ -40,15 +40,15 @@ def average(old: Array, new: Array, b: Decay) -> Array:
     return from_old if b.rate is None else jnp.where(b.rate < 0.5, new - b.rate * step, from_old)
 
 
-def bounded(g: Array) -> Array:
-    """The gradient, with finite values larger than 2^48 (in float64 2^480) set to that bound.
+def bounded(g: Array, largest: float | None = None) -> Array:
+    """The gradient, with finite values beyond a bound, 2^48 (in float64 2^480), set to that bound.
 
     Their squares, or a format's sums of squares, would overflow, and the element would never
     recover. Adam's ratio hardly changes: both moments then hold this gradient and little else.
     Infinities and NaN stay visible.
     """
     info = jnp.finfo(g.dtype)
-    largest = 2.0**480 if info.bits == 64 else 2.0**48
+    largest = largest or (2.0**480 if info.bits == 64 else 2.0**48)
     if jnp.iscomplexobj(g):
         size = jnp.maximum(abs(g.real), abs(g.imag))
         over = (size > largest) & (size <= info.max)
@@ -58,7 +58,7 @@ def bounded(g: Array) -> Array:
     return lax.select(finite, lax.clamp(-bound, g, bound), g)
 
 
-def averaged(g: Array, mu: Array, nu: Array, at: Averages) -> Arrays:
+def averaged(g: Array, mu: Array, nu: Array, at: Averages) -> tuple[Array, Array, Array]:
     """The bounded gradient, and both averages after it: of g and of |g|^2."""
     g = bounded(g)
     square = jnp.real(g * jnp.conj(g)) if jnp.iscomplexobj(g) else lax.mul(g, g)
@@ -119,6 +119,7 @@ def rectified_ratio(
 
 def infinity_ratio(g: Array, mu: Array, nu: Array, at: Averages) -> Arrays:
     """The formula of `scale_by_infinity_moments`."""
+    g = bounded(g, float(jnp.finfo(g.dtype).max) / 4)  # a difference of two would overflow
     mu = average(mu, g, at.b1)
     # b2 nu as an average with 0: products with a rounded b2 would drift, the same way each step.
     nu = jnp.maximum(average(nu, jnp.zeros_like(nu), at.b2), jnp.abs(g) + at.eps)

@@ -48,7 +48,7 @@ class Leaf:
     grad: Any
     """The gradient that the run was given."""
     param: Any
-    """None if no stage reads the parameters."""
+    """None if `update` was given none. If no stage reads it, its dtype alone is used."""
     formats: list[Format | None] = field(default_factory=list[Any])
     """The format of its moments, for each stage."""
     kept: list[Kept] = field(default_factory=list[Any])

@@ -1,4 +1,4 @@
-"""Errors that say what other libraries' arguments of a recipe are called here."""
+"""Errors that translate the names that other libraries give to arguments."""
 
 import functools
 import inspect

@@ -1,4 +1,4 @@
-"""The program of a leaf: the formulas of one fused run, one after another.
+"""The program of a leaf: the formulas of one segment, one after another.
 
 It decodes the state of the leaf, applies the formulas, and encodes the state again. At its end it
 returns the update, moves the parameter, or both. Nothing is rounded or written to memory between
@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """The formulas of a fused run for one leaf."""
+    """The formulas of one segment for one leaf."""
 
     parts: tuple[Part, ...]
     scalars: Any
@@ -95,18 +95,18 @@ class Program:
         Args:
           seeds: seeds of the random bits that round moments and weights.
           scalars: the scalars of all parts, in the program's dtype, then the gate.
-          g: the gradient, or the update of an earlier run.
+          g: the gradient, or the update of an earlier segment.
           p: the parameter; None if the program does not read it.
           kept: the state of the leaf for each part.
           indices: of a shard or a tile of a leaf, the indices of its elements in the whole leaf,
             uint32 of g's shape; None for a whole leaf.
           given: the state of the leaf for each of the parts in `given`, then the gradient.
         """
-        u = grad = _widened(g, self.dtype)
+        u = _widened(g, self.dtype)
         weights, stored = self.weights, None if p is None else _widened(p, self.dtype)
         weight = stored if weights is None else weights.decode(stored, *kept[-1])  # pyright: ignore[reportArgumentType]
-        known: dict[str, Any] = {"params": weight, "grads": grad}
-        for (_, part), row in zip(self.given, given, strict=False):
+        known: dict[str, Any] = {"params": weight, "grads": u}
+        for (_, part), row in zip(self.given, given, strict=False):  # the gradient may follow
             known |= zip(part.keeps, part_decoded(part, row, self.dtype), strict=True)
         if self.given_grads:
             known["grads"] = _widened(given[-1], self.dtype)

@@ -1,7 +1,7 @@
 """A stage of an optimizer, as data.
 
-A stage knows nothing of trees, formats, dtypes and devices. `chains` derives `init`, `update` and
-`step` from it.
+Its formula sees one leaf, as arrays in float32 at least. Trees, storage and devices are the
+business of `chains`, which derives `init`, `update` and `step` from stages.
 """
 
 from collections import namedtuple
@@ -66,7 +66,7 @@ class Stage:
         `(u, *reads, *keeps, *scalars) -> (u, *keeps)`, or `-> u` if it keeps nothing. Arrays
         are float32 at least, and complex for complex leaves.
       reads: arrays that it needs besides the updates u: `"params"`; `"grads"`, the gradient as the
-        stage of moments was given it (or as it entered the fused run, if there is none); `"mu"` and
+        stage of moments was given it (or as it entered the segment, if there is none); `"mu"` and
         `"nu"`, the moments after this step; `"noise"`, a random uint32 for each element.
       keeps: arrays that it keeps of each leaf: by field of its state, a function of the parameter
         that makes the first one, such as `jnp.zeros_like`.
@@ -85,8 +85,8 @@ class Stage:
         `update`: it is the list of all gradients, from which a norm can be computed.
       mask: which leaves it changes, as in `add_decayed_weights`; None for all.
       elementwise: True if each output element depends only on the matching input elements. A
-        formula that needs a statistic of its leaf, such as a mean, sets it to False. It ends the
-        fused run: XLA applies it to the update in memory, and the next run begins after it.
+        formula that needs a statistic of its leaf, such as a mean, sets it to False. It is a
+        segment by itself: XLA applies it to the update in memory, between two fused segments.
 
     Raises:
       TypeError, ValueError: the parts do not fit each other; names the stage.
