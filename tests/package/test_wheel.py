@@ -81,7 +81,7 @@ def test_an_index_shows_the_readme_without_links_into_the_repository():
     wheel = zipfile.ZipFile(built("*.whl"))
     (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     shown = wheel.read(name).decode()
-    assert "## The chain beside its formulas" in shown
+    assert "## The chain and its formulas" in shown
     assert "](" not in shown
 
 
