@@ -38,7 +38,8 @@ void FillRandom(const Noise& noise, const Leaf& leaf, int64_t start, int64_t siz
 constexpr int64_t kReadAhead = 256;
 
 // Inlined: GCC drops calls of a function that does nothing but prefetch, as if it had no effect.
-[[gnu::always_inline]] inline void ReadAhead(const void* array, int64_t bytes_each, int64_t start, int64_t size) {
+[[gnu::always_inline]] inline void ReadAhead(const void* array, int64_t bytes_each, int64_t start,
+                                             int64_t size) {
   // An address and no pointer: at the end it may be past the array, where nothing is read.
   const uintptr_t first = reinterpret_cast<uintptr_t>(array) + start * bytes_each;
   for (int64_t i = 0; i < size * bytes_each; i += 64) {
@@ -46,7 +47,8 @@ constexpr int64_t kReadAhead = 256;
   }
 }
 
-[[gnu::always_inline]] inline void ReadAhead(const Group& group, const Leaf& leaf, int64_t next, int64_t size) {
+[[gnu::always_inline]] inline void ReadAhead(const Group& group, const Leaf& leaf, int64_t next,
+                                             int64_t size) {
   const int64_t of_moments = group.format == kFloat32 ? 4 : group.format == kEightBit ? 1 : 2;
   ReadAhead(leaf.g.data, leaf.g.is_bfloat16 ? 2 : 4, next, size);
   ReadAhead(leaf.mu, of_moments, next + kTile, size);
