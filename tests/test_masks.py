@@ -96,6 +96,61 @@ def test_in_optax():
     assert jnp.all(updates["bias"] == 1)
 
 
+def test_matching_searches_paths():
+    params = {"layers": [{"kernel": 1.0, "bias": 1.0}, {"kernel": 1.0}], "head": {"kernel": 1.0}}
+    found = chosen(adamfn.masks.matching(r"layers/\d+/kernel$"), params)
+    assert found == {"layers/0/kernel", "layers/1/kernel"}
+    assert chosen(adamfn.masks.matching("^head", "1/"), params) == {
+        "head/kernel",
+        "layers/1/kernel",
+    }
+    assert chosen(adamfn.masks.matching("KERNEL"), params) == set()
+    assert chosen(adamfn.masks.matching(), params) == set()
+
+
+def test_rates_fall_with_depth():
+    def block():
+        return {"kernel": jnp.ones((2, 2)), "none": None}
+
+    params = {
+        "token_embed": jnp.ones(2),
+        "norm": jnp.ones(2),
+        **{f"block_{k}": block() for k in (0, 1, 10)},
+    }
+    factors = adamfn.masks.layerwise_decay(0.5, r"block_(\d+)")(params)
+    assert jax.tree.structure(factors) == jax.tree.structure(params)
+    assert factors["norm"] == 1
+    assert [factors[f"block_{k}"]["kernel"] for k in (10, 1, 0)] == [2**-1, 2**-10, 2**-11]
+    assert factors["token_embed"] == 2**-12
+
+
+def test_stacked_layers_have_a_factor_each():
+    params = {"embed": jnp.ones(2), "layers": {"w": jnp.ones((3, 2, 4)), "b": jnp.ones((3, 4))}}
+    factors = adamfn.masks.layerwise_decay(0.5, stacked=["layers"])(params)
+    assert factors["embed"] == 1 / 16
+    for name, shape in (("w", (3, 1, 1)), ("b", (3, 1))):
+        assert factors["layers"][name].shape == shape
+        assert factors["layers"][name].ravel().tolist() == [1 / 8, 1 / 4, 1 / 2]
+    by_layer = optax.stateless(lambda us, p: jax.tree.map(jnp.multiply, us, factors))
+    tx = adamfn.chain(adamfn.adam(1.0, eps=0.0), by_layer)
+    moved, _ = adamfn.step(tx, params, tx.init(params), params)
+    assert jnp.allclose(moved["layers"]["b"], 1 - factors["layers"]["b"], atol=1e-6)
+
+
+def test_arguments_of_paths():
+    with pytest.raises(ValueError, match=r"matching is '\[', which is no regular expression"):
+        adamfn.masks.matching("[")
+    with pytest.raises(TypeError, match="matching is 3; expected a regular expression"):
+        adamfn.masks.matching(3)
+    with pytest.raises(ValueError, match="expected one group, of the index"):
+        adamfn.masks.layerwise_decay(0.5, "layer")
+    with pytest.raises(ValueError, match="decay is 0; expected a number above 0"):
+        adamfn.masks.layerwise_decay(0)
+    with pytest.raises(ValueError, match=r"found no layer by .* such paths as 'w'"):
+        adamfn.masks.layerwise_decay(0.5)({"w": 1.0})
+    assert adamfn.masks.layerwise_decay(0.5)({}) == {}
+
+
 def test_names_are_a_list():
     with pytest.raises(TypeError, match="but is 'bias'; expected names"):
         adamfn.masks.matrices("bias")

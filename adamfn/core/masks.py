@@ -1,8 +1,10 @@
 """Masks: which leaves a stage changes, by their paths and axes or by a tree of bools.
 
-`matrices` and `named` return functions from parameters, in any container, to a tree of bools.
+`matrices`, `named` and `matching` return functions from parameters, in any container, to a tree of
+bools; `layerwise_decay` returns one to a tree of factors.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -12,7 +14,7 @@ import numpy as np
 
 from adamfn.trees import PyTree, path_name
 
-__all__ = ["matrices", "named"]
+__all__ = ["layerwise_decay", "matching", "matrices", "named"]
 
 Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree] | None
 """A tree of bools of the parameters' structure or a prefix of it; a function that makes one from
@@ -58,6 +60,102 @@ def named(*names: str) -> Callable[[PyTree], PyTree]:
     """
     has = _has(names, "named")
     return lambda params: jax.tree.map_with_path(lambda path, leaf: has(path), params)
+
+
+def matching(*patterns: str) -> Callable[[PyTree], PyTree]:
+    r"""A mask of the leaves whose path matches one of some regular expressions.
+
+    They are searched for anywhere in a path such as `layers/0/kernel`; `^` and `$` match its ends.
+
+    Raises:
+      TypeError, ValueError: a pattern is not a string, or not a regular expression.
+
+    >>> import adamfn
+    >>> params = {"layers": [{"kernel": 1.0, "bias": 1.0}], "head": {"kernel": 1.0}}
+    >>> adamfn.masks.matching(r"layers/\d+/kernel$")(params)
+    {'head': {'kernel': False}, 'layers': [{'bias': False, 'kernel': True}]}
+    """
+    found = [_compiled(pattern, "matching") for pattern in patterns]
+    return lambda params: jax.tree.map_with_path(
+        lambda path, leaf: any(pattern.search(path_name(path)) for pattern in found), params
+    )
+
+
+def layerwise_decay(
+    decay: float,
+    layers: str = r"layers[/_](\d+)",
+    *,
+    below: Sequence[str] = ("embed",),
+    stacked: Sequence[str] = (),
+) -> Callable[[PyTree], PyTree]:
+    r"""Factors of the learning rate that fall with the distance from the output, for fine-tuning.
+
+    Of n layers, the layer with the index i has the factor $\text{decay}^{n - i}$, leaves below the
+    layers have $\text{decay}^{n + 1}$, and all others, such as the head, 1. To apply them, multiply
+    the updates at the end of a chain. Source: Clark et al., ELECTRA, 2020 (arXiv 2003.10555).
+
+    Args:
+      decay: the factor from a layer to the one below it, above 0.
+      layers: a regular expression, found in paths, whose group is the layer's index. Leaves
+        in which it is not found are above the layers, or `below`.
+      below: names, as in `matrices`, of leaves below the layers.
+      stacked: names of parts that hold layers along their first axis; a factor is then an array.
+
+    Raises:
+      TypeError, ValueError: an argument is not what it says; the parameters have no such layer.
+
+    >>> import adamfn, jax, jax.numpy as jnp, optax
+    >>> factors = adamfn.masks.layerwise_decay(0.5)
+    >>> params = {"embed": jnp.ones(2), "head": jnp.ones(2), "layers": [jnp.ones(2), jnp.ones(2)]}
+    >>> factors(params)
+    {'embed': 0.125, 'head': 1.0, 'layers': [0.25, 0.5]}
+    >>> by_layer = optax.stateless(lambda us, p: jax.tree.map(jnp.multiply, us, factors(p)))
+    >>> tx = adamfn.chain(adamfn.adamw(1e-3), by_layer)
+    """
+    pattern, under = _compiled(layers, "layers"), _has(below, "below")
+    stack = _has(stacked, "stacked")
+    if pattern.groups != 1:
+        raise ValueError(
+            f"layers is {layers!r}; expected one group, of the index: 'layer_([0-9]+)'."
+        )
+    if not (isinstance(decay, int | float) and decay > 0):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"decay is {decay!r}; expected a number above 0, such as 0.8.")
+
+    def place(path: Any, leaf: Any) -> Any:
+        """The index of the layer that a leaf is in, or of its rows; infinite above all layers."""
+        if stack(path) and jnp.ndim(leaf):
+            return np.arange(jnp.shape(leaf)[0]).reshape(-1, *[1] * (jnp.ndim(leaf) - 1))
+        found = pattern.search(path_name(path))
+        return int(found[1]) if found else -1 if under(path) else np.inf
+
+    def factors(params: PyTree) -> PyTree:
+        places = jax.tree.map_with_path(place, params)
+        indices = [np.max(x, initial=-1) for x in jax.tree.leaves(places) if np.all(x < np.inf)]
+        if (top := max(indices, default=-1)) < 0 and jax.tree.leaves(params):
+            first, *_ = jax.tree.leaves_with_path(params)
+            raise ValueError(
+                f"layerwise_decay: found no layer by layers={layers!r} and stacked={stacked!r};"
+                f" expected one in such paths as {path_name(first[0])!r}."
+            )
+
+        def factor(x: Any) -> Any:
+            power = decay ** np.maximum(top + 1 - x, 0.0)  # 1 above the layers
+            return np.float32(power) if np.ndim(x) else float(power)
+
+        return jax.tree.map(factor, places)
+
+    return factors
+
+
+def _compiled(pattern: str, what: str) -> re.Pattern[str]:
+    if not isinstance(pattern, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{what} is {pattern!r}; expected a regular expression, a string.")
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{what} is {pattern!r}, which is no regular expression: {error}."
+        ) from error
 
 
 def _has(names: Sequence[str], what: str) -> Callable[[Any], bool]:
