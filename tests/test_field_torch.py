@@ -5,17 +5,13 @@ Apex issue 577 (a group without bias_correction), apex pull 1615 and Transformer
 (the step in the group), fairseq issue 3965 (amsgrad turned on), apex issue 1124 (no correction).
 """
 
-import pickle
-import zipfile
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import adamfn
-from adamfn.interop.torch import from_state_dict, load, to_state_dict
+from adamfn.interop.torch import from_state_dict, to_state_dict
 
 B1, B2, EPS, LR, DECAY, STEP = 0.9, 0.99, 1e-3, 0.1, 0.3, 3
 RNG = np.random.default_rng(0)
@@ -294,47 +290,3 @@ def test_a_frozen_parameter_is_named():
             ValueError, match=r"fresh is .*; expected the leaves that torch took no step with"
         ):
             from_state_dict(both, params, paths=["w", "frozen"], fresh=wrong)
-
-
-SAVED = Path(__file__).parent / "data" / "torch_adamw.pt"
-"""What torch 2.14 saved of `{"optimizer": optimizer.state_dict(), "epoch": 3}`, an
-AdamW's after three steps on a float32 parameter, (3, 2), and a bfloat16 one, (3,)."""
-
-
-def test_a_saved_file_is_read_without_torch():
-    saved = load(SAVED)
-    assert saved["epoch"] == 3
-    kept = saved["optimizer"]["state"]
-    assert [kept[k]["exp_avg_sq"].dtype for k in (0, 1)] == [np.float32, jnp.bfloat16]
-    # The gradient is 2 p, and p moves by a rate of 0.01 a step.
-    start = np.array([[1.540996, -0.2934289], [-2.1787894, 0.56843126], [-1.0845224, -1.3985955]])
-    p, m, v = start, 0.0, 0.0
-    for t in (1, 2, 3):
-        m, v = 0.9 * m + 0.1 * 2 * p, 0.999 * v + 0.001 * (2 * p) ** 2
-        u = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
-        p = p * (1 - 0.01 * 0.1) - 0.01 * u
-    np.testing.assert_allclose(kept[0]["exp_avg"], m, rtol=1e-5)
-    np.testing.assert_allclose(kept[0]["exp_avg_sq"], v, rtol=1e-5)
-    params = {"w": jnp.ones((3, 2)), "z": jnp.ones(3, jnp.bfloat16)}
-    _, state = from_state_dict(saved["optimizer"], params, paths=["w", "z"])
-    assert state[0].count == 3
-    np.testing.assert_array_equal(state[0].mu["w"], kept[0]["exp_avg"])
-
-
-def test_a_file_that_holds_something_else_is_refused(tmp_path):
-    path = tmp_path / "x.pt"
-    path.write_bytes(pickle.dumps({}))
-    with pytest.raises(ValueError, match=r"is no zip archive .* torch before 1\.6"):
-        load(path)
-    for content, message in (
-        ({"x": np.float64(1.0)}, r"the file has a numpy\S*; expected containers, numbers"),
-        (print, r"the file has a builtins\.print"),
-    ):
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("x/data.pkl", pickle.dumps(content))
-        with pytest.raises(ValueError, match=message):
-            load(path)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("x/other", "")
-    with pytest.raises(ValueError, match=r"is no zip archive with a data\.pkl"):
-        load(path)

@@ -1,76 +1,76 @@
 """`load`: what `torch.save` wrote, as NumPy arrays and without torch."""
 
-import collections
 import os
-import pickle
+import sys
 import zipfile
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
-import jax.numpy as jnp
 import numpy as np
 
 from adamfn.interop.torch.parameters import Array
+from adamfn.interop.torch.pickles import unpickled
 
 
 def load(path: str | os.PathLike[str]) -> Any:
     """Reads a file that `torch.save` wrote, without torch.
 
     Args:
-      path: the file, of torch 1.6 or later: a zip archive, little-endian.
+      path: the file, of torch 1.6 or later.
 
     Returns:
       The saved object, with NumPy arrays in place of tensors: `load("run.pt")["optimizer"]` is what
-      `from_state_dict` takes. No code of the file is run.
+      `from_state_dict` takes. Tensors that share memory in torch share it here. No code of the file
+      is run.
 
     Raises:
-      ValueError: an older file, or one with more than containers, numbers, text and tensors.
+      ValueError: an older or a damaged file, or one with more than containers, numbers, text and
+        dense tensors.
+      OSError: there is no such file, or it cannot be opened.
     """
-    name = None
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            name = next((n for n in archive.namelist() if n.endswith("data.pkl")), None)
-            if name is not None:
-                with archive.open(name) as file:
-                    return _Unpickler(file, archive, name.removesuffix("data.pkl")).load()
-    raise ValueError(
-        f"load: {os.fspath(path)} is no zip archive with a data.pkl; expected torch.save's. A file"
-        " of torch before 1.6 must be loaded and saved again by a later torch."
-    )
-
-
-def _tensor(
-    storage: Array, offset: int, shape: Sequence[int], strides: Sequence[int], *_: Any
-) -> Array:
-    steps = [stride * storage.itemsize for stride in strides]
-    return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps).copy()
-
-
-_FLOATS = {"Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": jnp.bfloat16, "Bool": "?"}
-_INTEGERS = {"Long": "i8", "Int": "i4", "Short": "i2", "Char": "i1", "Byte": "u1"}
-_KNOWN: dict[str, Any] = {
-    "collections.OrderedDict": collections.OrderedDict,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": lambda data, *_: data,
-    "torch.Size": tuple,
-} | {f"torch.{kind}Storage": np.dtype(x) for kind, x in (_FLOATS | _INTEGERS).items()}
-"""What a file may name, and what stands for it here."""
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: Any, archive: zipfile.ZipFile, folder: str) -> None:
-        super().__init__(file)
-        self._archive, self._folder = archive, folder
-
-    def find_class(self, module: str, name: str, /) -> Any:
-        if f"{module}.{name}" not in _KNOWN:
+    with open(path, "rb") as file:
+        try:
+            return _read(file)
+        except Exception as error:  # zipfile raises any kind
+            found = error if type(error) is ValueError else repr(error)
             raise ValueError(
-                f"load: the file has a {module}.{name}; expected containers, numbers, text and"
-                " dense tensors. Save the optimizer's state_dict() alone."
-            )
-        return _KNOWN[f"{module}.{name}"]
+                f"load: in {os.fspath(path)}, found {found}; expected what torch.save writes of"
+                " containers, numbers, text and dense tensors. Save optimizer.state_dict() alone,"
+                " by torch 1.6 or later; copy a damaged file again."
+            ) from error
 
-    def persistent_load(self, pid: Any, /) -> Array:
-        _, dtype, key, _, number = pid
-        data = self._archive.read(f"{self._folder}data/{key}")
-        return np.frombuffer(data, dtype, count=number)
+
+def _read(file: BinaryIO) -> Any:
+    if not zipfile.is_zipfile(file):
+        raise ValueError("no zip archive")
+    archive = zipfile.ZipFile(file)
+    members = {member.filename: member for member in archive.infolist()}
+    folder = next(iter(members), "").split("/")[0]
+    if f"{folder}/data.pkl" not in members:
+        raise ValueError("no data.pkl in the folder of the archive's first member")
+    if len(members) < len(archive.infolist()):
+        raise ValueError("two members of one name")
+    # torch compresses nothing. Other members could expand to more than there is memory.
+    sizes = [member.file_size for member in members.values()]
+    stored = all(member.compress_type == zipfile.ZIP_STORED for member in members.values())
+    if not stored or sum(sizes) > os.fstat(file.fileno()).st_size:
+        raise ValueError("compressed or overlapping members")
+    given = f"{folder}/byteorder" in members
+    order = archive.read(f"{folder}/byteorder") if given else b"little"
+    if order not in (b"little", b"big"):
+        raise ValueError(f"the byte order {order!r:.20}")
+    storages: dict[str, Array] = {}
+
+    def storage(key: str, dtype: np.dtype[Any], count: int) -> Array:
+        if key not in storages:
+            data = bytearray(archive.read(f"{folder}/data/{key}"))
+            words = np.frombuffer(data, f"u{dtype.itemsize}")
+            words = words if order.decode() == sys.byteorder else words.byteswap()
+            storages[key] = words != 0 if dtype.kind == "b" else words.view(dtype)
+        found = storages[key]
+        if (found.dtype, found.size) != (dtype, count):
+            raise ValueError(
+                f"{found.size} elements of {found.dtype} in a storage of {count} of {dtype}"
+            )
+        return found
+
+    return unpickled(archive.read(f"{folder}/data.pkl"), storage)
