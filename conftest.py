@@ -3,6 +3,8 @@
 What JAX compiles is kept where `make test` says. Each of its processes has a folder of its own, and
 those that tests start have none: a file is not written at once, and tests kill what they start.
 
+The code of Markdown pages is a test for each page (`website/samples.py`).
+
 Tests that do not depend on XLA's optimizations are compiled without them: the documentation's
 examples, and what says `pytestmark = pytest.mark.unoptimized` (a file) or has that mark (a test),
 with the reason. Compiling is three quarters of all tests' time, and takes a third as long without
@@ -14,6 +16,8 @@ import os
 from functools import cached_property
 
 import pytest
+
+from website import samples
 
 PROCESS = os.environ.get("PYTEST_XDIST_WORKER")
 FOLDER = os.environ.pop("JAX_COMPILATION_CACHE_DIR", None) if PROCESS else None
@@ -65,8 +69,25 @@ class Compiler:
 COMPILER = Compiler()
 
 
+class PageItem(pytest.Item):
+    """The code of a page."""
+
+    def runtest(self):
+        """Runs it."""
+        samples.run(self.path)
+
+
+class PageFile(pytest.File):
+    """A page, which is one test if it has code."""
+
+    def collect(self):
+        """Yields the test."""
+        if samples.BLOCK.search(self.path.read_text()):
+            yield PageItem.from_parent(self, name="code")
+
+
 def _depends_on_optimizations(item):
-    if isinstance(item, pytest.DoctestItem):
+    if isinstance(item, pytest.DoctestItem | PageItem):
         return False
     return item is None or item.get_closest_marker("unoptimized") is None
 
@@ -88,3 +109,8 @@ def pytest_runtest_teardown(item, nextitem):
     """After the test's fixtures."""
     if COMPILER.given and _depends_on_optimizations(nextitem):
         COMPILER.switch()
+
+
+def pytest_collect_file(file_path, parent):
+    """Collects pages."""
+    return PageFile.from_parent(parent, path=file_path) if file_path.suffix == ".md" else None

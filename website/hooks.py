@@ -64,10 +64,8 @@ def _notebook(path):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Leads links to examples to their pages; shows sessions as such, without doctest's flags."""
-    markdown = re.sub(r"\]\(\.\./examples/(\w+)\.(?:py|ipynb)\)", r"](examples/\1.md)", markdown)
-    markdown = re.sub(r"^```python\n(?=>>>)", "```pycon\n", markdown, flags=re.MULTILINE)
-    return re.sub(r"  # doctest:.*$", "", markdown, flags=re.MULTILINE)
+    """Leads links to examples to their pages."""
+    return re.sub(r"\]\(\.\./examples/(\w+)\.(?:py|ipynb)\)", r"](examples/\1.md)", markdown)
 
 
 def on_post_page(output, page, config):

@@ -1,14 +1,17 @@
 """Opens every page of `site/` in a browser, at desktop and phone width, and keeps pictures of them.
 
-It fails where a page is wider than its window, a formula or a picture is missing, or the search
-finds nothing. The browser is an installed Chromium or Chrome.
+It fails where a page is wider than its window, a formula or a picture is missing, the search finds
+nothing, or what the copy buttons of a page in `COPIED` give does not run. The browser is an
+installed Chromium or Chrome.
 
     python website/screenshots.py            # every page, to out/site
     python website/screenshots.py stages     # those with `stages` in their addresses
 """
 
 import argparse
+import contextlib
 import functools
+import io
 import shutil
 import sys
 import threading
@@ -20,6 +23,7 @@ from playwright.sync_api import Error, sync_playwright
 ROOT = Path(__file__).parent.parent
 WIDTHS = {"desktop": 1280, "phone": 390}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+COPIED = ("", "coming_from_optax", "api/recipes")
 FAULTS = r"""
 () => {
   const faults = [];
@@ -41,6 +45,28 @@ class Quiet(SimpleHTTPRequestHandler):
 
     def log_message(self, *args):
         """Nothing."""
+
+
+def run_copies(browser, address):
+    """Runs what the copy buttons give: of a guide in one namespace, of a docstring by itself."""
+    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
+    tab = context.new_page()
+    for page in COPIED:
+        tab.goto(f"{address}/{page}/")
+        names = {}
+        blocks = tab.locator(".language-pycon, .language-python:not(.doc-signature)").all()
+        if not blocks:
+            yield f"{page or 'index'}: no code to copy"
+        for block in blocks:
+            block.hover()
+            block.locator("button").click()
+            code = tab.evaluate("navigator.clipboard.readText()")
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    exec(code, {} if page.startswith("api/") else names)
+            except Exception as error:
+                yield f"{page or 'index'}: copied code fails, {error!r}:\n{code}"
+    context.close()
 
 
 def main():
@@ -77,6 +103,7 @@ def main():
             except Error:
                 faults.append(f"search ({name}): nothing found for bias_correct")
             tab.screenshot(path=args.out / f"search-{name}.png")
+        faults += run_copies(browser, address)
         browser.close()
     print("\n".join(faults) or f"{len(pages)} pages without a fault; pictures in {args.out}")
     sys.exit(bool(faults))
