@@ -36,6 +36,7 @@ def adam(
     eps_root: chex.Numeric = 0.0,
     nesterov: bool = False,
     moments: Moments = "float32",
+    seed: chex.Numeric | None = None,
 ) -> GradientTransformation:
     r"""Adam, by Kingma and Ba (2015, arXiv 1412.6980, algorithm 1).
 
@@ -55,6 +56,7 @@ def adam(
       eps_root: added under the root. Above 0, updates can be differentiated at zero gradients.
       nesterov: look one step ahead, in Dozat's form (as optax's `nadam`).
       moments: how the moments are stored, as in `scale_by_moments`.
+      seed: of the rounding of lean moments, likewise.
 
     >>> import adamfn, jax
     >>> import jax.numpy as jnp
@@ -65,7 +67,9 @@ def adam(
     >>> print(adamfn.apply_updates(params, updates)["w"])
     [ 0.9 -1.9]
     """
-    ratio = scale_by_moments(b1, b2, eps, eps_root=eps_root, nesterov=nesterov, moments=moments)
+    ratio = scale_by_moments(
+        b1, b2, eps, eps_root=eps_root, nesterov=nesterov, moments=moments, seed=seed
+    )
     return chain(ratio, bias_correct(b1, b2), scale_by_lr(learning_rate))
 
 
@@ -81,6 +85,7 @@ def adamw(
     mask: Mask = None,
     nesterov: bool = False,
     moments: Moments = "float32",
+    seed: chex.Numeric | None = None,
 ) -> GradientTransformation:
     r"""AdamW, by Loshchilov and Hutter (2019, arXiv 1711.05101): with decoupled weight decay.
 
@@ -95,7 +100,9 @@ def adamw(
     >>> print(tx.update(jnp.array([0.0]), tx.init(params), params)[0])
     [-0.1]
     """
-    ratio = scale_by_moments(b1, b2, eps, eps_root=eps_root, nesterov=nesterov, moments=moments)
+    ratio = scale_by_moments(
+        b1, b2, eps, eps_root=eps_root, nesterov=nesterov, moments=moments, seed=seed
+    )
     decay = add_decayed_weights(weight_decay, mask)
     return chain(ratio, bias_correct(b1, b2), decay, scale_by_lr(learning_rate))
 
@@ -109,6 +116,7 @@ def amsgrad(
     *,
     eps_root: chex.Numeric = 0.0,
     moments: Moments = "float32",
+    seed: chex.Numeric | None = None,
 ) -> GradientTransformation:
     r"""AMSGrad, by Reddi et al. (2018, arXiv 1904.09237): its denominator never shrinks.
 
@@ -122,7 +130,7 @@ def amsgrad(
     >>> print(tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))[0])
     [-0.1  0.1]
     """
-    ratio = scale_by_max_moments(b1, b2, eps, eps_root=eps_root, moments=moments)
+    ratio = scale_by_max_moments(b1, b2, eps, eps_root=eps_root, moments=moments, seed=seed)
     return chain(ratio, bias_correct(b1, b2), scale_by_lr(learning_rate))
 
 
@@ -136,6 +144,7 @@ def nadam(
     eps_root: chex.Numeric = 0.0,
     momentum_decay: chex.Numeric = 4e-3,
     moments: Moments = "float32",
+    seed: chex.Numeric | None = None,
 ) -> GradientTransformation:
     r"""NAdam, by Dozat (2016), as in torch: its momentum looks one step ahead, and warms up.
 
@@ -150,7 +159,7 @@ def nadam(
     [-0.25  0.25]
     """
     ratio = scale_by_nesterov_moments(
-        b1, b2, eps, eps_root=eps_root, momentum_decay=momentum_decay, moments=moments
+        b1, b2, eps, eps_root=eps_root, momentum_decay=momentum_decay, moments=moments, seed=seed
     )
     return chain(ratio, bias_correct(0.0, b2), scale_by_lr(learning_rate))
 
@@ -164,6 +173,7 @@ def radam(
     *,
     eps_root: chex.Numeric = 0.0,
     moments: Moments = "float32",
+    seed: chex.Numeric | None = None,
 ) -> GradientTransformation:
     r"""RAdam, by Liu et al. (2020, arXiv 1908.03265): a warmup while the denominator is uncertain.
 
@@ -178,7 +188,7 @@ def radam(
     >>> print(tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))[0].round(4))
     [-0.75  1.25]
     """
-    ratio = scale_by_rectified_moments(b1, b2, eps, eps_root=eps_root, moments=moments)
+    ratio = scale_by_rectified_moments(b1, b2, eps, eps_root=eps_root, moments=moments, seed=seed)
     return chain(ratio, bias_correct(b1, b2), scale_by_lr(learning_rate))
 
 
@@ -190,6 +200,7 @@ def adamax(
     eps: chex.Numeric = 1e-8,
     *,
     moments: Moments = "float32",
+    seed: chex.Numeric | None = None,
 ) -> GradientTransformation:
     r"""Adamax, by Kingma and Ba (as `adam`, algorithm 2): Adam in the infinity norm.
 
@@ -202,7 +213,7 @@ def adamax(
     >>> print(tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))[0].round(4))
     [-0.25  0.25]
     """
-    ratio = scale_by_infinity_moments(b1, b2, eps, moments=moments)
+    ratio = scale_by_infinity_moments(b1, b2, eps, moments=moments, seed=seed)
     return chain(ratio, bias_correct(b1, 0.0), scale_by_lr(learning_rate))
 
 
@@ -215,6 +226,7 @@ def lazy_adam(
     *,
     eps_root: chex.Numeric = 0.0,
     moments: Moments = "float32",
+    seed: chex.Numeric | None = None,
 ) -> GradientTransformation:
     r"""Adam for embeddings: rows whose gradient is all zero keep parameters and moments.
 
@@ -232,5 +244,5 @@ def lazy_adam(
      [0.9 0.9]
      [1.  1. ]]
     """
-    ratio = scale_by_lazy_moments(b1, b2, eps, eps_root=eps_root, moments=moments)
+    ratio = scale_by_lazy_moments(b1, b2, eps, eps_root=eps_root, moments=moments, seed=seed)
     return chain(ratio, bias_correct(b1, b2), scale_by_lr(learning_rate))

@@ -65,7 +65,7 @@ def special_leaf(seed, size):
 
 
 def adamw(**arguments):
-    return adamfn.adamw(0.1, **arguments)
+    return adamfn.adamw(0.1, seed=3, **arguments)
 
 
 def cautious(**arguments):

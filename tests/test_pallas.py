@@ -75,7 +75,7 @@ def trained(backend, moments, leaves, *, nesterov):
     """Parameters and state after three steps."""
     params = tree(0, leaves)
     mask = {name: name != "blocks" for name in params}
-    tx = adamfn.adamw(0.01, moments=moments, mask=mask, nesterov=nesterov)
+    tx = adamfn.adamw(0.01, moments=moments, mask=mask, nesterov=nesterov, seed=3)
     tx = adamfn.with_backend(tx, backend)
     state = tx.init(params)
     step = jax.jit(partial(adamfn.step, tx))

@@ -139,6 +139,42 @@ def test_the_noise_differs_between_leaves_and_steps(moments):
     )
 
 
+def test_seeds_round_independently():
+    """Moments and weights, for members of a vmap; and without bias, so that a mean is right."""
+    number, p = 256, jnp.ones((16, 256), jnp.bfloat16)
+    g = 1e-3 * jax.random.normal(jax.random.key(0), p.shape)
+
+    def step(seed):
+        ratio = adamfn.scale_by_moments(moments="8bit", seed=seed)
+        tx = adamfn.chain(ratio, adamfn.scale_by_lr(1e-3), adamfn.round_weights(16, seed=seed))
+        updates, (state, *_) = tx.update(g, tx.init(p), p)
+        stored = formats.Stored(state.mu, state.nu, state.scales["leaf"][0])
+        return formats.get("8bit").decode(stored)[1], updates
+
+    found = jax.jit(jax.vmap(step))(jnp.arange(number))
+    exact = 0.001 * g**2, -1e-3 * 0.1 * g / (jnp.sqrt(0.001 * g**2) + 1e-8 * 0.001**0.5)
+    for x, expected in zip(found, exact, strict=True):
+        errors = np.float64(x - expected).reshape(number, -1)
+        errors = errors[:, np.ptp(errors, axis=0) > 0]  # those between two levels
+        errors /= errors.std(0)
+        assert errors.shape[1] > 2000
+        gaps = np.corrcoef(errors) - np.eye(number)
+        assert np.abs(gaps).max() < 6 / errors.shape[1] ** 0.5
+        assert abs(errors.mean()) < 5 / errors.size**0.5
+    for seed, same_as in ((None, 0), (2, 2)):
+        np.testing.assert_array_equal(step(seed)[0], found[0][same_as])
+
+
+def test_every_recipe_and_stage_of_moments_takes_a_seed():
+    makers = [*RECIPES, *(name for name in dir(adamfn) if name.endswith("_moments"))]
+    for make in (getattr(adamfn, name) for name in [*makers, "round_weights"]):
+        tx = make(seed=5)
+        assert [stage.seed for stage in tx.update.__self__.stages if stage.seed] == [5]
+        for seed in (-1, 2**32, 1.5, True, "1", jnp.ones(()), jnp.arange(2)):
+            with pytest.raises(ValueError, match="expected an integer in"):
+                make(seed=seed)
+
+
 def test_a_function_chooses_for_each_leaf():
     seen = {}
 

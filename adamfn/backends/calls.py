@@ -19,6 +19,7 @@ from adamfn.core.placement import Shards, split_like, split_together
 from adamfn.core.program import Call, Program
 from adamfn.core.stage import Stage
 from adamfn.core.varying import axes_of
+from adamfn.formats.noise import mixed
 
 LARGE = 2**18
 """Leaves from here on are called alone: they outweigh the microseconds of a call."""
@@ -48,6 +49,12 @@ class Step:
             arrays = [jnp.asarray(scalar, dtype) for scalar in found]
             self._vectors[places, dtype] = jnp.stack(arrays) if arrays else jnp.zeros((1,), dtype)
         return self._vectors[places, dtype]
+
+    def indices(self, leaves: Sequence[Leaf]) -> Any:
+        """The `indices` of a call, with the stages' seeds mixed into the leaves'."""
+        indices = np.array([[leaf.index, 0] for leaf in leaves], np.uint32)
+        seeds = [stage.seed for stage in self.stages if stage.seed is not None]
+        return indices + jnp.stack([mixed(seeds), jnp.uint32(0)]) if seeds else indices
 
 
 def together(step: Step, leaves: Sequence[Leaf], segment: range) -> Iterator[list[Leaf]]:
@@ -94,7 +101,7 @@ def run_leaves(step: Step, leaves: Sequence[Leaf], segment: range, *, last: bool
         updates = [leaf.update for leaf in leaves]
         params = [leaf.param for leaf in leaves] if program.reads_params else []
         call = Call(program, len(leaves), jax.tree.structure(rows))
-        indices = np.array([[leaf.index, 0] for leaf in leaves], np.uint32)
+        indices = step.indices(leaves)
         operands = [vector, step.count, indices, *jax.tree.leaves(rows), *updates, *params]
         if not program.known:
             jax.eval_shape(partial(run_call, call), *operands)  # mistakes show before it lowers
@@ -108,7 +115,7 @@ def run_leaves(step: Step, leaves: Sequence[Leaf], segment: range, *, last: bool
         given: list[Any] = [leaf.kept[place] for place, _ in program.given]
         given += [leaf.seen] if program.given_grads else []
         arrays = leaf.update, leaf.param if program.reads_params else None, row
-        index = np.uint32(leaf.index)
+        index = step.indices(leaves)[0, 0]
         homes = [] if program.update_dtype is None else [leaf.grad if last else leaf.update]
         homes += [leaf.param] if program.moves else []
         arrays, given = split_together((arrays, given), leaf.update, row)

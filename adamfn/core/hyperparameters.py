@@ -65,6 +65,15 @@ def value_at(name: str, value: ScalarOrSchedule, count: chex.Array) -> chex.Nume
     return result
 
 
+def check_seed(seed: Any) -> None:
+    """Raises ValueError unless a seed is None, an integer in [0, 2^32), or an array of one."""
+    is_array, kind = isinstance(seed, jax.Array), getattr(seed, "dtype", type(seed))
+    is_integer = np.shape(seed) == () and jnp.issubdtype(kind, jnp.integer)
+    if seed is not None and not (is_integer and (is_array or 0 <= seed < 2**32)):
+        found = describe(seed) if is_array else repr(seed)
+        raise ValueError(f"seed is {found}; expected an integer in [0, 2^32), or an array of one.")
+
+
 def _scalar_array(name: str, value: jax.Array, narrow: bool) -> jax.Array:
     if value.shape != ():
         raise TypeError(

@@ -14,6 +14,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from adamfn.core.hyperparameters import check_seed
 from adamfn.formats import Moments, check_moments
 from adamfn.trees import PyTree, exported, real_dtype, wide_dtype
 
@@ -87,6 +88,7 @@ class Stage:
       elementwise: True if each output element depends only on the matching input elements. A
         formula that needs a statistic of its leaf, such as a mean, sets it to False. It is a
         segment by itself: XLA applies it to the update in memory, between two fused segments.
+      seed: of its noise, as in `scale_by_moments`. Fused stages share theirs: their seeds add up.
 
     Raises:
       TypeError, ValueError: the parts do not fit each other; names the stage.
@@ -113,6 +115,7 @@ class Stage:
     takes: Sequence[str] = ()
     mask: PyTree | Callable[[PyTree], PyTree] | None = None
     elementwise: bool = True
+    seed: chex.Numeric | None = None
 
     def __post_init__(self) -> None:
         """Checks that its parts fit each other."""
@@ -148,6 +151,7 @@ class Stage:
                 f" {', '.join(sorted(expected)) or 'none'}, one for each of `keeps` and `start`,"
                 " and optionally `count` and `scales`."
             )
+        check_seed(self.seed)
         object.__setattr__(self, "moments", check_moments(self.moments))
         if self.moments != "float32" and not self.has_moments:
             raise ValueError(

@@ -1,6 +1,6 @@
 """The noise of stochastic rounding: random bits for each element, from a hash."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -52,6 +52,12 @@ def seed_of(count: chex.Numeric, leaf: chex.Numeric) -> Seed:
     leaf = _hash(jnp.asarray(leaf).astype(jnp.uint32) + jnp.uint32(0x9E3779B9), zero)
     first = _hash(jnp.asarray(count).astype(jnp.uint32), leaf)
     return Seed(first, _hash(first + jnp.uint32(0x85EBCA6B), leaf))
+
+
+def mixed(seeds: Iterable[chex.Numeric]) -> Array:
+    """What the seeds of stages add to a leaf's index, uint32; 0 for seeds of 0."""
+    zero = jnp.zeros((), jnp.uint32)
+    return sum((_hash(jnp.asarray(seed, jnp.uint32), zero) for seed in seeds), zero)
 
 
 def noise_at(seed: Seed, indices: Array) -> Array:

@@ -71,6 +71,7 @@ def scale_by_moments(
     eps_root: chex.Numeric = 0.0,
     nesterov: bool = False,
     moments: Moments = "float32",
+    seed: chex.Numeric | None = None,
 ) -> GradientTransformation:
     r"""Divides the average of the gradients by the root of the average of their squares.
 
@@ -91,6 +92,9 @@ def scale_by_moments(
         `"blockmean"`, a format of `adamfn.formats`, or a function that chooses one from a leaf's
         path and the leaf. Those of a leaf that its format cannot hold (`adamfn.formats.describe`
         shows which) are float32, or float64 for float64 leaves; mu is complex for complex leaves.
+      seed: of the noise that rounds them: an integer in [0, 2^32), or an array of one; None for 0.
+        Transformations with equal seeds round the leaves of equal places in their trees alike. Give
+        each replica another, and their errors average out.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_moments(b1=0.5, b2=0.75)
@@ -104,7 +108,7 @@ def scale_by_moments(
         c1 = averages.b1.bias
         return (averages.at(count), c1(count) / c1(increment(count)) if nesterov else None), {}
 
-    return from_moments("scale_by_moments", formulas.ratio, moments, scalars)
+    return from_moments("scale_by_moments", formulas.ratio, moments, scalars, seed=seed)
 
 
 def scale_by_max_moments(
@@ -114,6 +118,7 @@ def scale_by_max_moments(
     *,
     eps_root: chex.Numeric = 0.0,
     moments: Moments = "float32",
+    seed: chex.Numeric | None = None,
 ) -> GradientTransformation:
     r"""Divides the average of the gradients by the root of the largest average of squares so far.
 
@@ -134,7 +139,7 @@ def scale_by_max_moments(
     [0.25] [1.] [16.]
     """
     averages = Averages.of(b1, b2, eps, eps_root)
-    more = {"keeps": PAIR | {"nu_max": real_zeros}, "state": ScaleByMaxMomentsState}
+    more = {"keeps": PAIR | {"nu_max": real_zeros}, "state": ScaleByMaxMomentsState, "seed": seed}
     name, formula = "scale_by_max_moments", formulas.max_ratio
     return from_moments(name, formula, moments, lambda t, *_: ((averages.at(t),), {}), **more)
 
@@ -145,6 +150,7 @@ def scale_by_infinity_moments(
     eps: chex.Numeric = 1e-8,
     *,
     moments: Moments = "float32",
+    seed: chex.Numeric | None = None,
 ) -> GradientTransformation:
     r"""Divides the average of the gradients by their largest magnitude, slowly forgotten.
 
@@ -163,7 +169,9 @@ def scale_by_infinity_moments(
     """
     averages, state = Averages.of(b1, b2, eps), ScaleByInfinityMomentsState
     name, formula = "scale_by_infinity_moments", formulas.infinity_ratio
-    return from_moments(name, formula, moments, lambda *_: ((averages,), {}), state=state)
+    return from_moments(
+        name, formula, moments, lambda *_: ((averages,), {}), state=state, seed=seed
+    )
 
 
 def bias_correct(b1: chex.Numeric = 0.9, b2: chex.Numeric = 0.999) -> GradientTransformation:

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal, NamedTuple, cast
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -21,7 +22,9 @@ class RoundWeightsState(NamedTuple):
     other leaves."""
 
 
-def round_weights(bits: Literal[16, 24, 32] = 24) -> GradientTransformation:
+def round_weights(
+    bits: Literal[16, 24, 32] = 24, *, seed: chex.Numeric | None = None
+) -> GradientTransformation:
     r"""Makes bfloat16 weights train as wider ones do: the last stage of a chain.
 
     An update below a five-hundredth of its bfloat16 weight is lost when their sum is rounded to
@@ -60,7 +63,8 @@ def round_weights(bits: Literal[16, 24, 32] = 24) -> GradientTransformation:
 
     keeps = {} if weights.correction is None else {"correction": first}
     state, mask = RoundWeightsState if keeps else EmptyState, _bfloat16_leaves
-    return from_stage(Stage("round_weights", weights, ("params",), keeps, state=state, mask=mask))
+    stage = Stage("round_weights", weights, ("params",), keeps, state=state, mask=mask, seed=seed)
+    return from_stage(stage)
 
 
 def whole_weights(params: PyTree, state: PyTree) -> PyTree:

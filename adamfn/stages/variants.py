@@ -38,6 +38,7 @@ def scale_by_nesterov_moments(
     eps_root: chex.Numeric = 0.0,
     momentum_decay: chex.Numeric = 4e-3,
     moments: Moments = "float32",
+    seed: chex.Numeric | None = None,
 ) -> GradientTransformation:
     r"""Divides a momentum that looks one step ahead by the root of the average of squares.
 
@@ -73,7 +74,7 @@ def scale_by_nesterov_moments(
 
     start, state = {"mu_product": lambda: jnp.ones((), float)}, ScaleByNesterovMomentsState
     name, formula = "scale_by_nesterov_moments", formulas.nesterov_ratio
-    return from_moments(name, formula, moments, scalars, start=start, state=state)
+    return from_moments(name, formula, moments, scalars, start=start, state=state, seed=seed)
 
 
 def scale_by_rectified_moments(
@@ -83,6 +84,7 @@ def scale_by_rectified_moments(
     *,
     eps_root: chex.Numeric = 0.0,
     moments: Moments = "float32",
+    seed: chex.Numeric | None = None,
 ) -> GradientTransformation:
     r"""Divides the average of the gradients by the root of squares once that can be trusted.
 
@@ -113,7 +115,9 @@ def scale_by_rectified_moments(
         untrusted = jax.lax.rsqrt(averages.b2.bias(count))
         return (at._replace(eps=averages.eps), rectification, untrusted), {}
 
-    return from_moments("scale_by_rectified_moments", formulas.rectified_ratio, moments, scalars)
+    return from_moments(
+        "scale_by_rectified_moments", formulas.rectified_ratio, moments, scalars, seed=seed
+    )
 
 
 def scale_by_atan2_moments(
@@ -123,6 +127,7 @@ def scale_by_atan2_moments(
     b: chex.Numeric = 1.0,
     *,
     moments: Moments = "float32",
+    seed: chex.Numeric | None = None,
 ) -> GradientTransformation:
     r"""Adam's ratio as an angle, which needs no eps.
 
@@ -147,7 +152,7 @@ def scale_by_atan2_moments(
     def scalars(count: jax.Array, *_: Any) -> Scalars:
         return (averages, averages.correction(count), a, b), {}
 
-    return from_moments("scale_by_atan2_moments", formulas.atan2_ratio, moments, scalars)
+    return from_moments("scale_by_atan2_moments", formulas.atan2_ratio, moments, scalars, seed=seed)
 
 
 def scale_by_lazy_moments(
@@ -157,6 +162,7 @@ def scale_by_lazy_moments(
     *,
     eps_root: chex.Numeric = 0.0,
     moments: Moments = "float32",
+    seed: chex.Numeric | None = None,
 ) -> GradientTransformation:
     r"""Divides the average of the gradients by the root of squares, in rows with a gradient.
 
@@ -184,7 +190,7 @@ def scale_by_lazy_moments(
         return (averages.at(count)._replace(eps=averages.eps),), {}
 
     name, formula = "scale_by_lazy_moments", formulas.lazy_ratio
-    return from_moments(name, formula, moments, scalars, elementwise=False)
+    return from_moments(name, formula, moments, scalars, elementwise=False, seed=seed)
 
 
 def _gradients_in(b2: Decay, count: chex.Array) -> jax.Array:
