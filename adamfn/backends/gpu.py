@@ -61,7 +61,7 @@ def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]
     strides = call.strides_of(0, leaf.shape)
     runs, rows = runs_of(leaf.shape, strides), runs_of(leaf.shape[:-1], strides[:-1])
 
-    def kernel(vector: Any, keys: Any, *refs: Any) -> None:
+    def kernel(step: Any, *refs: Any) -> None:
         block = pl.program_id(0) * height + jax.lax.broadcasted_iota(jnp.int32, (height, 1), 0)
         within = jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
         row = jax.lax.div(block, jnp.int32(across))
@@ -80,7 +80,7 @@ def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]
             tiles.append(triton.load(ref.at[places], mask=mask, other=other))
         indices = indices_at(row, rows) + column if block_size else indices_at(elements, runs)
         with lending(_OPERATIONS if platform == "cuda" else None):
-            values = tile.run_tile(call, vector, keys, tiles, indices, inside, along(1))
+            values = tile.run_tile(call, step, tiles, indices, inside, along(1))
         for (k, _), ref, value in zip(results, refs[len(arrays) :], values, strict=True):
             places, mask = where[k]
             triton.store(ref.at[places], value.astype(ref.dtype), mask=mask)

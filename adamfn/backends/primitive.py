@@ -89,6 +89,11 @@ def _run_by_kernels(
             return kernel(*operands)
         return (chunks.run_leaf if chunks.can_run(call, operands) else run_call)(call, *operands)
 
+    if platform != "tpu" and call.leaves > 1:
+        # XLA for GPU makes one kernel of several leaves if they read the same array. Without the
+        # barrier it would take the scalars out of the array again.
+        vector, *others = operands
+        operands = jax.lax.optimization_barrier(vector), *others
     return by_leaf(run_one, call, *operands)
 
 

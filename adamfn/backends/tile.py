@@ -12,7 +12,7 @@ from adamfn.core.program import Call
 from adamfn.core.varying import shape_like
 from adamfn.formats.blocks import Extremes
 from adamfn.formats.format import answer
-from adamfn.formats.noise import Seed, Seeds
+from adamfn.formats.noise import Seeds
 
 
 def common_block(call: Call, avals: Sequence[Any]) -> int | None:
@@ -66,36 +66,31 @@ def run_kernel(
 ) -> list[jax.Array]:
     """Runs a Pallas kernel, in place, on views of a call's arrays.
 
-    The kernel gets references to the scalars, to the keys for `run_tile`, to views and results.
+    The kernel gets references: three that `run_tile` takes as its step, and to views and results.
     """
     vector, count, indices = operands[:3]
-    leaf, first = indices[0]
-    seeds = [seed() for seed in Seeds.of(count, leaf)]
-    # In a kernel, indices begin at 0, also in a shard.
-    keys = [key for seed in seeds for key in (seed.first + first, seed.second)]
     results = results_of(call, views)
     out_shape = [shape_like(views[k], dtype) for k, dtype in results]
     moved, most = [*views, *out_shape], max(x.size for x in views)
-    aliases = {2 + k: at for at, (k, _) in enumerate(results) if k != call.arrays_kept}
+    aliases = {3 + k: at for at, (k, _) in enumerate(results) if k != call.arrays_kept}
     cost = pl.CostEstimate(  # for XLA's scheduler; the operations are a guess
         100 * most, 2 * most, sum(x.size * x.dtype.itemsize for x in moved)
     )
     with jax.enable_x64(False):  # Mosaic has no numbers of 64 bits, not even for constants
         return pl.pallas_call(
-            kernel,
+            lambda *refs: kernel(refs[:3], *refs[3:]),
             out_shape,
             input_output_aliases=aliases,
             cost_estimate=cost,
             interpret=platform == "cpu",
             name="adamfn_step",
             **options,
-        )(vector, jnp.stack(keys).astype(jnp.int32), *views)
+        )(vector, count.reshape(1), indices.reshape(2).astype(jnp.int32), *views)
 
 
 def run_tile(
     call: Call,
-    vector: Any,
-    keys: Any,
+    step: Sequence[Any],
     arrays: Sequence[jax.Array],
     indices: jax.Array,
     inside: jax.Array | None,
@@ -105,8 +100,8 @@ def run_tile(
 
     Args:
       call: the call of the leaf.
-      vector: a reference to the scalars.
-      keys: a reference to the keys of the random bits: two for moments, two for weights.
+      step: references to the scalars; to the count; to the leaf's index in the tree and the index
+        of its first element.
       arrays: the tile of each array, with factors in place of means of nu.
       indices: the elements' indices, int32, counted from the leaf's first element.
       inside: True for elements of the leaf; None if all are.
@@ -119,12 +114,12 @@ def run_tile(
         for part in call.program.parts
     ]
     program = replace(call.program, parts=tuple(parts), gated=False)
+    vector, count, (leaf, first) = step[0], step[1][0], (step[2][0], step[2][1])
     scalars = [vector[k] for k in range(program.scalars.num_leaves)]
     (kept,) = jax.tree.unflatten(call.kept, arrays[: call.arrays_kept])
     g, *p = arrays[call.arrays_kept :]
-    own = [keys[k].astype(jnp.uint32) for k in range(4)]
-    seeds = Seeds(lambda: Seed(*own[:2]), lambda: Seed(*own[2:]))
-    indices = indices.astype(jnp.uint32)
+    seeds = Seeds.of(count, leaf.astype(jnp.uint32))
+    indices = indices.astype(jnp.uint32) + first.astype(jnp.uint32)
     values = jax.tree.leaves(program(seeds, scalars, g, p[0] if p else None, kept, indices))
     if not call.program.gated:
         return values

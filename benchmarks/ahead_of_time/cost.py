@@ -27,6 +27,9 @@ class Cost(NamedTuple):
     state: int
     temporary: int
     kernels: int
+    """Those that move more than a MiB."""
+    launches: int
+    """Kernels of every size, transfers and collectives."""
     collectives: dict[str, int]
     collected: int
     """What collectives leave on a chip."""
@@ -61,6 +64,7 @@ def cost(step: Step, params: Any, state: Any, grads: Any, machine: Machine) -> C
         state=size(state),
         temporary=memory.temp_size_in_bytes,
         kernels=found.kernels,
+        launches=found.launches,
         collectives=dict(found.collectives),
         collected=found.collected,
         seconds=seconds,

@@ -31,6 +31,8 @@ class Traffic(NamedTuple):
     """How many of each kind run."""
     collected: int = 0
     """Bytes of what they leave on a device."""
+    launches: int = 0
+    """Kernels of every size, transfers and collectives."""
 
     def plus(self, other: "Traffic", times: int = 1) -> "Traffic":
         """Itself, and then the other so many times."""
@@ -40,6 +42,7 @@ class Traffic(NamedTuple):
             self.kernels + times * other.kernels,
             Counter(self.collectives) + more,
             self.collected + times * other.collected,
+            self.launches + times * other.launches,
         )
 
 
@@ -92,7 +95,7 @@ def _of_instruction(program: Program, computation: Computation, one: Instruction
     moved = sum(_read(program, one, operands)) + _written(program, computation, one)
     collectives = _within(program, one) if fusion else Counter()
     collected = one.bytes if collectives else 0
-    return Traffic(moved, int(moved > SMALL), collectives, collected)
+    return Traffic(moved, int(moved > SMALL), collectives, collected, 1)
 
 
 def _of_transfer(base: str, one: Instruction, operands: list[Instruction]) -> Traffic:
@@ -105,8 +108,8 @@ def _of_transfer(base: str, one: Instruction, operands: list[Instruction]) -> Tr
         if base in SLICES and read:  # of type ((source), target, ...)
             target = one.arrays[len(operands)]
             read = target._replace(layout=operands[0].arrays[0].layout).bytes
-        return Traffic(moved=read, collectives=collectives)
-    return Traffic(read + one.bytes, 0, collectives, one.bytes)
+        return Traffic(moved=read, collectives=collectives, launches=1)
+    return Traffic(read + one.bytes, 0, collectives, one.bytes, 1)
 
 
 def _within(program: Program, fusion: Instruction) -> Counter[str]:

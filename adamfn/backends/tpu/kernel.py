@@ -70,7 +70,7 @@ def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]
         for k, x in enumerate(_with_factors(call, arrays))
     ]
 
-    def kernel(vector: Any, keys: Any, *refs: Any) -> None:
+    def kernel(step: Any, *refs: Any) -> None:
         ins, outs = refs[: len(given)], refs[len(given) :][: len(results)]
         scratch = iter(refs[len(given) + len(results) :])
         spaces = [next(scratch) if operand.staged else None for operand in given]
@@ -92,7 +92,7 @@ def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]
             ]
             at = row * LANES + lane, first + k, within
             indices, inside = indices_in(cut, strides, slab, *at), inside_of(cut, *at)
-            values = tile.run_tile(call, vector, keys, tiles, indices, inside, along(0))
+            values = tile.run_tile(call, step, tiles, indices, inside, along(0))
             for (like, _), out, value in zip(results, outs, values, strict=True):
                 target = out if spaces[like] is None else spaces[like]
                 ops.write(given[like], target, cut, first, k, square, value)
@@ -111,7 +111,7 @@ def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]
         [operand.view for operand in given],
         platform,
         grid=cut.grid,
-        in_specs=[small, small, *(operand.spec for operand in given)],
+        in_specs=[small, small, small, *(operand.spec for operand in given)],
         out_specs=[given[k].spec for k, _ in results],
         scratch_shapes=[
             *(tpu.VMEM((x.staged, LANES), x.dtype) for x in given if x.staged),
