@@ -9,7 +9,7 @@ from adamfn.chains.transform import GradientTransformation, apply_updates
 from adamfn.chains.with_backend import with_backend
 from adamfn.core import masks
 from adamfn.core.stage import EmptyState, Stage
-from adamfn.recipes import adam, adamax, adamw, amsgrad, lazy_adam, nadam, radam
+from adamfn.recipes import adam, adamax, adamw, amsgrad, lazy_adam, nadam, radam, scale_by_adam
 from adamfn.stages.gradients import clip_by_global_norm, skip_outliers
 from adamfn.stages.moments import (
     bias_correct,
@@ -57,6 +57,7 @@ __all__ = [
     "radam",
     "repack",
     "round_weights",
+    "scale_by_adam",
     "scale_by_atan2_moments",
     "scale_by_infinity_moments",
     "scale_by_lazy_moments",

@@ -5,13 +5,14 @@ stages say more, and name the papers in full.
 """
 
 import chex
+from jax.typing import DTypeLike
 
 from adamfn.chains.chain import chain
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core.hyperparameters import ScalarOrSchedule
 from adamfn.core.masks import Mask
 from adamfn.core.naming import explained
-from adamfn.formats import Moments
+from adamfn.formats import Moments, with_mu_dtype
 from adamfn.stages.moments import (
     bias_correct,
     scale_by_infinity_moments,
@@ -32,8 +33,9 @@ def adam(
     b1: chex.Numeric = 0.9,
     b2: chex.Numeric = 0.999,
     eps: chex.Numeric = 1e-8,
-    *,
     eps_root: chex.Numeric = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    *,
     nesterov: bool = False,
     moments: Moments = "float32",
     seed: chex.Numeric | None = None,
@@ -54,6 +56,8 @@ def adam(
       b2: decay of the squares' average, likewise.
       eps: added to the root, at least 0, in units of the gradient.
       eps_root: added under the root. Above 0, updates can be differentiated at zero gradients.
+      mu_dtype: optax's argument: with bfloat16, m is rounded to the nearest bfloat16 and v stays
+        float32. None and float32 change nothing. `moments` stores both in fewer bytes.
       nesterov: look one step ahead, in Dozat's form (as optax's `nadam`).
       moments: how the moments are stored, as in `scale_by_moments`.
       seed: of the rounding of lean moments, likewise.
@@ -67,10 +71,41 @@ def adam(
     >>> print(adamfn.apply_updates(params, updates)["w"])
     [ 0.9 -1.9]
     """
+    moments = with_mu_dtype(moments, mu_dtype)
     ratio = scale_by_moments(
         b1, b2, eps, eps_root=eps_root, nesterov=nesterov, moments=moments, seed=seed
     )
     return chain(ratio, bias_correct(b1, b2), scale_by_lr(learning_rate))
+
+
+@explained
+def scale_by_adam(
+    b1: chex.Numeric = 0.9,
+    b2: chex.Numeric = 0.999,
+    eps: chex.Numeric = 1e-8,
+    eps_root: chex.Numeric = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    *,
+    nesterov: bool = False,
+    moments: Moments = "float32",
+    seed: chex.Numeric | None = None,
+) -> GradientTransformation:
+    r"""`adam` without its learning rate, by optax's name: for chains of your own.
+
+    $$ u = \hat m / (\sqrt{\hat v + \epsilon_\text{root}} + \epsilon) $$
+
+    It is `chain(scale_by_moments(...), bias_correct(...))`.
+
+    >>> import adamfn, jax.numpy as jnp
+    >>> tx = adamfn.chain(adamfn.scale_by_adam(), adamfn.scale_by_lr(0.1))
+    >>> print(tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))[0])
+    [-0.1  0.1]
+    """
+    moments = with_mu_dtype(moments, mu_dtype)
+    ratio = scale_by_moments(
+        b1, b2, eps, eps_root=eps_root, nesterov=nesterov, moments=moments, seed=seed
+    )
+    return chain(ratio, bias_correct(b1, b2))
 
 
 @explained
@@ -79,20 +114,23 @@ def adamw(
     b1: chex.Numeric = 0.9,
     b2: chex.Numeric = 0.999,
     eps: chex.Numeric = 1e-8,
-    *,
     eps_root: chex.Numeric = 0.0,
+    mu_dtype: DTypeLike | None = None,
     weight_decay: ScalarOrSchedule = 1e-2,
     mask: Mask = None,
+    *,
     nesterov: bool = False,
     moments: Moments = "float32",
     seed: chex.Numeric | None = None,
+    weight_decay_mask: Mask = None,
 ) -> GradientTransformation:
     r"""AdamW, by Loshchilov and Hutter (2019, arXiv 1711.05101): with decoupled weight decay.
 
     $$ u = -\alpha (\hat m / (\sqrt{\hat v + \epsilon_\text{root}} + \epsilon) + \lambda \theta) $$
 
     The learning rate multiplies the decay too, as in torch and optax. weight_decay, $\lambda$, and
-    the mask of parameters that decay are as in `add_decayed_weights`. `update` needs `params`.
+    the mask of parameters that decay are as in `add_decayed_weights`; weight_decay_mask is another
+    name for mask. `update` needs `params`.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.adamw(learning_rate=0.1, weight_decay=0.5)
@@ -100,10 +138,13 @@ def adamw(
     >>> print(tx.update(jnp.array([0.0]), tx.init(params), params)[0])
     [-0.1]
     """
+    moments = with_mu_dtype(moments, mu_dtype)
     ratio = scale_by_moments(
         b1, b2, eps, eps_root=eps_root, nesterov=nesterov, moments=moments, seed=seed
     )
-    decay = add_decayed_weights(weight_decay, mask)
+    if mask is not None and weight_decay_mask is not None:
+        raise TypeError("adamw: found both mask= and weight_decay_mask=; expected one of them.")
+    decay = add_decayed_weights(weight_decay, weight_decay_mask if mask is None else mask)
     return chain(ratio, bias_correct(b1, b2), decay, scale_by_lr(learning_rate))
 
 
@@ -113,8 +154,11 @@ def amsgrad(
     b1: chex.Numeric = 0.9,
     b2: chex.Numeric = 0.999,
     eps: chex.Numeric = 1e-8,
-    *,
     eps_root: chex.Numeric = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    bias_correction_mu: bool = True,
+    bias_correction_nu: bool = True,
+    *,
     moments: Moments = "float32",
     seed: chex.Numeric | None = None,
 ) -> GradientTransformation:
@@ -123,15 +167,20 @@ def amsgrad(
     $$ u = -\alpha \frac{\hat m}{\sqrt{v_\text{max} / (1 - b_2^t)} + \epsilon}, \qquad
     v_\text{max} \leftarrow \max(v_\text{max}, v) $$
 
-    It is torch's `Adam(amsgrad=True)`. The state takes 12 bytes a parameter.
+    It is torch's `Adam(amsgrad=True)`; without bias_correction_mu and bias_correction_nu it is the
+    paper's, with v and m as they are. The state takes 12 bytes a parameter.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.amsgrad(learning_rate=0.1)
     >>> print(tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))[0])
     [-0.1  0.1]
     """
-    ratio = scale_by_max_moments(b1, b2, eps, eps_root=eps_root, moments=moments, seed=seed)
-    return chain(ratio, bias_correct(b1, b2), scale_by_lr(learning_rate))
+    moments, corrected = with_mu_dtype(moments, mu_dtype), bias_correction_nu
+    ratio = scale_by_max_moments(
+        b1, b2, eps, eps_root=eps_root, corrected=corrected, moments=moments, seed=seed
+    )
+    correction = bias_correct(b1 if bias_correction_mu else 0.0, b2 if corrected else 0.0)
+    return chain(ratio, correction, scale_by_lr(learning_rate))
 
 
 @explained
@@ -140,8 +189,9 @@ def nadam(
     b1: chex.Numeric = 0.9,
     b2: chex.Numeric = 0.999,
     eps: chex.Numeric = 1e-8,
-    *,
     eps_root: chex.Numeric = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    *,
     momentum_decay: chex.Numeric = 4e-3,
     moments: Moments = "float32",
     seed: chex.Numeric | None = None,
@@ -158,6 +208,7 @@ def nadam(
     >>> print(tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))[0].round(4))
     [-0.25  0.25]
     """
+    moments = with_mu_dtype(moments, mu_dtype)
     ratio = scale_by_nesterov_moments(
         b1, b2, eps, eps_root=eps_root, momentum_decay=momentum_decay, moments=moments, seed=seed
     )
@@ -170,8 +221,10 @@ def radam(
     b1: chex.Numeric = 0.9,
     b2: chex.Numeric = 0.999,
     eps: chex.Numeric = 1e-8,
-    *,
     eps_root: chex.Numeric = 0.0,
+    threshold: chex.Numeric = 5.0,
+    *,
+    nesterov: bool = False,
     moments: Moments = "float32",
     seed: chex.Numeric | None = None,
 ) -> GradientTransformation:
@@ -180,15 +233,19 @@ def radam(
     $$ u = -\alpha\, r\, \hat m \frac{\sqrt{1 - b_2^t}}{\sqrt v + \epsilon} \;\text{ if } \rho > 5,
     \qquad u = -\alpha\, \hat m \;\text{ otherwise} $$
 
-    $\rho$ and r are as in `scale_by_rectified_moments`. The first steps (five with b2 = 0.999; all
-    with b2 under 2/3) are plain momentum's, as large as the gradients. eps is as in torch.
+    $\rho$, r, the threshold 5 and nesterov are as in `scale_by_rectified_moments`. The first steps
+    (five with b2 = 0.999; all with b2 under 2/3) are plain momentum's, as large as the gradients.
+    eps is as in torch.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.radam(learning_rate=0.25)
     >>> print(tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))[0].round(4))
     [-0.75  1.25]
     """
-    ratio = scale_by_rectified_moments(b1, b2, eps, eps_root=eps_root, moments=moments, seed=seed)
+    hyperparameters = {"eps_root": eps_root, "threshold": threshold}
+    ratio = scale_by_rectified_moments(
+        b1, b2, eps, **hyperparameters, nesterov=nesterov, moments=moments, seed=seed
+    )
     return chain(ratio, bias_correct(b1, b2), scale_by_lr(learning_rate))
 
 

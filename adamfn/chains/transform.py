@@ -114,14 +114,11 @@ def check_transformation(name: str, tx: Any) -> None:
         )
 
 
-def apply_updates(
-    params: PyTree,
-    updates: PyTree,
-) -> PyTree:
+def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     """Adds updates to parameters: `params + updates`, leaf by leaf.
 
     The sum is taken in float32 at least and has the parameter's dtype and shape. Where an update
-    is `None`, the parameter stays as it is.
+    is `None`, the parameter stays as it is; where a parameter is `None`, so is the result.
 
     An update below a five-hundredth of its bfloat16 parameter is lost in the sum; `round_weights`,
     last in the chain, makes updates that are not.
@@ -145,6 +142,7 @@ def apply_updates(
     [1.5 1.5]
     """
     trained = where_updated(params, updates)
+    updates = where_updated(updates, trained)
     check_inexact(trained, "apply_updates: params")
     way_out = "Pass the updates that `update` returned for these parameters."
     added = matching_leaves("apply_updates: params", trained, "updates", updates, way_out)

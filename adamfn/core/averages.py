@@ -66,6 +66,10 @@ class Averages(NamedTuple):
         """The factor of `bias_correct` at a step: sqrt(c2) / c1."""
         return jnp.sqrt(self.b2.bias(count)) / self.b1.bias(count)
 
+    def ahead(self, count: jax.Array) -> jax.Array:
+        """Nesterov's factor of mu at a step: `c1(t) / c1(t + 1)`."""
+        return self.b1.bias(count) / self.b1.bias(increment(count))
+
 
 def decay(name: str, value: Any) -> Decay:
     """Checks a decay, a number in [0, 1) or a scalar array, and takes 1 - b from it once.

@@ -65,6 +65,12 @@ def averaged(g: Array, mu: Array, nu: Array, at: Averages) -> tuple[Array, Array
     return g, average(mu, g, at.b1), average(nu, square, at.b2)
 
 
+def one_ahead(g: Array, mu: Array, at: Averages, factor: Array | None) -> Array:
+    """Nesterov's momentum in Dozat's form; without a factor mu as it is."""
+    share = at.b1.complement
+    return mu if factor is None else mu * ((1 - share) * factor) + g * share
+
+
 def over_root(m: Array, nu: Array, at: Averages) -> Array:
     """`m / (sqrt(nu + eps_root) + eps)`."""
     return quotient(m, _plus(root(_plus(nu, at.eps_root)), at.eps))
@@ -88,9 +94,7 @@ def add_agreeing_multiple(u: Array, p: Array, rate: Array) -> Array:
 def ratio(g: Array, mu: Array, nu: Array, at: Averages, ahead: Array | None) -> Arrays:
     """The formula of `scale_by_moments`."""
     g, mu, nu = averaged(g, mu, nu, at)
-    share = at.b1.complement
-    m = mu if ahead is None else mu * ((1 - share) * ahead) + g * share
-    return over_root(m, nu, at), mu, nu
+    return over_root(one_ahead(g, mu, at, ahead), nu, at), mu, nu
 
 
 def max_ratio(g: Array, mu: Array, nu: Array, nu_max: Array, at: Averages) -> Arrays:
@@ -109,12 +113,18 @@ def nesterov_ratio(
 
 
 def rectified_ratio(
-    g: Array, mu: Array, nu: Array, at: Averages, rectification: Array, untrusted: Array
+    g: Array,
+    mu: Array,
+    nu: Array,
+    at: Averages,
+    rectification: Array,
+    untrusted: Array,
+    ahead: Array | None,
 ) -> Arrays:
     """The formula of `scale_by_rectified_moments`."""
-    _, mu, nu = averaged(g, mu, nu, at)
-    trusted = over_root(rectification, nu, at)
-    return mu * jnp.where(rectification > 0, trusted, untrusted), mu, nu
+    g, mu, nu = averaged(g, mu, nu, at)
+    factor = jnp.where(rectification > 0, over_root(rectification, nu, at), untrusted)
+    return one_ahead(g, mu, at, ahead) * factor, mu, nu
 
 
 def infinity_ratio(g: Array, mu: Array, nu: Array, at: Averages) -> Arrays:

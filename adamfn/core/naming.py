@@ -10,6 +10,7 @@ _R = TypeVar("_R")
 
 _WAYS_OUT = {
     "mu_dtype": "how the moments are stored is moments=, such as moments='bfloat16'",
+    "nesterov": "adam(nesterov=...) is Adam with and without it",
     "lr": "the rate is learning_rate=",
     **dict.fromkeys(("betas", "beta1", "beta2"), "the decays are b1= and b2="),
     "epsilon": "it is eps=",
@@ -31,8 +32,8 @@ def explained(recipe: Callable[_P, _R]) -> Callable[_P, _R]:
         if len(args) > (most := len(spec.args)):
             raise TypeError(
                 f"{name}: found {len(args)} positional arguments, and {args[most]!r} as the"
-                f" {most + 1}th; expected at most {most}: {', '.join(spec.args)}. Libraries differ"
-                " in what follows (torch: weight decay; optax: eps_root), so it is given by name."
+                f" {most + 1}th; expected at most {most}: {', '.join(spec.args)}. Give all others"
+                " by name."
             )
         for key in [key for key in kwargs if key not in known]:
             way_out = _WAYS_OUT.get(key, f"it takes {', '.join(known)}")

@@ -82,6 +82,28 @@ def check_moments(moments: Any) -> Moments:
     return cast("Moments", moments)
 
 
+def with_mu_dtype(moments: Moments, mu_dtype: DTypeLike | None) -> Moments:
+    """`moments`, or in its place what optax's argument `mu_dtype` stands for, if it is given.
+
+    Raises:
+      TypeError, ValueError: both are given; mu cannot be stored in this dtype.
+    """
+    if mu_dtype is None:
+        return moments
+    if check_moments(moments) != "float32":
+        raise TypeError(
+            f"found mu_dtype={mu_dtype!r} and moments={moments!r}; expected one of them, such as"
+            " moments=Pair(mu=Rounded(), nu=Factored()) for two formats."
+        )
+    dtype = jnp.result_type(jnp.dtype(mu_dtype))
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(
+            f"mu_dtype is {dtype.name}; expected None, bfloat16 or float32, which is float64 for"
+            " float64 leaves and complex for complex ones. See moments= for other formats."
+        )
+    return "float32" if dtype == jnp.float32 else Pair(Rounded(stochastic=False, least=0), Exact())
+
+
 def choose_formats(moments: Moments, tree: PyTree) -> list[Format | None]:
     """The format of every leaf; None for a leaf that is kept in float32 or wider."""
     chosen: list[Format | None] = []

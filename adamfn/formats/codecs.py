@@ -156,7 +156,7 @@ class Exact(BaseFormat):
 
 @dataclass(frozen=True)
 class Rounded(BaseFormat):
-    """Two bytes a parameter: bfloat16, for leaves of 4096 elements and more.
+    """Two bytes a parameter: bfloat16, for leaves of `least` elements and more.
 
     It has the upper half of a float32's bits. Adding 16 random bits and dropping the lower half
     rounds up with probability (lower half) / 2^16: without bias. To nearest (`stochastic=False`),
@@ -170,6 +170,7 @@ class Rounded(BaseFormat):
     """
 
     stochastic: bool = True
+    least: int = 4096
     block = kernel_block = 0
     stores_rows = True
     native_code = property(lambda self: 1 if self.stochastic else 2)
@@ -187,7 +188,7 @@ class Rounded(BaseFormat):
         return codes.astype(jnp.float32)
 
     def holds(self, shape: tuple[int, ...]) -> bool:
-        return is_large(shape)
+        return math.prod(shape) >= self.least
 
 
 @dataclass(frozen=True)

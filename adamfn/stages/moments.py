@@ -9,7 +9,7 @@ import jax
 from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core import formulas
-from adamfn.core.averages import Averages, increment
+from adamfn.core.averages import Averages
 from adamfn.core.stage import Scalars, Stage, exported_state, real_zeros, zeros
 from adamfn.formats import Moments
 from adamfn.trees import PyTree
@@ -105,8 +105,7 @@ def scale_by_moments(
     averages = Averages.of(b1, b2, eps, eps_root)
 
     def scalars(count: jax.Array, *_: Any) -> Scalars:
-        c1 = averages.b1.bias
-        return (averages.at(count), c1(count) / c1(increment(count)) if nesterov else None), {}
+        return (averages.at(count), averages.ahead(count) if nesterov else None), {}
 
     return from_moments("scale_by_moments", formulas.ratio, moments, scalars, seed=seed)
 
@@ -117,6 +116,7 @@ def scale_by_max_moments(
     eps: chex.Numeric = 1e-8,
     *,
     eps_root: chex.Numeric = 0.0,
+    corrected: bool = True,
     moments: Moments = "float32",
     seed: chex.Numeric | None = None,
 ) -> GradientTransformation:
@@ -125,9 +125,10 @@ def scale_by_max_moments(
     $$ v_\text{max} \leftarrow \max(v_\text{max}, v), \qquad
     u = \frac{m}{\sqrt{v_\text{max} + c_2\,\epsilon_\text{root}} + \sqrt{c_2}\,\epsilon} $$
 
-    All else is as in `scale_by_moments`. The maximum is of the uncorrected v, as in torch and the
-    paper. (In `optax.amsgrad` it is of the corrected one, which the first gradients decide for a
-    long time.) Source: Reddi et al., On the Convergence of Adam and Beyond, 2018, algorithm 2
+    All else is as in `scale_by_moments`. If `bias_correct(b1, 0)` comes after it, and v stays
+    uncorrected, `corrected=False` makes $c_2 = 1$. The maximum is of the uncorrected v, as in torch
+    and the paper. (In `optax.amsgrad` it is of the corrected one, which the first gradients decide
+    for a long time.) Source: Reddi et al., On the Convergence of Adam and Beyond, 2018, algorithm 2
     (arXiv 1904.09237).
 
     >>> import adamfn, jax.numpy as jnp
@@ -141,7 +142,11 @@ def scale_by_max_moments(
     averages = Averages.of(b1, b2, eps, eps_root)
     more = {"keeps": PAIR | {"nu_max": real_zeros}, "state": ScaleByMaxMomentsState, "seed": seed}
     name, formula = "scale_by_max_moments", formulas.max_ratio
-    return from_moments(name, formula, moments, lambda t, *_: ((averages.at(t),), {}), **more)
+
+    def scalars(count: jax.Array, *_: Any) -> Scalars:
+        return (averages.at(count) if corrected else averages,), {}
+
+    return from_moments(name, formula, moments, scalars, **more)
 
 
 def scale_by_infinity_moments(

@@ -83,6 +83,8 @@ def scale_by_rectified_moments(
     eps: chex.Numeric = 1e-8,
     *,
     eps_root: chex.Numeric = 0.0,
+    threshold: chex.Numeric = 5.0,
+    nesterov: bool = False,
     moments: Moments = "float32",
     seed: chex.Numeric | None = None,
 ) -> GradientTransformation:
@@ -97,9 +99,9 @@ def scale_by_rectified_moments(
     \qquad u = \frac{m}{\sqrt{c_2}} \;\text{ otherwise} $$
 
     `bias_correct(b1, b2)` after it makes the second $m / c_1$. As in torch, eps is in units of the
-    uncorrected root, and the bound is 5 (the paper has 4 and no eps); with b2 under 2/3, $\rho$
-    stays below. Source: Liu et al., On the Variance of the Adaptive Learning Rate and Beyond, 2020,
-    algorithm 2 (arXiv 1908.03265).
+    uncorrected root, and the threshold, at least 4, is 5 (the paper has 4 and no eps); with b2
+    under 2/3, $\rho$ stays below. `nesterov` is as in `scale_by_moments`. Source: Liu et al., On
+    the Variance of the Adaptive Learning Rate and Beyond, 2020, algorithm 2 (arXiv 1908.03265).
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_rectified_moments(b1=0.5)
@@ -107,13 +109,16 @@ def scale_by_rectified_moments(
     >>> print((updates * 0.001**0.5).round(4))  # no division yet: the average of the gradients
     [ 1.5 -2.5]
     """
-    averages = Averages.of(b1, b2, eps, eps_root)
+    averages, threshold = Averages.of(b1, b2, eps, eps_root), scalar("threshold", threshold)
+    if isinstance(threshold, float) and threshold < 4:
+        raise ValueError(f"threshold is {threshold}; expected 4 at least: below, r is not real.")
 
     def scalars(count: jax.Array, *_: Any) -> Scalars:
         at, rho = averages.at(count), _gradients_in(averages.b2, count)
-        rectification = jnp.where(rho > 5, _rectification(rho, averages.b2), 0)
+        rectification = jnp.where(rho > threshold, _rectification(rho, averages.b2), 0)
         untrusted = jax.lax.rsqrt(averages.b2.bias(count))
-        return (at._replace(eps=averages.eps), rectification, untrusted), {}
+        ahead = averages.ahead(count) if nesterov else None
+        return (at._replace(eps=averages.eps), rectification, untrusted, ahead), {}
 
     return from_moments(
         "scale_by_rectified_moments", formulas.rectified_ratio, moments, scalars, seed=seed
@@ -208,8 +213,8 @@ def _langevin(z: chex.Numeric) -> chex.Numeric:
 
 
 def _rectification(rho: jax.Array, b2: Decay) -> jax.Array:
-    # Not used below 5, where a root may be negative.
-    rho, rho_inf = jnp.maximum(rho, 5), jnp.maximum(2 / b2.complement - 1, 5)
+    # Not used below 4, where a root may be negative.
+    rho, rho_inf = jnp.maximum(rho, 4), jnp.maximum(2 / b2.complement - 1, 5)
     return jnp.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
 
 
