@@ -55,11 +55,11 @@ def test_updates_are_optaxs():
     ]
     found = jax.jit(lambda: [[updates_of(tx) for tx in both] for both in made])()
     for (name, args, kwargs), (ours, theirs) in zip(CALLS, found, strict=True):
-        rounds = {*args, kwargs.get("mu_dtype")} & {jnp.bfloat16, "bfloat16", np.dtype("bfloat16")}
+        rounds = "bfloat16" in f"{args} {kwargs}"
         for leaf in params:
             error = np.abs(ours[leaf] - theirs[leaf]) / np.max(np.abs(theirs[leaf]))
-            # optax's first steps are off by 1.0e-5: its 1 - b2 is a float32's. Of a mu in bfloat16 it
-            # rounds b1 mu to bfloat16 too: 0.4 per cent for each of the steps that mu remembers.
+            # optax's first steps are off by 1.0e-5: its 1 - b2 is a float32's. Of a mu in bfloat16
+            # it rounds b1 mu too, by 0.4 per cent for each of the steps that mu remembers.
             assert np.max(error) < (0.02 if rounds else 1.1e-5), f"{name}{args} {kwargs}: {leaf}"
 
 
@@ -98,9 +98,9 @@ def test_mu_in_bfloat16_is_the_nearest():
     for t, g in enumerate(grads.astype("d"), start=1):
         updates, state = tx.update(grads[t - 1], state)
         mu, nu = 0.9 * mu + 0.1 * g, 0.999 * nu + 0.001 * g * g
-        exact = mu / (1 - 0.9**t) / np.sqrt(nu / (1 - 0.999**t))
+        exact = mu / (1 - 0.9**t) / (np.sqrt(nu / (1 - 0.999**t)) + 1e-8)
         mu = np.float64(np.float32(mu).astype(jnp.bfloat16))
-        np.testing.assert_allclose(updates, exact, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(updates, exact, rtol=1e-6, atol=1e-6)  # averages cancel
         np.testing.assert_array_equal(state[0].mu, mu.astype("f"))
 
 
