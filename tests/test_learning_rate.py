@@ -51,7 +51,7 @@ def test_a_schedule_is_asked_with_the_steps_taken_so_far():
 
     rates = [1.0, 0.5, np.float32(1 / 3)]
     assert steps(adamfn.scale_by_lr(schedule), 3) == [(-rate, rate) for rate in rates]
-    assert [count for count, _ in asked] == [0, 0, 1, 2]  # once by init, for the state
+    assert [count for count, _ in asked] == [0, 0, 0, 1, 2]  # twice by init, for the state
     assert {dtype for _, dtype in asked} == {jnp.dtype(jnp.int32)}
 
 
@@ -64,8 +64,8 @@ def test_an_optax_schedule():
 
 def test_the_first_state_holds_the_rate_to_come():
     assert adamfn.scale_by_lr(0.5).init(None).learning_rate == 0.5
-    count, rate = adamfn.scale_by_lr(lambda count: 0.75 - count).init(None)
-    assert (rate, count) == (0.75, 0)
+    count, rate, written = adamfn.scale_by_lr(lambda count: 0.75 - count).init(None)
+    assert (rate, written, count) == (0.75, 0.75, 0)
     assert (count.dtype, rate.dtype) == (jnp.int32, jnp.float32)
 
 
@@ -78,6 +78,77 @@ def test_an_override_is_for_one_step():
         u, state = tx.update(g, state, learning_rate=override)
         seen.append((float(-u), float(state.learning_rate)))
     assert seen == [(1, 1), (0.25, 0.25), (0.5, 0.5), (300, 300), (5, 5), (0, 0)]
+
+
+SETS = {
+    "a constant": (2.0, [2, 2, 0.25, 0.25, 0.25]),
+    "a schedule": (lambda count: 1.0 + count, [1, 2, 0.25, 0.25, 0.25]),
+}
+
+
+@pytest.mark.parametrize("value", [0.25, np.float32(0.25), jnp.float32(0.25)], ids=repr)
+@pytest.mark.parametrize("name", SETS)
+def test_a_rate_that_is_set_in_the_state_is_the_rate_from_then_on(name, value):
+    rate, expected = SETS[name]
+    tx = adamfn.chain(adamfn.scale_by_lr(rate))
+    update, g = jax.jit(tx.update), jnp.ones(())
+    state, found = tx.init(g), []
+    for k in range(5):
+        if k == 2:
+            state = optax.tree.set(state, learning_rate=value)
+        u, state = (tx.update if k == 3 else update)(g, state)
+        found.append(float(-u))
+        assert optax.tree.get(state, "learning_rate") == found[-1]
+    assert found == expected
+    # Two ways back to the rate of the transformation.
+    written = optax.tree.get(state, "written")
+    assert -update(g, optax.tree.set(state, learning_rate=written))[0] == (2 if rate == 2 else 6)
+    _, state = tx.update(g, state, learning_rate=0.5)
+    assert -update(g, state)[0] == (2 if rate == 2 else 7)
+
+
+def test_a_rate_is_set_before_the_first_step():
+    tx = adamfn.adam(lambda count: 1.0 + count)
+    state = optax.tree.set(tx.init(jnp.ones(1)), learning_rate=0.125)
+    updates, state = tx.update(jnp.ones(1), state)
+    np.testing.assert_allclose(updates, [-0.125], rtol=3e-7)  # of Adam's ratio
+    assert state[-1].learning_rate == 0.125
+
+
+def test_a_restored_state_goes_on_with_a_new_rate():
+    """A new rate in the code is meant; one that was set by hand stays, as it is nowhere else."""
+    old, new = adamfn.scale_by_lr(2.0), adamfn.scale_by_lr(3.0)
+    g = jnp.ones(())
+    state = old.init(g)
+    for saved in (state, old.update(g, state)[1], old.update(g, state, learning_rate=5.0)[1]):
+        updates, after = new.update(g, jax.tree.map(np.array, saved))
+        assert (-updates, after.learning_rate, after.written) == (3, 3, 3)
+    _, state = old.update(g, optax.tree.set(state, learning_rate=7.0))
+    assert -new.update(g, jax.tree.map(np.array, state))[0] == 7
+
+
+def test_a_rate_that_was_not_a_number_was_not_set():
+    tx = adamfn.scale_by_lr(lambda count: jnp.where(count > 1, 1.0, jnp.nan))
+    state = tx.init(jnp.ones(1))
+    for _ in range(3):
+        updates, state = tx.update(jnp.ones(1), state)
+    np.testing.assert_array_equal(updates, [-1.0])
+
+
+@pytest.mark.parametrize(
+    ("value", "found"), [(jnp.ones(2), "an array of shape"), ("0.1", "'0.1'"), (-1, "-1.0")]
+)
+def test_a_rate_that_is_set_is_checked(value, found):
+    tx = adamfn.scale_by_lr()
+    state = optax.tree.set(tx.init(jnp.ones(1)), learning_rate=value)
+    with pytest.raises((TypeError, ValueError), match=f"the state's learning_rate is {found}"):
+        tx.update(jnp.ones(1), state)
+
+
+def test_the_rate_of_a_giver_is_set_where_it_is():
+    tx = adamfn.scale_by_lr(jnp.float32(0.25))
+    with pytest.raises(KeyError, match="learning_rate"):
+        optax.tree.set(tx.init(jnp.ones(1)), learning_rate=1.0)
 
 
 @pytest.mark.parametrize("make", [adamfn.adam, adamfn.adamw])

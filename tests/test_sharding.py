@@ -76,7 +76,7 @@ BLOCKS = (".scale", ".top", ".step")
 )
 def test_codes_and_scales(moments, shape, scales):
     expected = {f"[0].scales['w'][0]{part}": spec for part, spec in scales.items()}
-    expected |= {"[0].count": P(), "[3].learning_rate": P()}
+    expected |= {"[0].count": P(), "[3].learning_rate": P(), "[3].written": P()}
     for field in CODES.get(moments, ("mu", "nu")):
         expected[f"[0].{field}['w']"] = BOTH
     tx = adamfn.adamw(1e-3, moments=moments)

@@ -139,16 +139,19 @@ def program_of(step: Step, segment: range, leaf: Leaf, wanted: Wanted) -> Progra
     }
     own = {k: part for k, part in parts.items() if k in segment}
     # Moments, and the gradient that they were given, may come from an earlier segment.
-    known, given, given_grads = {"params", "grads", "noise"}, dict[int, Part](), False
-    for part in own.values():
-        for name in {*part.reads} - known:
-            keepers = [k for k in parts if k < segment.start and name in parts[k].keeps]
+    known, given, given_grads = {"params", "noise"}, dict[int, Part](), False
+    for place, part in own.items():
+        for name in sorted({*part.reads} - known):
+            # The gradient is worth reading beside an update only after a stage that averages it.
+            keepers = [k for k in parts if k < place and {name, name == "grads"} & _kept(parts[k])]
             if not keepers:
                 raise ValueError(
-                    f"{part.name}: it reads {name}, which no stage of ours just before it keeps;"
-                    " expected one that does, such as scale_by_moments, earlier in the same chain."
+                    f"{part.name}: it reads {name}, and no stage before it in its run keeps"
+                    " averages of gradients; expected one, such as scale_by_moments, before it in"
+                    " the same adamfn.chain. Optax's chain, and parts of other libraries, end a run."
                 )
-            given[keepers[-1]] = parts[keepers[-1]]
+            if name != "grads":
+                given[keepers[-1]] = parts[keepers[-1]]
         given_grads |= "grads" in part.reads and "mu" not in known and segment.start > 0
         known |= {*part.keeps}
     last = segment.stop == len(step.stages)

@@ -52,6 +52,8 @@ def restore(tree: PyTree, into: PyTree) -> PyTree:
     rows: list[tuple[str, Any, Any]] = []
     for index, (path, like) in enumerate(jax.tree.leaves_with_path(into)):
         value = next((found.pop(key) for key in chosen[index] if key in found), None)
+        if value is None and getattr(path[-1] if path else None, "name", None) == "written":
+            value = rows[-1][1]  # the rate before it: states of 0.2.0 had no more
         rows.append((path_name(path), value, like))
     left = ", ".join([*found][:5]) or "none"
     for name, value, like in [*rows, *((key, value, None) for key, value in found.items())]:

@@ -14,6 +14,7 @@ from adamfn.core.formulas import add_agreeing_multiple, add_multiple, multiply
 from adamfn.core.hyperparameters import ScalarOrSchedule, scalar, scheduled, value_at
 from adamfn.core.masks import Mask
 from adamfn.core.stage import Scalars, Stage, exported_state
+from adamfn.trees import as_array
 
 
 @exported_state
@@ -21,7 +22,10 @@ class ScaleByLrState(NamedTuple):
     """State of `scale_by_lr`."""
 
     learning_rate: chex.Array
-    """The rate of the last step, to be logged; before the first step, the rate of that one."""
+    """The rate of the last step, to be logged; before the first step, the rate of that one. Another
+    value, set with `optax.tree.set(state, learning_rate=x)`, is the rate from then on."""
+    written: chex.Array
+    """The rate as it was written last: where `learning_rate` differs from it, it has been set."""
 
 
 def scale_by_lr(learning_rate: ScalarOrSchedule = 1e-3) -> GradientTransformation:
@@ -31,8 +35,13 @@ def scale_by_lr(learning_rate: ScalarOrSchedule = 1e-3) -> GradientTransformatio
 
     The rate is a number at least 0, a scalar array, or a function of the number of steps taken so
     far (0 at the first), such as any optax schedule. `update(..., learning_rate=x)` takes x for
-    this step instead. If x is an argument of a jitted function, a new x compiles nothing. The state
-    holds the rate that was used last. It does not if the rate is an array, which its caller has:
+    this step instead. If x is an argument of a jitted function, a new x compiles nothing.
+
+    The state holds the rate that was used last. `optax.tree.set(state, learning_rate=x)` sets it:
+    x is the rate from then on, instead of a number or a schedule, in checkpoints too. Setting it to
+    `state.written`, or one step with `update(..., learning_rate=...)`, ends this. A rate that was
+    not set does not outlive its transformation: a state that is restored into one with another rate
+    goes on with the new rate. If the rate is an array, its caller has it, and the state has none:
     under `optax.inject_hyperparams` it is in `state.hyperparams` alone.
 
     >>> import adamfn, jax.numpy as jnp
@@ -48,14 +57,21 @@ def scale_by_lr(learning_rate: ScalarOrSchedule = 1e-3) -> GradientTransformatio
     configured = scheduled("learning_rate", learning_rate)
 
     def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
-        rate = rate_at(configured, count, extra)
-        return (jnp.negative(rate),), {"learning_rate": rate}
+        rate = written = rate_at(configured, count, extra)
+        if "written" in state._fields and extra.get("learning_rate") is None:
+            now, was = as_array(state.learning_rate), jnp.asarray(state.written)
+            now = jnp.asarray(scalar("the state's learning_rate", now, narrow=True), was.dtype)
+            stays = (now == was) | (jnp.isnan(now) & jnp.isnan(was))
+            rate, now, was = (jnp.asarray(x, float) for x in (rate, now, was))
+            rate, written = jnp.where(stays, rate, now), jnp.where(stays, rate, was)
+        return (jnp.negative(rate),), {"learning_rate": rate, "written": written}
 
     def first() -> jax.Array:
         return jnp.array(value_at("learning_rate", configured, jnp.zeros((), jnp.int32)), float)
 
-    start = {"learning_rate": None if isinstance(configured, jax.Array) else first}
-    state, takes = ScaleByLrState, ("learning_rate",)
+    begin = None if isinstance(configured, jax.Array) else first
+    start, takes = {"learning_rate": begin, "written": begin}, ("learning_rate",)
+    state = ScaleByLrState
     stage = Stage("scale_by_lr", multiply, scalars=scalars, start=start, state=state, takes=takes)
     return from_stage(stage)
 
