@@ -101,7 +101,7 @@ def test_mistakes_are_named():
     with pytest.raises(TypeError, match=r"cautious_updates: stacked: the mask at \['head'\] is 1"):
         tx.update(params, tx.init(params), params)
     alone = adamfn.chain(adamfn.clip_updates(), adamfn.scale_by_lr())
-    with pytest.raises(ValueError, match="clip_updates: it reads nu, which no stage of ours"):
+    with pytest.raises(ValueError, match="clip_updates: it reads grads, and no stage before"):
         alone.update(params, alone.init(params))
 
 

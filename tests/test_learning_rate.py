@@ -171,12 +171,6 @@ def test_an_override_goes_through_chains_and_compiles_nothing(make):
     assert after_twice[0][0][-1].learning_rate == 1.0
 
 
-def test_every_rate_of_a_chain_is_overridden():
-    tx = adamfn.chain(adamfn.scale_by_lr(3.0), adamfn.scale_by_lr(5.0))
-    updates, _ = tx.update(jnp.ones(1), tx.init(jnp.ones(1)), learning_rate=2.0)
-    np.testing.assert_array_equal(updates, [4.0])
-
-
 def test_a_traced_rate():
     @jax.jit
     def update(lr):

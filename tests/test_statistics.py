@@ -189,7 +189,8 @@ def test_a_stage_of_ones_own(backend):
 
 @pytest.mark.parametrize(("place", "factor"), [(0, 0.125), (1, 0.25), (2, 0.5)])
 def test_it_stands_anywhere_and_nothing_is_rounded_beside_it(place, factor):
-    parts = [adamfn.scale_by_lr(0.5)] * 2
+    half = adamfn.Stage("half", jnp.multiply, scalars=lambda *_: ((0.5,), {}))
+    parts = [adamfn.from_stage(half)] * 2
     parts.insert(place, by_size())  # factors before it have no effect
     tx, u = adamfn.chain(*parts), jnp.array([1.0, -2.0, 255.0], jnp.bfloat16)
     updates, _ = tx.update(u, tx.init(u))

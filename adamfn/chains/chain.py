@@ -203,11 +203,11 @@ def chain(*transformations: Transformation) -> GradientTransformation:
 
     >>> import adamfn
     >>> import jax.numpy as jnp
-    >>> tx = adamfn.chain(adamfn.scale_by_lr(0.5), adamfn.scale_by_lr(0.5))
+    >>> tx = adamfn.chain(adamfn.add_decayed_weights(0.5), adamfn.scale_by_lr(0.5))
     >>> params = jnp.array([1.0, 2.0])
-    >>> updates, state = tx.update(params, tx.init(params))
+    >>> updates, state = tx.update(jnp.zeros(2), tx.init(params), params)
     >>> print(updates)
-    [0.25 0.5 ]
+    [-0.25 -0.5 ]
     """
     for position, tx in enumerate(transformations):
         check_transformation(f"chain: argument {position}", tx)

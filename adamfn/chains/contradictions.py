@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from adamfn.core.formulas import add_agreeing_multiple, where_agreeing
 from adamfn.core.stage import Stage
 from adamfn.core.weights import Weights
 
@@ -11,6 +10,23 @@ INDEPENDENT = "add_decayed_weights(independent=True)"
 """The name of the stage whose decay no rate multiplies."""
 
 _DECAYS = ("add_decayed_weights", "add_corrected_decay", INDEPENDENT)
+
+_NOT_AFTER = {
+    ("scale_by_lr", "scale_by_lr"): "which turns the signs around: two rates would go uphill. Leave"
+    " one out; optax.scale multiplies by another number.",
+    ("scale_by_lr", "add_decayed_weights"): "which turns the signs around: it makes parameters"
+    " grow, and if it is cautious, it compares the wrong signs. Put it before the rate, as adamw"
+    " does, or pass independent=True for a decay that no rate multiplies.",
+    ("scale_by_lr", "cautious_updates"): "which turns the signs around that it compares: it would"
+    " leave out what it is to keep. Put it before.",
+    (INDEPENDENT, "scale_by_lr"): "and would multiply that decay and turn its sign. Put it before,"
+    " or leave out independent=True: the rate then multiplies the decay, as in AdamW.",
+    ("scale_by_atan2_moments", "bias_correct"): "whose averages are corrected inside the angle."
+    " Leave it out.",
+    ("scale_by_infinity_moments", "clip_updates"): "which has no average of squares to compare"
+    " with. Leave it out.",
+}
+"""Why one stage may not stand after another, by the names of both."""
 
 
 def check_order(parts: Sequence[Any], unwrapped: Sequence[Any]) -> None:
@@ -44,48 +60,20 @@ def check_order(parts: Sequence[Any], unwrapped: Sequence[Any]) -> None:
                 " optax.clip_by_global_norm may stand anywhere."
             )
         if isinstance(part.formula, Weights) and place != len(unwrapped) - 1:
+            after = unwrapped[place + 1]
             raise ValueError(
-                f"chain: {part.name} stands before {_name_of(unwrapped[place + 1])}. It decides"
+                f"chain: {part.name} stands before {getattr(after, 'name', after)!s}. It decides"
                 " where the weights land, so nothing may change the updates after it. Put it last."
             )
     stages = [part for part in unwrapped if isinstance(part, Stage)]
-    names = [stage.name for stage in stages]
-    if "scale_by_lr" in names[_place(names, INDEPENDENT) :]:
-        raise ValueError(
-            f"chain: scale_by_lr stands after {INDEPENDENT}: the rate would multiply that decay and"
-            " turn its sign. Put it last, or leave out independent=True: the rate then multiplies"
-            " it, as in AdamW."
-        )
-    last_rate = len(names) - _place(names[::-1], "scale_by_lr")  # after it, or 0 without one
-    for stage in stages[last_rate:] if last_rate else []:
-        if stage.name == "add_decayed_weights" and stage.formula is not add_agreeing_multiple:
-            raise ValueError(
-                "chain: add_decayed_weights stands after scale_by_lr: added to updates that have"
-                " their sign already, it makes parameters grow. Put it before the rate, as adamw"
-                " does, or pass independent=True for a decay that no rate multiplies."
-            )
-    for stage in stages[_place(names, "scale_by_lr") :]:
-        if stage.formula in (add_agreeing_multiple, where_agreeing):
-            raise ValueError(
-                f"chain: {stage.name} stands after scale_by_lr, which turns the signs around that"
-                " it compares: it would leave out what it is to keep. Put it before."
-            )
-    if "bias_correct" in names[_place(names, "scale_by_atan2_moments") :]:
-        raise ValueError(
-            "chain: bias_correct stands after scale_by_atan2_moments, whose averages are corrected"
-            " inside the angle. Leave bias_correct out."
-        )
+    for place, stage in enumerate(stages):
+        for before in stages[:place]:
+            if (before.name, stage.name) in _NOT_AFTER:
+                reason = _NOT_AFTER[before.name, stage.name]
+                raise ValueError(f"chain: {stage.name} stands after {before.name}, {reason}")
     decays = [stage for stage in stages if stage.name in _DECAYS]
     if len(decays) > 1 and any(stage.mask is None for stage in decays):
         raise ValueError(
             f"chain: {decays[0].name} and {decays[1].name} would both decay the same parameters."
             " Leave one out, or give each a mask of its own parameters."
         )
-
-
-def _name_of(element: Any) -> str:
-    return element.name if isinstance(element, Stage) else repr(element)
-
-
-def _place(names: Sequence[str], name: str) -> int:
-    return names.index(name) if name in names else len(names)

@@ -65,6 +65,13 @@ def run(
     scalars, remembered = scalars_at(stages, states, count, extra)
     gates = [new["taken"] for new in remembered if "taken" in new]
     gate = jnp.all(jnp.stack(gates)) if gates else None
+    if gates and all("grads" in stage.takes for stage in stages):
+        place = ["taken" in new for new in remembered].index(True)
+        raise ValueError(
+            f"{stages[place].name}: nothing stands after it in its run, whose steps alone it can"
+            " skip; expected the stages that it is to hold in the same adamfn.chain."
+            " optax.chain, and parts of other libraries, end a run."
+        )
     step = Step(stages, scalars, gate, count, wanted.backend)
     for segment in segments_of(stages):
         last = segment.stop == len(stages)
@@ -94,7 +101,7 @@ def scalars_at(
     scalars: list[tuple[Any, ...]] = []
     remembered: list[Mapping[str, Any]] = []
     for stage, state in zip(stages, states, strict=True):
-        match stage.scalars(count, state, extra):
+        match stage.scalars(count, state, {"decays": None, **extra}):
             case (tuple() | list() as own, Mapping() as new):
                 scalars.append(tuple(own))
                 remembered.append({k: v for k, v in new.items() if k in state._fields})
@@ -103,6 +110,8 @@ def scalars_at(
                     f"{stage.name}: its scalars returned {result!r}; expected the formula's scalars"
                     " in a tuple, then the values to remember in a dictionary: (x, y), {}."
                 )
+        if stage.decays is not None:
+            extra = {**extra, "decays": stage.decays}
         for scalar in jax.tree.leaves(scalars[-1]):
             if jnp.shape(scalar) != ():
                 raise ValueError(
@@ -143,12 +152,13 @@ def program_of(step: Step, segment: range, leaf: Leaf, wanted: Wanted) -> Progra
     for place, part in own.items():
         for name in sorted({*part.reads} - known):
             # The gradient is worth reading beside an update only after a stage that averages it.
-            keepers = [k for k in parts if k < place and {name, name == "grads"} & _kept(parts[k])]
+            fields = [(k, parts[k].keeps) for k in parts if k < place]
+            keepers = [k for k, kept in fields if name in kept or (kept and name == "grads")]
             if not keepers:
                 raise ValueError(
                     f"{part.name}: it reads {name}, and no stage before it in its run keeps"
                     " averages of gradients; expected one, such as scale_by_moments, before it in"
-                    " the same adamfn.chain. Optax's chain, and parts of other libraries, end a run."
+                    " the same adamfn.chain. optax.chain, and parts of other libraries, end a run."
                 )
             if name != "grads":
                 given[keepers[-1]] = parts[keepers[-1]]

@@ -5,7 +5,7 @@ made from the 1 - b of the average is wrong at every step.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import chex
 import jax
@@ -41,6 +41,13 @@ class Decay(NamedTuple):
         return -jnp.expm1(count.astype(float) * self.log)
 
 
+Decays: TypeAlias = tuple[Decay, Decay]
+"""b1 and b2."""
+
+NO_DECAY = Decay(1.0, 0.0)
+_USUAL = Decay(1 - 0.9, None), Decay(1 - 0.999, None)
+
+
 class Averages(NamedTuple):
     """The hyperparameters of a stage of moments, or, from `at`, its formula's scalars at a step."""
 
@@ -56,6 +63,11 @@ class Averages(NamedTuple):
         """The hyperparameters, checked as `decay` and `scalar` check them."""
         decays = decay("b1", b1), decay("b2", b2)
         return cls(*decays, scalar("eps", eps), scalar("eps_root", eps_root))
+
+    @property
+    def decays(self) -> Decays:
+        """Both decays."""
+        return self.b1, self.b2
 
     def at(self, count: jax.Array) -> "Averages":
         """The scalars at a step."""
@@ -80,6 +92,25 @@ def decay(name: str, value: Any) -> Decay:
     """
     rate = scalar(name, value, below=1)
     return Decay(1 - rate, None if isinstance(rate, float) and rate >= 0.5 else rate)
+
+
+def decays_of(caller: str, before: Decays | None, *given: Decay | None) -> Decays:
+    """The given b1 and b2; where None, those of the averages before; without any 0.9 and 0.999.
+
+    Raises:
+      ValueError: one is neither that of the averages nor 0, which leaves one uncorrected.
+    """
+    found: list[Decay] = []
+    for name, own, its, usual in zip(("b1", "b2"), given, before or given, _USUAL, strict=True):
+        b, other = own or its or usual, its or own or usual
+        pair = b.complement, other.complement
+        if all(isinstance(x, float) for x in pair) and pair[0] not in (1, pair[1]):
+            raise ValueError(
+                f"{caller}: {name} is {1 - pair[0]:.6g}, and that of the moments before it is"
+                f" {1 - pair[1]:.6g}; expected the same. Without {name}= it is taken from them."
+            )
+        found.append(b)
+    return found[0], found[1]
 
 
 def increment(count: jax.Array) -> jax.Array:

@@ -14,7 +14,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
+<<<<<<< HEAD
 from adamfn.core.hyperparameters import check_seed
+=======
+from adamfn.core.averages import Decays
+>>>>>>> e19dea6 (Skipping and cautious updates are refused where their run is broken; two rates; decays of bias_correct and clip_updates are those of the moments)
 from adamfn.formats import Moments, check_moments
 from adamfn.trees import PyTree, exported, real_dtype, wide_dtype
 
@@ -67,7 +71,8 @@ class Stage:
         `(u, *reads, *keeps, *scalars) -> (u, *keeps)`, or `-> u` if it keeps nothing. Arrays
         are float32 at least, and complex for complex leaves.
       reads: arrays that it needs besides the updates u: `"params"`; `"grads"`, the gradient as the
-        stage of moments was given it (or as it entered the segment, if there is none); `"mu"` and
+        stage of moments before it was given it (or as it entered the run, if the stages before it
+        keep other averages); `"mu"` and
         `"nu"`, the moments after this step; `"noise"`, a random uint32 for each element.
       keeps: arrays that it keeps of each leaf: by field of its state, a function of the parameter
         that makes the first one, such as `jnp.zeros_like`.
@@ -85,6 +90,8 @@ class Stage:
       takes: the extra arguments of `update` that `scalars` reads. `"grads"` is no argument of
         `update`: it is the list of all gradients, from which a norm can be computed.
       mask: which leaves it changes, as in `add_decayed_weights`; None for all.
+      decays: b1 and b2 of the moments that it keeps, as `bias_correct` after it is to correct them;
+        None if they are not known. It finds them in `extra["decays"]`, as any later stage.
       elementwise: True if each output element depends only on the matching input elements. A
         formula that needs a statistic of its leaf, such as a mean, sets it to False. It is a
         segment by itself: XLA applies it to the update in memory, between two fused segments.
@@ -115,7 +122,11 @@ class Stage:
     takes: Sequence[str] = ()
     mask: PyTree | Callable[[PyTree], PyTree] | None = None
     elementwise: bool = True
+<<<<<<< HEAD
     seed: chex.Numeric | None = None
+=======
+    decays: Decays | None = None
+>>>>>>> e19dea6 (Skipping and cautious updates are refused where their run is broken; two rates; decays of bias_correct and clip_updates are those of the moments)
 
     def __post_init__(self) -> None:
         """Checks that its parts fit each other."""

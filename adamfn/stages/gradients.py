@@ -92,9 +92,11 @@ def skip_outliers(
     `state[0].skipped` counts the skipped steps.
 
     It comes first in a chain. Other libraries' transformations may only stand before it: they would
-    not be skipped. Sources: OLMo-core's `SkipStepOptimizer`, with this window and sigmas, which
-    also skips values far below the mean; MaxText's `skip_step_on_spikes`, which does not. Both let
-    values that are not finite into the window, and then skip the steps after them.
+    not be skipped. So `update` refuses it where no stage follows that it could hold, as inside
+    `optax.chain`, which may still be around the whole chain. Sources: OLMo-core's
+    `SkipStepOptimizer`, with this window and sigmas, which also skips values far below the mean;
+    MaxText's `skip_step_on_spikes`, which does not. Both let values that are not finite into the
+    window, and then skip the steps after them.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.chain(adamfn.skip_outliers(["loss"]), adamfn.adam(0.1))

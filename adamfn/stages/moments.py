@@ -1,6 +1,6 @@
 """Two averages, their ratio, and the correction for their beginning at zero."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -9,7 +9,7 @@ import jax
 from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core import formulas
-from adamfn.core.averages import Averages
+from adamfn.core.averages import NO_DECAY, Averages, decay, decays_of
 from adamfn.core.stage import Scalars, Stage, exported_state, real_zeros, zeros
 from adamfn.formats import Moments
 from adamfn.trees import PyTree
@@ -107,7 +107,8 @@ def scale_by_moments(
     def scalars(count: jax.Array, *_: Any) -> Scalars:
         return (averages.at(count), averages.ahead(count) if nesterov else None), {}
 
-    return from_moments("scale_by_moments", formulas.ratio, moments, scalars, seed=seed)
+    name, formula, decays = "scale_by_moments", formulas.ratio, averages.decays
+    return from_moments(name, formula, moments, scalars, decays=decays, seed=seed)
 
 
 def scale_by_max_moments(
@@ -140,7 +141,8 @@ def scale_by_max_moments(
     [0.25] [1.] [16.]
     """
     averages = Averages.of(b1, b2, eps, eps_root)
-    more = {"keeps": PAIR | {"nu_max": real_zeros}, "state": ScaleByMaxMomentsState, "seed": seed}
+    keeps, state = PAIR | {"nu_max": real_zeros}, ScaleByMaxMomentsState
+    more = {"keeps": keeps, "state": state, "decays": averages.decays, "seed": seed}
     name, formula = "scale_by_max_moments", formulas.max_ratio
 
     def scalars(count: jax.Array, *_: Any) -> Scalars:
@@ -172,21 +174,27 @@ def scale_by_infinity_moments(
     >>> print(updates, state.nu)
     [0.5] [2.]
     """
-    averages, state = Averages.of(b1, b2, eps), ScaleByInfinityMomentsState
-    name, formula = "scale_by_infinity_moments", formulas.infinity_ratio
-    return from_moments(
-        name, formula, moments, lambda *_: ((averages,), {}), state=state, seed=seed
-    )
+    averages, name = Averages.of(b1, b2, eps), "scale_by_infinity_moments"
+    more = {"state": ScaleByInfinityMomentsState, "seed": seed}
+    more["decays"] = averages.b1, NO_DECAY
+    formula = formulas.infinity_ratio
+    return from_moments(name, formula, moments, lambda *_: ((averages,), {}), **more)
 
 
-def bias_correct(b1: chex.Numeric = 0.9, b2: chex.Numeric = 0.999) -> GradientTransformation:
+def bias_correct(
+    b1: chex.Numeric | None = None, b2: chex.Numeric | None = None
+) -> GradientTransformation:
     r"""Corrects a ratio of averages for their beginning at zero.
 
     $$ u \leftarrow u \sqrt{c_2} / c_1, \qquad c_i = 1 - b_i^t $$
 
     After t steps of a constant x, an average that began at zero holds $c x$. So m is too small by
-    $c_1$, and $\sqrt v$ by $\sqrt{c_2}$ (Kingma and Ba, section 3). With `b2=0` only the numerator
-    is corrected, with `b1=0` only the denominator. The factor is right to 3e-7 at every step.
+    $c_1$, and $\sqrt v$ by $\sqrt{c_2}$ (Kingma and Ba, section 3). The factor is right to 3e-7 at
+    every step. With `b2=0` only the numerator is corrected, with `b1=0` only the denominator.
+
+    Decays that are not given are those of the adamfn stage of moments before it in its chain; given
+    ones must agree with them. Under `optax.chain`, where it cannot see that stage, give it both:
+    without a stage of moments before it, they are 0.9 and 0.999.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.bias_correct(b1=0.9, b2=0.0)
@@ -194,9 +202,11 @@ def bias_correct(b1: chex.Numeric = 0.9, b2: chex.Numeric = 0.999) -> GradientTr
     >>> print(tx.update(mean, tx.init(mean))[0].round(4))
     [1.]
     """
-    averages = Averages.of(b1, b2)
+    first = None if b1 is None else decay("b1", b1)
+    second = None if b2 is None else decay("b2", b2)
 
-    def scalars(count: jax.Array, *_: Any) -> Scalars:
-        return (averages.correction(count),), {}
+    def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
+        decays = decays_of("bias_correct", extra["decays"], first, second)
+        return (Averages(*decays, 0.0, 0.0).correction(count),), {}
 
     return from_stage(Stage("bias_correct", formulas.multiply, scalars=scalars))

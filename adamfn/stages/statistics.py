@@ -1,6 +1,6 @@
 """Stages that need a statistic of each leaf, or of each layer where layers are stacked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from operator import not_
 from typing import Any
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from adamfn.chains.chain import chain, from_stage
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core import formulas
-from adamfn.core.averages import decay
+from adamfn.core.averages import decay, decays_of
 from adamfn.core.hyperparameters import scalar
 from adamfn.core.masks import Mask, broadcast_mask
 from adamfn.core.stage import Scalars, Stage
@@ -27,8 +27,9 @@ def cautious_updates(floor: chex.Numeric = 1e-3, *, stacked: Mask = None) -> Gra
     $$ u \leftarrow \frac{\mathbb 1(u g > 0)\, u}{\max(s, s_\text{min})}, \qquad
     s = \operatorname{mean} \mathbb 1(u g > 0) $$
 
-    g is the gradient that the stage of moments before it was given. After `bias_correct`, and
-    before the decay and `scale_by_lr`, which turns signs, it makes AdamW the paper's C-AdamW.
+    g is the gradient that the adamfn stage of moments before it was given; `update` refuses a chain
+    without one, such as optax's. After `bias_correct`, and before the decay and `scale_by_lr`,
+    which turns signs, it makes AdamW the paper's C-AdamW.
     Inside `jax.shard_map` the share is that of a shard. Complex numbers agree if their angle is
     below a right one. Source: Liang et al., Cautious Optimizers: Improving Training with One Line
     of Code, 2024, algorithms 1 and 2 (arXiv 2411.16085), which divide by s + eps, or by s + 1/n for
@@ -53,7 +54,7 @@ def cautious_updates(floor: chex.Numeric = 1e-3, *, stacked: Mask = None) -> Gra
 
 
 def clip_updates(
-    b2: chex.Numeric = 0.999, eps: chex.Numeric = 1e-8, *, stacked: Mask = None
+    b2: chex.Numeric | None = None, eps: chex.Numeric = 1e-8, *, stacked: Mask = None
 ) -> GradientTransformation:
     r"""Divides the updates of a leaf by how far its gradients have outgrown their average squares.
 
@@ -62,11 +63,12 @@ def clip_updates(
     $$ u \leftarrow \frac{u}{\max(1, R)}, \qquad
     R = \sqrt{\operatorname{mean} \frac{g^2}{\max(\hat v, \epsilon^2)}} $$
 
-    The mean is over a leaf. g and stacked are as in `cautious_updates`, b2 and eps as in `adam`.
+    The mean is over a leaf. g and stacked are as in `cautious_updates`, eps as in `adam`; b2 is
+    that of the moments, and need not be given.
     Just before `scale_by_lr`, with b2 of 0.99 and eps of 1e-6 in all stages, it makes AdamW the
     paper's StableAdamW, which clips the decay too; before `add_decayed_weights` it does not.
-    `update` refuses a chain in which no adamfn stage of moments stands before it. Sources: Wortsman
-    et al., Stable and Low-Precision Training for Large-Scale Vision-Language Models, 2023,
+    `update` refuses it where no adamfn stage of moments stands before it in its chain. Sources:
+    Wortsman et al., Stable and Low-Precision Training for Large-Scale Vision-Language Models, 2023,
     algorithm 2 (arXiv 2304.13013); Shazeer and Stern, Adafactor, 2018, section 6.
 
     >>> import adamfn, jax.numpy as jnp
@@ -78,10 +80,10 @@ def clip_updates(
     >>> print(updates.round(2))
     [ 1. -1.]
     """
-    square, eps = decay("b2", b2), scalar("eps", eps)
+    given, eps = None if b2 is None else decay("b2", b2), scalar("eps", eps)
 
-    def scalars(count: jax.Array, *_: Any) -> Scalars:
-        c2 = square.bias(count)
+    def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
+        c2 = decays_of("clip_updates", extra["decays"], None, given)[1].bias(count)
         return (jnp.sqrt(c2), jnp.maximum(c2 * eps * eps, jnp.finfo(jnp.float32).tiny)), {}
 
     name, formula = "clip_updates", formulas.clip_outgrown

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core import formulas
-from adamfn.core.averages import Averages, Decay, increment
+from adamfn.core.averages import NO_DECAY, Averages, Decay, increment
 from adamfn.core.hyperparameters import scalar
 from adamfn.core.stage import Scalars, exported_state
 from adamfn.formats import Moments, check_moments, get
@@ -72,9 +72,10 @@ def scale_by_nesterov_moments(
         of_mu, of_g = ahead / (1 - product * ahead), complement / (1 - product)
         return (averages.at(count), of_mu, of_g), {"mu_product": product}
 
-    start, state = {"mu_product": lambda: jnp.ones((), float)}, ScaleByNesterovMomentsState
+    start, decays = {"mu_product": lambda: jnp.ones((), float)}, (NO_DECAY, averages.b2)
+    more = {"start": start, "state": ScaleByNesterovMomentsState, "decays": decays}
     name, formula = "scale_by_nesterov_moments", formulas.nesterov_ratio
-    return from_moments(name, formula, moments, scalars, start=start, state=state, seed=seed)
+    return from_moments(name, formula, moments, scalars, seed=seed, **more)
 
 
 def scale_by_rectified_moments(
@@ -120,9 +121,8 @@ def scale_by_rectified_moments(
         ahead = averages.ahead(count) if nesterov else None
         return (at._replace(eps=averages.eps), rectification, untrusted, ahead), {}
 
-    return from_moments(
-        "scale_by_rectified_moments", formulas.rectified_ratio, moments, scalars, seed=seed
-    )
+    name, formula, decays = "scale_by_rectified_moments", formulas.rectified_ratio, averages.decays
+    return from_moments(name, formula, moments, scalars, decays=decays, seed=seed)
 
 
 def scale_by_atan2_moments(
@@ -157,7 +157,8 @@ def scale_by_atan2_moments(
     def scalars(count: jax.Array, *_: Any) -> Scalars:
         return (averages, averages.correction(count), a, b), {}
 
-    return from_moments("scale_by_atan2_moments", formulas.atan2_ratio, moments, scalars, seed=seed)
+    name, formula, decays = "scale_by_atan2_moments", formulas.atan2_ratio, averages.decays
+    return from_moments(name, formula, moments, scalars, decays=decays, seed=seed)
 
 
 def scale_by_lazy_moments(
@@ -194,8 +195,10 @@ def scale_by_lazy_moments(
     def scalars(count: jax.Array, *_: Any) -> Scalars:
         return (averages.at(count)._replace(eps=averages.eps),), {}
 
-    name, formula = "scale_by_lazy_moments", formulas.lazy_ratio
-    return from_moments(name, formula, moments, scalars, elementwise=False, seed=seed)
+    name, formula, decays = "scale_by_lazy_moments", formulas.lazy_ratio, averages.decays
+    return from_moments(
+        name, formula, moments, scalars, elementwise=False, decays=decays, seed=seed
+    )
 
 
 def _gradients_in(b2: Decay, count: chex.Array) -> jax.Array:
