@@ -14,11 +14,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-<<<<<<< HEAD
-from adamfn.core.hyperparameters import check_seed
-=======
 from adamfn.core.averages import Decays
->>>>>>> e19dea6 (Skipping and cautious updates are refused where their run is broken; two rates; decays of bias_correct and clip_updates are those of the moments)
+from adamfn.core.hyperparameters import check_seed
 from adamfn.formats import Moments, check_moments
 from adamfn.trees import PyTree, exported, real_dtype, wide_dtype
 
@@ -122,11 +119,8 @@ class Stage:
     takes: Sequence[str] = ()
     mask: PyTree | Callable[[PyTree], PyTree] | None = None
     elementwise: bool = True
-<<<<<<< HEAD
     seed: chex.Numeric | None = None
-=======
     decays: Decays | None = None
->>>>>>> e19dea6 (Skipping and cautious updates are refused where their run is broken; two rates; decays of bias_correct and clip_updates are those of the moments)
 
     def __post_init__(self) -> None:
         """Checks that its parts fit each other."""
