@@ -175,7 +175,7 @@ def scale_by_infinity_moments(
     [0.5] [2.]
     """
     averages, name = Averages.of(b1, b2, eps), "scale_by_infinity_moments"
-    more = {"state": ScaleByInfinityMomentsState, "seed": seed}
+    more: dict[str, Any] = {"state": ScaleByInfinityMomentsState, "seed": seed}
     more["decays"] = averages.b1, NO_DECAY
     formula = formulas.infinity_ratio
     return from_moments(name, formula, moments, lambda *_: ((averages,), {}), **more)
