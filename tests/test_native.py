@@ -25,7 +25,7 @@ from adamfn.formats.format import answer
 MOMENTS = ("float32", "bfloat16", "8bit")
 
 
-SOURCE = Path(__file__).parent.parent / "cmake"
+ROOT = Path(__file__).parent.parent
 
 
 def python(program, timeout=120, **environment):
@@ -400,7 +400,7 @@ def test_under_sanitizers(tmp_path):
         f"-DCMAKE_CXX_FLAGS={flags}",
     ]
     subprocess.run(
-        [cmake, "-S", SOURCE, "-B", tmp_path, "-DSKBUILD_STATE=wheel", *defined],
+        [cmake, "-S", ROOT / "cmake", "-B", tmp_path, "-DSKBUILD_STATE=wheel", *defined],
         check=True,
         capture_output=True,
     )
@@ -435,6 +435,31 @@ def test_under_sanitizers(tmp_path):
         LIBRARY=str(tmp_path / "adamfn_native.so"),
     )
     assert done.stdout == "sound\n", done.stderr[-3000:]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_threads_share_no_memory_without_order(tmp_path):
+    """ThreadSanitizer over the tasks of a call, with threads that it sees."""
+    kernels = ROOT / "adamfn/backends/cpu"
+    sources = (
+        ROOT / "tests/native/stress.cc",
+        ROOT / "benchmarks/native/workload.cc",
+        kernels / "kernels.cc",
+    )
+    built = tmp_path / "stress"
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-g",
+        "-fsanitize=thread",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-pthread",
+    ]
+    names = [f"-I{kernels}", "-DADAMFN_VARIANT=workload", "-o", built]
+    subprocess.run(["g++", *flags, *names, *sources], check=True)
+    done = subprocess.run([built], capture_output=True, text=True)
+    assert done.stdout == "sound\n", done.stdout + done.stderr[-3000:]
 
 
 def test_formats_it_knows():

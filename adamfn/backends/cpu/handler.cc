@@ -7,11 +7,9 @@
 //
 // What XLA hands over is checked: a mistake is an error of the step and not a crash.
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <exception>
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -193,13 +191,8 @@ void Run(ffi::ThreadPool& pool, Group group) {
     }
     return;
   }
-  if (group.tiles == 0) return;
-  const int64_t threads = std::clamp<int64_t>(group.tiles / kTilesPerThread, 1,
-                                              std::max<int64_t>(pool.num_threads(), 1));
-  const auto tasks = std::make_shared<Tasks>(std::move(group), ChosenKernels(), threads);
-  for (int64_t i = 1; i < threads; ++i) pool.Schedule([tasks] { tasks->Work(); });
-  tasks->Work();
-  tasks->Wait();
+  RunTasks(std::move(group), ChosenKernels(), pool.num_threads(),
+           [&pool](auto work) { pool.Schedule(std::move(work)); });
 }
 
 ffi::Error Handle(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets returned,

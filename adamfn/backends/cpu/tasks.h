@@ -6,6 +6,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <utility>
 
@@ -16,6 +17,9 @@ namespace adamfn {
 // Tiles whose step takes about as long as a thread takes to begin.
 inline constexpr int64_t kTilesPerThread = 256;
 
+// The least and the most tiles of a task.
+inline constexpr int64_t kLeastTiles = 64, kMostTiles = 512;
+
 // Tasks that the calling thread and those of XLA's pool take one after another. The calling thread
 // can finish them alone, so a pool that is busy, or gone after a fork, stops nothing; a pool thread
 // that comes late finds none left, and touches nothing but this.
@@ -25,7 +29,7 @@ class Tasks {
       : group_(std::move(group)),
         kernels_(kernels),
         // Many, for memory is read faster in long runs, but so few that the threads end together.
-        tiles_(std::clamp<int64_t>(group_.tiles / (16 * threads), 64, 512)),
+        tiles_(std::clamp(group_.tiles / (16 * threads), kLeastTiles, kMostTiles)),
         count_((group_.tiles + tiles_ - 1) / tiles_) {}
 
   void Work() {
@@ -51,5 +55,17 @@ class Tasks {
   std::mutex mutex_;
   std::condition_variable all_done_;
 };
+
+// Steps a group in this thread and in others of a pool, and returns when all is done.
+template <typename Schedule>
+void RunTasks(Group group, Kernels* kernels, int64_t available, const Schedule& schedule) {
+  if (group.tiles == 0) return;
+  const int64_t threads = std::clamp<int64_t>(group.tiles / kTilesPerThread, 1,
+                                              std::max<int64_t>(available, 1));
+  const auto tasks = std::make_shared<Tasks>(std::move(group), kernels, threads);
+  for (int64_t i = 1; i < threads; ++i) schedule([tasks] { tasks->Work(); });
+  tasks->Work();
+  tasks->Wait();
+}
 
 }  // namespace adamfn
