@@ -17,6 +17,10 @@
 #include "group.h"
 #include "tasks.h"
 
+#ifndef READS_AHEAD
+#define READS_AHEAD true
+#endif
+
 namespace adamfn {
 namespace ADAMFN_VARIANT { Kernels StepTiles; }
 namespace {
@@ -87,6 +91,7 @@ extern "C" Workload* new_workload(int32_t format, int32_t bits, int64_t threads,
       group.scalars.value[adamfn::kFactor] = -1e-3f;
       group.format = format;
       group.bits = bits;
+      group.reads_ahead = READS_AHEAD;
       made->calls.push_back(std::move(group));
     }
     const bool in_blocks = format == adamfn::kEightBit;

@@ -87,6 +87,7 @@ struct Group {
   int32_t bits;  // kept of a bfloat16 weight: 16, 24 or 32; 0 for weights as they are
   Form form;
   bool decays;
+  bool reads_ahead;  // whether the step asks for memory before it needs it
   std::vector<Leaf> leaves;
   int64_t tiles;
 };
@@ -94,7 +95,8 @@ struct Group {
 // Steps the tiles of a group from `begin` to `end`: kernels.cc, compiled for some kind of processor.
 using Kernels = void(const Group& group, int64_t begin, int64_t end);
 
-// The kernels for this processor.
+// The kernels for this processor, and whether they gain by reading ahead on it.
 Kernels* ChosenKernels();
+bool ReadsAhead();
 
 }  // namespace adamfn

@@ -159,6 +159,7 @@ Group ReadGroup(const Call& call) {
                : call.places[kAhead] >= 0     ? Form::kNesterov
                                               : Form::kRatio;
   group.decays = call.decays;
+  group.reads_ahead = ReadsAhead();
   size_t next_axes = 0;
   for (size_t k = 0; k < call.leaves; ++k) {
     Leaf leaf{};

@@ -37,6 +37,9 @@ void FillRandom(const Noise& noise, const Leaf& leaf, int64_t start, int64_t siz
 // channel of the memory; so each is read a tile further than the one before.
 constexpr int64_t kReadAhead = 256;
 
+// The elements of a leaf from which on that pays: smaller ones are in a cache, or end too soon.
+constexpr int64_t kReadAheadFrom = 1 << 18;
+
 // Inlined: GCC drops calls of a function that does nothing but prefetch, as if it had no effect.
 [[gnu::always_inline]] inline void ReadAhead(const void* array, int64_t bytes_each, int64_t start,
                                              int64_t size) {
@@ -73,7 +76,8 @@ void StepTile(const Group& group, const Leaf& leaf, int64_t tile) {
   const int64_t within = (tile % tiles_per_row) * leaf.tile;
   const int64_t start = (tile / tiles_per_row) * leaf.row + within;
   const int64_t size = std::min(leaf.tile, leaf.row - within);
-  if (const int64_t next = start + kReadAhead; next + size <= leaf.size) {
+  const int64_t next = start + kReadAhead;
+  if (group.reads_ahead && leaf.size >= kReadAheadFrom && next + size <= leaf.size) {
     ReadAhead(group, leaf, next, size);
   }
 

@@ -49,6 +49,16 @@ std::atomic<const Variant*> chosen{Find(nullptr)};
 
 Kernels* ChosenKernels() { return chosen.load()->kernels; }
 
+// Measured: a sixth faster on Intel's processors, up to a fifth slower on AMD's, whose reading ahead
+// in hardware does better.
+bool ReadsAhead() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 }  // namespace adamfn
 
 // Chooses the variant of this name, if it runs here. Returns the name of the one chosen.
