@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .PHONY: help demo test test-peers test-accelerators test-accelerators-quick test-gpu lint format bench
-.PHONY: bench-lean bench-accelerators bench-gpu wheel test-wheel test-lowest test-newest docs docs-html
+.PHONY: bench-lean bench-accelerators bench-gpu wheel test-wheel test-lowest docs docs-html
 .PHONY: screenshots notebook clean
 
 help:
@@ -16,7 +16,7 @@ help:
 	@echo "make test-accelerators-quick  a small choice of them"
 	@echo "make test-gpu  the kernels on the GPU at hand (installs JAX for CUDA)"
 	@echo "make test-lowest  the core's tests with the lowest jax and chex that pyproject.toml allows"
-	@echo "make test-newest  the same with the newest that PYTHON can have (jax 0.11 and later need 3.12)"
+	@echo "             (the newest: make test PYTHON=python3.13, since jax 0.11 and later need 3.12)"
 	@echo "make wheel   wheel and sdist, in dist/"
 	@echo "make test-wheel  install the wheel where there is nothing else, and take steps with it"
 	@echo "make docs    the site, in site/; a broken link or reference and a snippet that fails are errors"
@@ -92,17 +92,11 @@ CORE := $(foreach name,angle bias contracts errors exactness family formats hype
 CORE_NEEDS := pytest pytest-xdist hypothesis flatbuffers
 LOWEST := $(shell grep -oE '"(jax|jaxlib|chex|optax)>=[0-9.]+"' pyproject.toml | sort -u | tr -d '"' | sed 's/>=/==/')
 
-# Both use the library that an installation built in this checkout: it serves every Python and jaxlib.
+# It uses the library that an installation built in this checkout, which serves every Python and jaxlib.
 test-lowest: $(VENV)/.test
 	test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check $(LOWEST) $(CORE_NEEDS)
 	PYTHONPATH=. $(VENV)-lowest/bin/python -m pytest -q -n auto $(CORE) $(ARGS)
-
-test-newest: $(VENV)/.test
-	test -x $(VENV)-newest/bin/python || $(PYTHON) -m venv $(VENV)-newest
-	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
-		--upgrade-strategy eager jax jaxlib chex optax $(CORE_NEEDS)
-	PYTHONPATH=. $(VENV)-newest/bin/python -m pytest -q -n auto $(CORE) $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -148,6 +142,6 @@ $(VENV)/.% $(VENV)-bench/.% $(VENV)-lean/.% $(VENV)-tpu/.% $(VENV)-gpu/.% $(VENV
 
 clean:
 	rm -rf $(VENV) $(VENV)-bench $(VENV)-lean $(VENV)-tpu $(VENV)-gpu $(VENV)-cuda \
-		$(VENV)-lowest $(VENV)-newest $(VENV)-docs build dist site out .ruff_cache .hypothesis
+		$(VENV)-lowest $(VENV)-docs build dist site out .ruff_cache .hypothesis
 	rm -f adamfn/backends/cpu/*.so
 	find cmake -mindepth 1 -not -name CMakeLists.txt -not -name .gitignore -delete

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 NOTEBOOK = Path(__file__).parent.parent / "examples" / "adam_from_the_formulas.ipynb"
-NUMBER = re.compile(r"[-+]?\d*\.\d+(?:e[-+]?\d+)?")
+NUMBER = re.compile(r"\s*[-+]?(?:\d+\.\d*|\.\d+)(?:e[-+]?\d+)?\s*")  # and what pads it
 CELLS = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
 
 
