@@ -19,6 +19,7 @@ import pytest
 
 from website import samples
 
+os.environ.setdefault("KERAS_BACKEND", "jax")  # which Keras reads when it is imported
 PROCESS = os.environ.get("PYTEST_XDIST_WORKER")
 FOLDER = os.environ.pop("JAX_COMPILATION_CACHE_DIR", None) if PROCESS else None
 if FOLDER:

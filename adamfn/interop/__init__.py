@@ -1,6 +1,6 @@
 """States in and out: of checkpoints, of grown models, of other formats, of torch and optax.
 
-Only `adamfn.interop.flax` imports the library it is named after, whose classes it subclasses.
+Only `flax` and `keras` here import the library they are named after, whose classes they subclass.
 """
 
 from adamfn.interop.converting import convert
