@@ -98,6 +98,39 @@ def describe(leaf: Any) -> str:
     return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
 
 
+def shown(value: Any) -> str:
+    """What an error message calls an argument: as it was written if that is short, else its kind.
+
+    Arrays are never printed: that would fetch them, and fill the screen.
+    """
+    if any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(value)):
+        return describe(value)
+    text = repr(value)
+    return text if len(text) < 100 else describe(value)
+
+
+def structure_name(tree: PyTree) -> str:
+    """The containers of a tree, as an error message has room for."""
+    text = str(jax.tree.structure(tree))
+    return text if len(text) < 300 else f"{text[:300]}..."
+
+
+def check_values(caller: str, **trees: PyTree) -> None:
+    """Checks that trees hold values.
+
+    Raises:
+      TypeError: a leaf has a shape alone; names it.
+    """
+    for name, tree in trees.items():
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
+            leaves = _paths(tree).items()
+            path = next(path for path, x in leaves if isinstance(x, jax.ShapeDtypeStruct))
+            raise TypeError(
+                f"{caller}: {name} has a shape without values at {path}; expected arrays. For the"
+                f" shapes of the results, pass {caller} to jax.eval_shape."
+            )
+
+
 def _is_sparse(leaf: Any) -> bool:
     return any(base.__name__ == "JAXSparse" for base in type(leaf).__mro__)  # slow to import
 
@@ -140,7 +173,15 @@ def raise_mismatch(
             break
     else:
         differ = "have the same leaves in different containers"
-        a, b = jax.tree.structure(tree), jax.tree.structure(other)
+        a, b = structure_name(tree), structure_name(other)
+    if (
+        found.keys() != expected.keys()
+        and type(tree) is not type(other)
+        and None not in (tree, other)
+    ):
+        differ, a, b = "differ at the root", describe(tree), describe(other)
+        if type(tree) is tuple and jax.tree.structure(other) in map(jax.tree.structure, tree):
+            way_out = "jax.value_and_grad, and has_aux=True, return a pair: pass its gradients."
     raise ValueError(f"{name} and {other_name} {differ}: found {a}, expected {b}. {way_out}")
 
 

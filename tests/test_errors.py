@@ -8,9 +8,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import adamfn
+from adamfn.trees import shown
 
 PACKAGE = Path(adamfn.__file__).parent
 PARAMS = {"dense": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, "scale": [jnp.ones(())]}
@@ -413,7 +415,7 @@ def test_a_mask_of_something_else_than_bools(leaf):
         tx = adamfn.add_decayed_weights(0.1, mask)
         with refused(
             TypeError,
-            f"add_decayed_weights: the mask at ['scale'][0] is {leaf!r}",
+            f"add_decayed_weights: the mask at ['scale'][0] is {shown(leaf)}",
             "expected True or False, known when the step is traced",
         ):
             tx.update(PARAMS, tx.init(PARAMS), PARAMS)
@@ -517,3 +519,151 @@ def test_sparse_gradients():
         tx.update(g, tx.init(params))
     with pytest.raises(TypeError, match=message.replace("updates", "params")):
         tx.init(g)
+
+
+# Arguments in the wrong place, and things that are no arrays.
+
+
+@pytest.mark.parametrize("tx", [adamfn.adam(), adamfn.packed(adamfn.adam()), adamfn.scale_by_lr()])
+def test_arguments_that_are_swapped(tx):
+    state = tx.init(PARAMS)
+    with refused(
+        TypeError, "update: found a state in the place of params", "update(updates, state"
+    ):
+        tx.update(PARAMS, PARAMS, state)
+    with refused(TypeError, "step: found a state in the place of params", "step(tx, grads, state"):
+        adamfn.step(tx, PARAMS, PARAMS, state)
+    with refused(TypeError, "update: found a state in the place of gradients"):
+        tx.update(state, PARAMS, PARAMS)
+
+
+def test_gradients_in_a_pair():
+    tx = adamfn.adamw()
+    state, way_out = tx.init(PARAMS), "jax.value_and_grad, and has_aux=True, return a pair"
+    for grads in ((jnp.float32(1), PARAMS), (PARAMS, {"aux": jnp.float32(1)})):
+        with refused(ValueError, "differ at the root: found a tuple, expected a dict.", way_out):
+            tx.update(grads, state, PARAMS)
+        with refused(ValueError, "updates and mu differ at the root: found a tuple", way_out):
+            adamfn.adam().update(grads, adamfn.adam().init(PARAMS))
+    with refused(ValueError, "differ at the root: found a list, expected a dict."):
+        adamfn.step(tx, jax.tree.leaves(PARAMS), state, PARAMS)
+
+
+@pytest.mark.parametrize("tx", [adamfn.adamw(), adamfn.packed(adamfn.adamw())])
+def test_shapes_without_values(tx):
+    state, shapes = tx.init(PARAMS), jax.eval_shape(lambda p: p, PARAMS)
+    says = "has a shape without values at "
+    with refused(TypeError, f"update: updates {says}['dense']['b']", "jax.eval_shape"):
+        tx.update(shapes, state, PARAMS)
+    with refused(TypeError, f"step: params {says}['dense']['b']"):
+        adamfn.step(tx, PARAMS, state, shapes)
+    with refused(TypeError, f"update: state {says}[0].count"):
+        tx.update(PARAMS, jax.eval_shape(tx.init, PARAMS), PARAMS)
+    with refused(TypeError, f"apply_updates: updates {says}"):
+        adamfn.apply_updates(PARAMS, shapes)
+    jax.eval_shape(tx.update, shapes, state, shapes)  # the way out
+
+
+@pytest.mark.parametrize("factory", [optax.cosine_decay_schedule, lambda: 0.1], ids=["optax", "no"])
+def test_schedules_that_do_not_take_the_count(factory):
+    says = ("which cannot be called with the count alone", "not the factory")
+    with refused(TypeError, "learning_rate is <function ", *says):
+        adamfn.adam(factory)
+    with refused(TypeError, "weight_decay is <function ", *says):
+        adamfn.adamw(weight_decay=factory)
+    with refused(TypeError, "learning_rate is <function ", *says):
+        adamfn.scale_by_lr().update(
+            PARAMS, adamfn.scale_by_lr().init(PARAMS), learning_rate=factory
+        )
+    adamfn.adam(min)  # a function that does not say what it takes is asked later
+
+
+def test_parameters_in_torchs_order():
+    says = "learning_rate is a dict; expected a number", "state = tx.init(params)"
+    for arguments in ((PARAMS,), (PARAMS, 1e-3)):
+        with refused(TypeError, *says):
+            adamfn.adam(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, np.float64])
+def test_numpys_numbers_of_every_width_are_numbers(dtype):
+    for value in (np.dtype(dtype).type(0.25), np.array(0.25, dtype)):
+        updates, state = (tx := adamfn.scale_by_lr(value)).update(PARAMS, tx.init(PARAMS))
+        assert (updates["scale"][0], state.learning_rate) == (-0.25, 0.25)
+        adamfn.adam(b1=value, eps=value)
+    with refused(ValueError, "b2 is 1.0; expected a number at least 0 and less than 1"):
+        adamfn.adam(b2=np.dtype(jnp.bfloat16).type(0.999))
+
+
+def test_a_plain_transformation_with_a_packed_state():
+    tx = adamfn.adam()
+    with refused(ValueError, "expected a Packed", "adamfn.repack converts the state of a packed"):
+        tx.update(PARAMS, adamfn.packed(tx).init(PARAMS))
+
+
+def test_a_transformation_in_place_of_a_platform():
+    with refused(ValueError, "backend: platform is a GradientTransformation; expected one of cpu"):
+        adamfn.backend(adamfn.adam())
+
+
+def test_state_shardings_of_swapped_arguments():
+    mesh = jax.make_mesh((1,), ("data",))
+    shardings = jax.tree.map(lambda p: jax.NamedSharding(mesh, jax.P()), PARAMS)
+    call, tx = adamfn.sharding.state_shardings, adamfn.adam()
+    with refused(TypeError, "state_shardings(tx, params, shardings): tx is a dict"):
+        call(PARAMS, tx, shardings)
+    with refused(TypeError, "['dense']['b'] is float32[3]", "The parameters come first"):
+        call(tx, shardings, PARAMS)
+
+
+def test_no_message_prints_arrays():
+    many = {str(k): jnp.ones((64, 64)) for k in range(100)}
+    tx = adamfn.adamw()
+    state, moved = tx.init(PARAMS), jax.tree.map(jnp.ones_like, PARAMS)
+    calls = [
+        *(lambda name=name: adamfn.adamw(**{name: many}) for name in [*ARGUMENTS, "moments"]),
+        lambda: adamfn.adam(1e-3, unknown=many),
+        lambda: adamfn.adam(*[1e-3] * 5, many, many),
+        lambda: adamfn.adam(seed=many),
+        lambda: tx.update(PARAMS, state, moved, learning_rate=many),
+        lambda: adamfn.step(tx, PARAMS, state, PARAMS, loss=many),
+        lambda: adamfn.skip_outliers(many),
+        lambda: adamfn.round_weights(many),
+        lambda: adamfn.from_stage(many),
+        lambda: adamfn.packed(tx, many),
+        lambda: adamfn.with_backend(tx, many),
+        lambda: adamfn.with_backend(many, "xla"),
+        lambda: adamfn.backend(many),
+        lambda: adamfn.masks.named(many),
+        lambda: adamfn.adamw(mask=many).update(
+            PARAMS, adamfn.adamw(mask=many).init(PARAMS), PARAMS
+        ),
+        lambda: tx.update(many, tx.init([*many.values()]), None),
+    ]
+    for call in calls:
+        with pytest.raises((TypeError, ValueError)) as caught:
+            call()
+        assert len(str(caught.value)) < 1000
+        assert "Array(" not in str(caught.value)
+    tx = adamfn.add_decayed_weights(0.1, dict.fromkeys(map(str, range(2000)), True))
+    with pytest.raises(ValueError, match="the mask's structure is not that of") as caught:
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("jitted", [True, False])
+def test_an_integer_under_optax_masked(jitted):
+    params = {"w": jnp.ones(3), "n": jnp.arange(3)}
+    tx = optax.masked(adamfn.adam(0.5), {"w": True, "n": False})
+
+    def train(state, params, integers):
+        grads = jax.grad(lambda p: jnp.sum(p["w"]), allow_int=True)(params)
+        grads = grads if integers is None else grads | {"n": integers}
+        return adamfn.step(tx, grads, state, params)[0]
+
+    train = jax.jit(train) if jitted else train
+    for integers, expected in ((None, [0, 1, 2]), (jnp.array([0, 0, 5]), [0, 1, 7])):  # as optax's
+        moved = train(tx.init(params), params, integers)
+        np.testing.assert_allclose(moved["w"], 0.5, rtol=1e-6)
+        np.testing.assert_array_equal(moved["n"], expected)
+        assert moved["n"].dtype == params["n"].dtype

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 
 from adamfn.backends.cpu import loader
+from adamfn.trees import shown
 
 _KERNELS = {"tpu": ("8 and 4 bits, factored and blockmean", "Mosaic")}
 
@@ -43,7 +44,10 @@ def backend(platform: str | None = None) -> Runner:
     platform = jax.default_backend() if platform is None else platform
     known = dict.fromkeys(("cpu", "gpu", "cuda", "rocm", "tpu", jax.default_backend()))
     if platform not in known:
-        raise ValueError(f"backend: platform is {platform!r}; expected one of {', '.join(known)}.")
+        raise ValueError(
+            f"backend: platform is {shown(platform)}; expected one of {', '.join(known)}. It is the"
+            " same for all transformations; adamfn.with_backend chooses one for a transformation."
+        )
     if platform != "cpu":
         kept, compiler = _KERNELS.get(platform, ("8 and 4 bits", "Triton"))
         reason = f"moments in {kept} in one kernel a leaf, by {compiler}; XLA fuses the rest."

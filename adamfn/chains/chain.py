@@ -6,7 +6,7 @@ from typing import Any, TypeAlias, cast
 
 from adamfn.chains import segment
 from adamfn.chains.contradictions import check_order
-from adamfn.chains.leaves import first_states, way_out
+from adamfn.chains.leaves import check_call, first_states, way_out
 from adamfn.chains.segment import Wanted
 from adamfn.chains.transform import (
     GradientTransformation,
@@ -17,7 +17,7 @@ from adamfn.chains.transform import (
     where_updated,
 )
 from adamfn.core.stage import Stage
-from adamfn.trees import PyTree
+from adamfn.trees import PyTree, shown
 
 Structure: TypeAlias = Any
 """A stage, a transformation that is not fused, or a tuple of structures: a chain."""
@@ -79,6 +79,7 @@ class Chain:
         self, updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, PyTree]:
         """The transformed updates, and the next state."""
+        check_call("update(updates, state, params)", updates, state, params)
         params = where_updated(params, updates)
         updates, _, state = self.advance(updates, state, params, extra, Wanted())
         return updates, state
@@ -176,7 +177,7 @@ def from_stage(stage: Stage) -> GradientTransformation:
     [0.]
     """
     if not isinstance(stage, Stage):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"from_stage: the argument is {stage!r}; expected an adamfn.Stage.")
+        raise TypeError(f"from_stage: the argument is {shown(stage)}; expected an adamfn.Stage.")
     return Chain(stage).transformation
 
 

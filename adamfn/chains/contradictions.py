@@ -5,6 +5,7 @@ from typing import Any
 
 from adamfn.core.stage import Stage
 from adamfn.core.weights import Weights
+from adamfn.trees import shown
 
 INDEPENDENT = "add_decayed_weights(independent=True)"
 """The name of the stage whose decay no rate multiplies."""
@@ -43,7 +44,8 @@ def check_order(parts: Sequence[Any], unwrapped: Sequence[Any]) -> None:
         after = [other for other in parts[place:] if not isinstance(other, Stage)]
         if isinstance(part, Stage) and "taken" in part.start and after:
             raise ValueError(
-                f"chain: {part.name} stands before {after[0]!r}, which is not fused with it and"
+                f"chain: {part.name} stands before {shown(after[0])}, which is not fused with it"
+                " and"
                 " would still update on skipped steps. Put other transformations first, or skip the"
                 " whole chain with optax.apply_if_finite or a condition of your own."
             )

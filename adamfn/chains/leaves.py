@@ -1,10 +1,11 @@
 """The trees of a run of stages, leaf by leaf: parameters, gradients and states."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from adamfn.backends.shards import split_of
 from adamfn.core.averages import increment
@@ -14,7 +15,32 @@ from adamfn.core.placement import Path, Shards
 from adamfn.core.stage import Stage, counted
 from adamfn.core.varying import with_type_of
 from adamfn.formats import choose_formats
-from adamfn.trees import PyTree, as_array, check_inexact, describe, matching_leaves
+from adamfn.trees import (
+    PyTree,
+    as_array,
+    check_inexact,
+    check_values,
+    describe,
+    matching_leaves,
+)
+
+
+def check_call(call: str, updates: PyTree, state: PyTree, params: PyTree) -> None:
+    """Checks the arguments of a call, such as `update(updates, state, params)`.
+
+    Raises:
+      TypeError: two are swapped, or one holds shapes without values.
+    """
+    caller = call.split("(")[0]
+    for name, tree in (("gradients", updates), ("params", params)):
+        if _holds_state(tree):
+            raise TypeError(f"{caller}: found a state in the place of {name}; expected {call}.")
+    check_values(caller, updates=updates, state=state, params=params)
+
+
+def _holds_state(tree: PyTree) -> bool:
+    ours = type(tree).__module__.startswith("adamfn.") and hasattr(tree, "_fields")
+    return ours or (type(tree) is tuple and any(map(_holds_state, cast("tuple[Any]", tree))))
 
 
 def first_states(stages: Sequence[Stage], params: PyTree) -> list[PyTree]:
@@ -76,6 +102,7 @@ def leaves_of(
     updates: PyTree,
     states: Sequence[PyTree],
     params: PyTree,
+    count: jax.Array,
     *,
     moves: bool,
     shards: Mapping[Path, Shards] | None,
@@ -87,6 +114,7 @@ def leaves_of(
       updates: the gradients.
       states: the states of the stages.
       params: the parameters; None if nothing reads them.
+      count: the count of the step.
       moves: whether the parameters are moved.
       shards: how leaves are split, by path; None to take it from their types.
     """
@@ -103,9 +131,29 @@ def leaves_of(
             leaf.kept.append(row)
             leaf.active.append(active)
     for leaf in leaves:
+        if not isinstance(leaf.grad, Tracer):
+            _check_devices(stages[0].name, leaf, count)
         leaf.shards = split_of(leaf, shards)
     check_corrections(stages[-1], len(stages) - 1, leaves)
     return leaves
+
+
+def _check_devices(name: str, leaf: Leaf, count: jax.Array) -> None:
+    """Outside `jit`, checks that the arrays of a leaf are on the same devices."""
+    found: dict[Any, str] = {}
+    arrays = {"gradient": leaf.grad, "parameter": leaf.param, "state": (leaf.kept, count)}
+    for what, tree in arrays.items():
+        for x in jax.tree.leaves(tree):
+            if not isinstance(x, Tracer) and getattr(x, "committed", False):
+                found.setdefault(frozenset(x.sharding.device_set), what)
+    if len(found) > 1:
+        (here, what), (there, other), *_ = found.items()
+        raise ValueError(
+            f"{name}: at {leaf.name} the {what} is on {len(here)} devices ({min(map(str, here))}"
+            f" first), and the {other} on {len(there)} ({min(map(str, there))} first); expected"
+            " the same. Move the state: jax.device_put(state, adamfn.sharding.state_shardings(tx,"
+            " params, shardings))."
+        )
 
 
 def masks_of(stages: Sequence[Stage], updates: PyTree, params: PyTree) -> list[list[bool]]:

@@ -18,7 +18,7 @@ from jax.core import Tracer
 from adamfn.chains.chain import Chain, Moved, Wrapped, chain_of, flat_states, nested
 from adamfn.chains.leaves import masks_of
 from adamfn.chains.segment import Wanted, update_dtype_of
-from adamfn.chains.transform import GradientTransformation, check_transformation, summary
+from adamfn.chains.transform import GradientTransformation, check_transformation
 from adamfn.core.stage import Stage
 from adamfn.core.weights import Weights
 from adamfn.trees import (
@@ -29,6 +29,7 @@ from adamfn.trees import (
     exported,
     matching_leaves,
     path_name,
+    shown,
 )
 
 _LEAVES = 64
@@ -79,7 +80,9 @@ def packed(tx: GradientTransformation, below: int = 32768) -> GradientTransforma
     """
     check_transformation("packed: the first argument", tx)
     if not isinstance(below, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"packed: below is {below!r}; expected a number of elements, an integer.")
+        raise TypeError(
+            f"packed: below is {shown(below)}; expected a number of elements, an integer."
+        )
     chain = chain_of(tx)
     for stage in [tx] if chain is None or not chain.fuses else chain.parts:
         _check_packable(stage)
@@ -112,7 +115,7 @@ def repack(tx: GradientTransformation, state: PyTree, params: PyTree) -> PyTree:
     chain = packed_chain_of(tx)
     if chain is None:
         raise TypeError(
-            f"repack: the first argument is {summary(tx)}; expected the result of `packed`."
+            f"repack: the first argument is {shown(tx)}; expected the result of `packed`."
         )
     return chain.repacked(state, params)
 
@@ -256,12 +259,12 @@ def _with_fields(chain: Chain, state: PyTree, function: Callable[[str, PyTree], 
 def _check_packable(stage: Any) -> None:
     if not isinstance(stage, Stage):
         raise ValueError(
-            f"packed: found {stage!r}, which is not an adamfn stage. Put it around:"
+            f"packed: found {shown(stage)}, which is not an adamfn stage. Put it around:"
             " chain(optax.clip_by_global_norm(1.0), packed(adamw()))."
         )
     reason = None
     if stage.moments != "float32":
-        reason = f"has moments={stage.moments!r}, and small leaves are float32 in every format"
+        reason = f"has moments={shown(stage.moments)}, and small leaves are float32 in every format"
     elif isinstance(stage.formula, Weights):
         reason = "keeps bits of each weight, and long leaves are float32"
     elif not stage.elementwise:

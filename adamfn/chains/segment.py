@@ -21,7 +21,7 @@ from adamfn.core.program import Part, Program
 from adamfn.core.stage import Stage
 from adamfn.core.weights import Weights
 from adamfn.formats import Format
-from adamfn.trees import PyTree, describe
+from adamfn.trees import PyTree, describe, shown
 
 
 class Wanted(NamedTuple):
@@ -60,7 +60,7 @@ def run(
     """
     count, treedef = next_count(stages, states), jax.tree.structure(updates)
     moves, shards = wanted.params, wanted.shards
-    leaves = leaves_of(stages, updates, states, params, moves=moves, shards=shards)
+    leaves = leaves_of(stages, updates, states, params, count, moves=moves, shards=shards)
     extra = {**extra, "grads": [leaf.grad for leaf in leaves]}
     scalars, remembered = scalars_at(stages, states, count, extra)
     gates = [new["taken"] for new in remembered if "taken" in new]
@@ -107,8 +107,8 @@ def scalars_at(
                 remembered.append({k: v for k, v in new.items() if k in state._fields})
             case result:
                 raise TypeError(
-                    f"{stage.name}: its scalars returned {result!r}; expected the formula's scalars"
-                    " in a tuple, then the values to remember in a dictionary: (x, y), {}."
+                    f"{stage.name}: its scalars returned {shown(result)}; expected the formula's"
+                    " scalars in a tuple, then the values to remember in a dictionary: (x, y), {}."
                 )
         if stage.decays is not None:
             extra = {**extra, "decays": stage.decays}

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from adamfn.chains.chain import chain_of
+from adamfn.chains.leaves import check_call
 from adamfn.chains.segment import Wanted
 from adamfn.chains.transform import (
     Transformation,
@@ -14,7 +15,7 @@ from adamfn.chains.transform import (
     merged,
     where_updated,
 )
-from adamfn.trees import PyTree
+from adamfn.trees import PyTree, shown
 
 
 def step(
@@ -67,6 +68,7 @@ def step(
     check_transformation("step(tx, grads, state, params): tx", tx)
     if params is None and jax.tree.leaves(grads):
         raise TypeError("step: found no params; expected step(tx, grads, state, params).")
+    check_call("step(tx, grads, state, params)", grads, state, params)
     check_extra(tx, extra, "step")
     chain = chain_of(tx)
     if chain is None:
@@ -99,6 +101,6 @@ def check_extra(tx: Transformation, extra: Mapping[str, Any], name: str) -> None
         if argument not in takes:
             known = ", ".join(f"{taken}=" for taken in sorted(takes)) or "none"
             raise TypeError(
-                f"{name}: found the argument {argument}={value!r}, which no part of the chain"
+                f"{name}: found the argument {argument}={shown(value)}, which no part of the chain"
                 f" takes; expected {known}."
             )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from adamfn.trees import PyTree, as_array, check_inexact, describe, matching_leaves
+from adamfn.trees import PyTree, as_array, check_inexact, check_values, matching_leaves, shown
 
 _SUMS = 16
 
@@ -92,11 +92,6 @@ class Transformation(Protocol):
         ...
 
 
-def summary(x: Any) -> str:
-    """What an error message calls what may be anything: a tree of arrays is no message."""
-    return repr(x) if len(repr(x)) < 100 else describe(x)
-
-
 def check_transformation(name: str, tx: Any) -> None:
     """Checks that something has an `init` and an `update`.
 
@@ -109,7 +104,7 @@ def check_transformation(name: str, tx: Any) -> None:
     """
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
         raise TypeError(
-            f"{name} is {summary(tx)}; expected a transformation with `init` and `update`. Call the"
+            f"{name} is {shown(tx)}; expected a transformation with `init` and `update`. Call the"
             " factory first: adamfn.adam(), not adamfn.adam."
         )
 
@@ -118,7 +113,8 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     """Adds updates to parameters: `params + updates`, leaf by leaf.
 
     The sum is taken in float32 at least and has the parameter's dtype and shape. Where an update
-    is `None`, the parameter stays as it is; where a parameter is `None`, so is the result.
+    is `None`, or the gradient of an integer (`jax.dtypes.float0`), the parameter stays as it is;
+    where a parameter is `None`, so is the result. Integers are added to integers, as by optax.
 
     An update below a five-hundredth of its bfloat16 parameter is lost in the sum; `round_weights`,
     last in the chain, makes updates that are not.
@@ -141,6 +137,9 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     >>> print(adamfn.apply_updates(params, updates)["w"])
     [1.5 1.5]
     """
+    check_values("apply_updates", params=params, updates=updates)
+    if any(map(_is_untrained, jax.tree.leaves(updates))):
+        params, updates = _settled(params, updates)
     trained = where_updated(params, updates)
     updates = where_updated(updates, trained)
     check_inexact(trained, "apply_updates: params")
@@ -149,6 +148,32 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     leaves, treedef = jax.tree.flatten(trained)
     moved = treedef.unflatten(_added([*map(as_array, leaves)], added))
     return merged(params, moved)
+
+
+def _is_untrained(update: Any) -> bool:
+    dtype = getattr(update, "dtype", None)
+    return dtype is not None and not jnp.issubdtype(dtype, jnp.inexact)
+
+
+def _settled(params: PyTree, updates: PyTree) -> tuple[PyTree, PyTree]:
+    """Parameters and updates, with None for updates of integers, which masks hand on."""
+    if jax.tree.structure(params, is_leaf=_is_none) != jax.tree.structure(
+        updates, is_leaf=_is_none
+    ):
+        return params, updates
+
+    def is_integer(x: Any) -> bool:
+        return _is_untrained(x) and jnp.issubdtype(x.dtype, jnp.integer)
+
+    def total(p: Any, u: Any) -> Any:
+        return (p + u).astype(p.dtype) if is_integer(p) and is_integer(u) else p
+
+    def left(p: Any, u: Any) -> Any:
+        no_more = is_integer(p) and is_integer(u)
+        return None if no_more or getattr(u, "dtype", None) == jax.dtypes.float0 else u
+
+    totals = jax.tree.map(total, params, updates, is_leaf=_is_none)
+    return totals, jax.tree.map(left, params, updates, is_leaf=_is_none)
 
 
 def _added(params: list[Any], updates: list[Any]) -> list[jax.Array]:

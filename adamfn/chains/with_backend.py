@@ -4,7 +4,7 @@ from adamfn.backends.primitive import BACKENDS, Backend
 from adamfn.chains.chain import Chain, Wrapped, chain_of
 from adamfn.chains.segment import Wanted
 from adamfn.chains.transform import GradientTransformation, check_transformation
-from adamfn.trees import PyTree
+from adamfn.trees import PyTree, shown
 
 
 def with_backend(tx: GradientTransformation, backend: Backend) -> GradientTransformation:
@@ -26,11 +26,11 @@ def with_backend(tx: GradientTransformation, backend: Backend) -> GradientTransf
     >>> tx = adamfn.with_backend(adamfn.adam(), "xla")
     """
     if backend not in BACKENDS:
-        raise ValueError(f"with_backend: backend is {backend!r}; expected one of {BACKENDS}.")
+        raise ValueError(f"with_backend: backend is {shown(backend)}; expected one of {BACKENDS}.")
     check_transformation("with_backend: the first argument", tx)
     inner = chain_of(tx)
     if inner is None:
-        raise ValueError(f"with_backend: found {tx!r}; expected a transformation of adamfn's.")
+        raise ValueError(f"with_backend: found {shown(tx)}; expected a transformation of adamfn's.")
     return _WithBackend(inner, backend).transformation
 
 

@@ -1,5 +1,6 @@
 """Hyperparameters: numbers, scalar arrays and functions of the count, and their checks."""
 
+import inspect
 import math
 from collections.abc import Callable
 from numbers import Real
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamfn.trees import describe
+from adamfn.trees import describe, shown
 
 Schedule: TypeAlias = Callable[[chex.Array], chex.Numeric]
 """A function of the number of steps taken so far; any optax schedule is one."""
@@ -28,11 +29,15 @@ def scalar(name: str, value: Any, *, below: float = math.inf, narrow: bool = Fal
     """
     if isinstance(value, jax.Array):
         return _scalar_array(name, value, narrow)
-    if isinstance(value, np.ndarray) and value.ndim == 0:
+    if isinstance(value, np.ndarray | np.generic) and jnp.issubdtype(value.dtype, jnp.floating):
+        value = float(value) if value.ndim == 0 else value  # bfloat16 is no Real
+    elif isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
         hint = " optax.inject_hyperparams makes one of a schedule." if callable(value) else ""
-        raise TypeError(f"{name} is {value!r}; expected a number or a scalar array.{hint}")
+        if len(jax.tree.leaves(value)) > 1:
+            hint = " Parameters are for init: state = tx.init(params)."
+        raise TypeError(f"{name} is {shown(value)}; expected a number or a scalar array.{hint}")
     try:
         number = float(value)
     except OverflowError:
@@ -45,7 +50,19 @@ def scalar(name: str, value: Any, *, below: float = math.inf, narrow: bool = Fal
 
 def scheduled(name: str, value: Any) -> ScalarOrSchedule:
     """Checks a hyperparameter as `scalar`, of any width; it may also be a function of the count."""
-    return cast("Schedule", value) if callable(value) else scalar(name, value, narrow=True)
+    if not callable(value):
+        return scalar(name, value, narrow=True)
+    try:
+        inspect.signature(value).bind(0)
+    except TypeError as error:
+        raise TypeError(
+            f"{name} is {shown(value)}, which cannot be called with the count alone ({error});"
+            " expected a number or a function of the count, such as"
+            " optax.cosine_decay_schedule(1e-3, 1000), not the factory."
+        ) from None
+    except ValueError:  # a function in C may not say what it takes
+        pass
+    return cast("Schedule", value)
 
 
 def value_at(name: str, value: ScalarOrSchedule, count: chex.Array) -> chex.Numeric:
@@ -70,8 +87,9 @@ def check_seed(seed: Any) -> None:
     is_array, kind = isinstance(seed, jax.Array), getattr(seed, "dtype", type(seed))
     is_integer = np.shape(seed) == () and jnp.issubdtype(kind, jnp.integer)
     if seed is not None and not (is_integer and (is_array or 0 <= seed < 2**32)):
-        found = describe(seed) if is_array else repr(seed)
-        raise ValueError(f"seed is {found}; expected an integer in [0, 2^32), or an array of one.")
+        raise ValueError(
+            f"seed is {shown(seed)}; expected an integer in [0, 2^32), or an array of one."
+        )
 
 
 def _scalar_array(name: str, value: jax.Array, narrow: bool) -> jax.Array:

@@ -37,6 +37,8 @@ _WAY_OUT = (
     " state that lost its containers, `carry_over` for a model that has grown."
 )
 
+_REPACK = "adamfn.repack converts the state of a packed chain into that of a plain one, and back."
+
 
 @dataclass
 class Leaf:
@@ -112,7 +114,9 @@ def kept_by_leaf(
         try:
             columns.append(treedef.flatten_up_to(getattr(state, part)))
         except (TypeError, ValueError):
-            raise_mismatch(name, updates, part, getattr(state, part), has_shape_of, _WAY_OUT)
+            field = getattr(state, part)
+            way_out = _REPACK if hasattr(field, "buffers") else _WAY_OUT
+            raise_mismatch(name, updates, part, field, has_shape_of, way_out)
     rows: list[Kept] = []
     for (path, leaf), format, *parts in zip(leaves, formats, *columns, strict=True):
         for part, x in zip(stage.keeps, parts, strict=True) if format is None else ():

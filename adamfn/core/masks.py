@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamfn.trees import PyTree, path_name
+from adamfn.trees import PyTree, path_name, shown, structure_name
 
 __all__ = ["layerwise_decay", "matching", "matrices", "named"]
 
@@ -116,10 +116,10 @@ def layerwise_decay(
     stack = _has(stacked, "stacked")
     if pattern.groups != 1:
         raise ValueError(
-            f"layers is {layers!r}; expected one group, of the index: 'layer_([0-9]+)'."
+            f"layers is {shown(layers)}; expected one group, of the index: 'layer_([0-9]+)'."
         )
     if not (isinstance(decay, int | float) and decay > 0):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"decay is {decay!r}; expected a number above 0, such as 0.8.")
+        raise ValueError(f"decay is {shown(decay)}; expected a number above 0, such as 0.8.")
 
     def place(path: Any, leaf: Any) -> Any:
         """The index of the layer that a leaf is in, or of its rows; infinite above all layers."""
@@ -134,8 +134,8 @@ def layerwise_decay(
         if (top := max(indices, default=-1)) < 0 and jax.tree.leaves(params):
             first, *_ = jax.tree.leaves_with_path(params)
             raise ValueError(
-                f"layerwise_decay: found no layer by layers={layers!r} and stacked={stacked!r};"
-                f" expected one in such paths as {path_name(first[0])!r}."
+                f"layerwise_decay: found no layer by layers={shown(layers)} and"
+                f" stacked={shown(stacked)}; expected one in such paths as {path_name(first[0])!r}."
             )
 
         def factor(x: Any) -> Any:
@@ -149,18 +149,18 @@ def layerwise_decay(
 
 def _compiled(pattern: str, what: str) -> re.Pattern[str]:
     if not isinstance(pattern, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"{what} is {pattern!r}; expected a regular expression, a string.")
+        raise TypeError(f"{what} is {shown(pattern)}; expected a regular expression, a string.")
     try:
         return re.compile(pattern)
     except re.error as error:
         raise ValueError(
-            f"{what} is {pattern!r}, which is no regular expression: {error}."
+            f"{what} is {shown(pattern)}, which is no regular expression: {error}."
         ) from error
 
 
 def _has(names: Sequence[str], what: str) -> Callable[[Any], bool]:
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"{what} is {names!r}; expected names, a list of strings.")
+        raise TypeError(f"{what} is {shown(names)}; expected names, a list of strings.")
     parts = [name.lower() for name in names]
     return lambda path: any(part in path_name(path).lower() for part in parts)
 
@@ -173,7 +173,7 @@ def broadcast_mask(name: str, mask: Mask, params: PyTree) -> list[bool]:
     for path, leaf in jax.tree.leaves_with_path(mask):
         if not isinstance(leaf, bool | np.bool_):
             raise TypeError(
-                f"{name}: the mask at {jax.tree_util.keystr(path) or 'the root'} is {leaf!r};"
+                f"{name}: the mask at {jax.tree_util.keystr(path) or 'the root'} is {shown(leaf)};"
                 " expected True or False, known when the step is traced."
             )
     try:
@@ -181,5 +181,5 @@ def broadcast_mask(name: str, mask: Mask, params: PyTree) -> list[bool]:
     except ValueError as error:
         raise ValueError(
             f"{name}: the mask's structure is not that of the parameters, nor a prefix"
-            f" of it: found {jax.tree.structure(mask)}, expected {jax.tree.structure(params)}."
+            f" of it: found {structure_name(mask)}, expected {structure_name(params)}."
         ) from error

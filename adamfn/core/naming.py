@@ -5,6 +5,8 @@ import inspect
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+from adamfn.trees import shown
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -31,13 +33,13 @@ def explained(recipe: Callable[_P, _R]) -> Callable[_P, _R]:
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if len(args) > (most := len(spec.args)):
             raise TypeError(
-                f"{name}: found {len(args)} positional arguments, and {args[most]!r} as the"
+                f"{name}: found {len(args)} positional arguments, and {shown(args[most])} as the"
                 f" {most + 1}th; expected at most {most}: {', '.join(spec.args)}. Give all others"
                 " by name."
             )
         for key in [key for key in kwargs if key not in known]:
             way_out = _WAYS_OUT.get(key, f"it takes {', '.join(known)}")
-            raise TypeError(f"{name}: found the argument {key}={kwargs[key]!r}; {way_out}.")
+            raise TypeError(f"{name}: found the argument {key}={shown(kwargs[key])}; {way_out}.")
         return recipe(*args, **kwargs)
 
     return checked

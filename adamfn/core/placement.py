@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from adamfn.core.varying import vary_together
-from adamfn.trees import PyTree, describe
+from adamfn.trees import PyTree, describe, shown
 
 Path: TypeAlias = tuple[Any, ...]
 Axes: TypeAlias = tuple[tuple[str, ...], ...]
@@ -70,13 +70,14 @@ def place(
         is_named = isinstance(sharding, NamedSharding)
         if not is_named or sharding.mesh != first.mesh:
             raise (ValueError if is_named else TypeError)(
-                f"{caller}: the sharding at {_name(path)} is {sharding!r}; expected a"
-                " jax.sharding.NamedSharding, on one mesh for all of them."
+                f"{caller}: the sharding at {_name(path)} is {shown(sharding)}; expected a"
+                " jax.sharding.NamedSharding, on one mesh for all of them. The parameters come"
+                " first, then their shardings."
             )
     mesh: Mesh | AbstractMesh = first.mesh
     sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     if zero_axis is not None and zero_axis not in mesh.shape:
-        raise ValueError(f"{caller}: zero_axis is {zero_axis!r}; expected an axis of {sizes}.")
+        raise ValueError(f"{caller}: zero_axis is {shown(zero_axis)}; expected an axis of {sizes}.")
     placed: dict[Path, Placed] = {}
     for path, leaf in jax.tree.leaves_with_path(params):
         sharding = given[heads[path] or ()]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from adamfn.core.averages import Decays
 from adamfn.core.hyperparameters import check_seed
 from adamfn.formats import Moments, check_moments
-from adamfn.trees import PyTree, exported, real_dtype, wide_dtype
+from adamfn.trees import PyTree, exported, real_dtype, shown, wide_dtype
 
 Scalars: TypeAlias = tuple[Sequence[PyTree], Mapping[str, chex.Numeric]]
 """The scalars of a formula at one step, and the values that the state remembers of that step."""
@@ -127,26 +127,27 @@ class Stage:
         for part in ("formula", "scalars"):
             if not callable(getattr(self, part)):
                 raise TypeError(
-                    f"Stage {self.name}: {part} is {getattr(self, part)!r}; expected a function."
+                    f"Stage {self.name}: {part} is {shown(getattr(self, part))}; expected a"
+                    " function."
                 )
         try:
             hash(self.formula)
         except TypeError as error:
             raise TypeError(
-                f"Stage {self.name}: formula is {self.formula!r}, which cannot be hashed; expected"
-                " a function of a module, as compiled programs are kept by it."
+                f"Stage {self.name}: formula is {shown(self.formula)}, which cannot be hashed;"
+                " expected a function of a module, as compiled programs are kept by it."
             ) from error
         for read in self.reads:
             if read not in _READS:
                 raise ValueError(
-                    f"Stage {self.name}: reads has {read!r}; expected any of 'params', 'grads',"
-                    " 'mu', 'nu' and 'noise'."
+                    f"Stage {self.name}: reads has {shown(read)}; expected any of 'params',"
+                    " 'grads', 'mu', 'nu' and 'noise'."
                 )
         fields = getattr(self.state, "_fields", None)
         if fields is None:
             raise TypeError(
-                f"Stage {self.name}: state is {self.state!r}; expected a NamedTuple with a field"
-                f" for each of {', '.join(self.keeps) or 'the values that it remembers'}."
+                f"Stage {self.name}: state is {shown(self.state)}; expected a NamedTuple with a"
+                f" field for each of {', '.join(self.keeps) or 'the values that it remembers'}."
             )
         expected, found = {*self.keeps, *self.start}, {*fields} - _SPECIAL
         if expected != found:
@@ -160,7 +161,7 @@ class Stage:
         object.__setattr__(self, "moments", check_moments(self.moments))
         if self.moments != "float32" and not self.has_moments:
             raise ValueError(
-                f"Stage {self.name}: moments is {self.moments!r}, and it keeps"
+                f"Stage {self.name}: moments is {shown(self.moments)}, and it keeps"
                 f" {', '.join(self.keeps) or 'nothing'}; expected mu and nu as the first two of"
                 " `keeps`, and a field `scales` in its state."
             )

@@ -15,7 +15,7 @@ from adamfn.formats.format import BaseFormat, Format, Stored
 from adamfn.formats.levels import EightBit, FourBit
 from adamfn.formats.means import BlockMean, Factored
 from adamfn.formats.noise import noise
-from adamfn.trees import PyTree, path_name
+from adamfn.trees import PyTree, path_name, shown
 
 __all__ = [
     "FORMATS", "BaseFormat", "BlockMean", "Blockwise", "Codec", "EightBit", "Encoded", "Exact",
@@ -51,7 +51,7 @@ def get(name_or_format: Any) -> Format:
     format = _name_of(name_or_format)
     if isinstance(format, str) and format in FORMATS:
         return FORMATS[format]
-    found, names = f"moments is {format!r}", f"one of {', '.join(map(repr, FORMATS))}"
+    found, names = f"moments is {shown(format)}", f"one of {', '.join(map(repr, FORMATS))}"
     if isinstance(format, str):
         raise ValueError(f"{found}; expected {names}.")
     if kind_of(format) is None:
@@ -62,7 +62,7 @@ def get(name_or_format: Any) -> Format:
     if kind_of(format) == "codec":
         raise TypeError(
             f"{found}, a codec of one moment; expected a format of both, such as"
-            f" Pair(mu={format!r}, nu=Rounded())."
+            f" Pair(mu={shown(format)}, nu=Rounded())."
         )
     try:
         hash(format)
@@ -92,8 +92,8 @@ def with_mu_dtype(moments: Moments, mu_dtype: DTypeLike | None) -> Moments:
         return moments
     if check_moments(moments) != "float32":
         raise TypeError(
-            f"found mu_dtype={mu_dtype!r} and moments={moments!r}; expected one of them, such as"
-            " moments=Pair(mu=Rounded(), nu=Factored()) for two formats."
+            f"found mu_dtype={shown(mu_dtype)} and moments={shown(moments)}; expected one of them,"
+            " such as moments=Pair(mu=Rounded(), nu=Factored()) for two formats."
         )
     dtype = jnp.result_type(jnp.dtype(mu_dtype))
     if dtype not in (jnp.float32, jnp.bfloat16):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from adamfn.formats.format import BaseFormat, Stored, is_large, is_narrow
-from adamfn.trees import exported
+from adamfn.trees import exported, shown
 
 
 def size_for(length: int, largest: int) -> int:
@@ -95,8 +95,8 @@ class InBlocks(BaseFormat):
         size: Any = self.block
         if not isinstance(size, int) or isinstance(size, bool) or size < 16 or size % 16:
             raise ValueError(
-                f"{type(self).__name__}: block is {size!r}; expected a positive multiple of 16,"
-                " such as 128 or 256."
+                f"{type(self).__name__}: block is {shown(size)}; expected a positive multiple of"
+                " 16, such as 128 or 256."
             )
 
 

@@ -13,6 +13,7 @@ from adamfn.formats.bits import INFINITY, bits_of, float_of
 from adamfn.formats.blocks import BY_XLA, Extremes, InBlocks, size_for, split, spread
 from adamfn.formats.format import BaseFormat, MeshAxes, Stored, answer, is_large, is_narrow
 from adamfn.formats.noise import halves, threshold
+from adamfn.trees import shown
 
 
 class Encoded(NamedTuple):
@@ -66,13 +67,13 @@ class Pair(BaseFormat):
         for moment, codec in (("mu", self.mu), ("nu", self.nu)):
             if kind_of(codec) != "codec":
                 raise TypeError(
-                    f"Pair: {moment} is {codec!r}; expected a codec of one moment: Exact(),"
+                    f"Pair: {moment} is {shown(codec)}; expected a codec of one moment: Exact(),"
                     " Rounded(), Linear(), Factored(), BlockMean() or an object like them."
                 )
         if answer(self.mu, "factors"):
             raise ValueError(
-                f"Pair: mu is {self.mu!r}, which keeps means alone; expected a codec that keeps"
-                " every element, such as Linear()."
+                f"Pair: mu is {shown(self.mu)}, which keeps means alone; expected a codec that"
+                " keeps every element, such as Linear()."
             )
 
     def encode(self, mu: Array, nu: Array, noise: Array | None) -> Stored:

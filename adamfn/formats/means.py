@@ -14,7 +14,7 @@ from jax import Array
 
 from adamfn.formats.codecs import Encoded
 from adamfn.formats.format import BaseFormat, MeshAxes, is_large
-from adamfn.trees import exported
+from adamfn.trees import exported, shown
 
 
 class _Means(BaseFormat):
@@ -99,7 +99,9 @@ class BlockMean(_Means):
 
     def __post_init__(self) -> None:
         if not isinstance(self.axis, int) or isinstance(self.axis, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ValueError(f"BlockMean: axis is {self.axis!r}; expected an integer, such as -1.")
+            raise ValueError(
+                f"BlockMean: axis is {shown(self.axis)}; expected an integer, such as -1."
+            )
 
     def encode(self, x: Array, bits: Array | None) -> Encoded:
         return Encoded(None, _mean(x, self.axis, self.split))

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from adamfn.chains.chain import chain_of
 from adamfn.chains.packed import Packed, packed_chain_of
-from adamfn.chains.transform import summary
 from adamfn.core import formulas
 from adamfn.core.leaf import decode, kept_by_leaf
 from adamfn.core.stage import EmptyState, Stage, counted
@@ -16,7 +15,7 @@ from adamfn.formats import choose_formats
 from adamfn.formats.arrangement import kept_leaves
 from adamfn.formats.format import answer
 from adamfn.monitor.figures import Moments
-from adamfn.trees import PyTree, describe, path_name
+from adamfn.trees import PyTree, describe, path_name, shown
 
 States: TypeAlias = list[tuple[Stage, Any]]  # of a chain
 
@@ -28,7 +27,7 @@ def states_of(
     chain = chain_of(tx)
     if chain is None or not chain.stages:
         raise TypeError(
-            f"observe: {name} is {summary(tx)}; expected a transformation of adamfn's, such as"
+            f"observe: {name} is {shown(tx)}; expected a transformation of adamfn's, such as"
             " adamw(). Inside optax's wrappers, pass the one that is wrapped as ours=."
         )
     nodes = jax.tree.leaves(state, is_leaf=lambda node: _paired(tx, node) is not None)

@@ -16,7 +16,15 @@ from adamfn.core.varying import vary_together
 from adamfn.monitor.chain_states import count_of, moments_of, rate_of, states_of
 from adamfn.monitor.figures import Figures, measure
 from adamfn.stages.round_weights import rounding_states, whole_weights
-from adamfn.trees import PyTree, as_array, check_inexact, describe, leaves_by_path, matching_leaves
+from adamfn.trees import (
+    PyTree,
+    as_array,
+    check_inexact,
+    describe,
+    leaves_by_path,
+    matching_leaves,
+    shown,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -84,7 +92,9 @@ def observe(
     """
     stepping.check_extra(tx, extra, "observe")
     if not np.issubdtype(type(every), np.integer) or every < 1:
-        raise ValueError(f"observe: every is {every!r}; expected a number of steps, at least 1.")
+        raise ValueError(
+            f"observe: every is {shown(every)}; expected a number of steps, at least 1."
+        )
     if not isinstance(when, bool) and describe(when) != "bool[]":
         raise TypeError(f"observe: when is {describe(when)}; expected True, False or bool[].")
     params = where_updated(params, grads)
@@ -176,15 +186,17 @@ def _by_path(name: str, tree: PyTree) -> dict[str, Any]:
 def _axes(leaves: Mapping[str, Any], layers: Any) -> dict[str, int]:
     """The axis along which the layers of a leaf are stacked, by the paths of such leaves."""
     if not isinstance(layers, Mapping):
-        raise TypeError(f"observe: layers is {layers!r}; expected axes by paths: {{'blocks': 0}}.")
+        raise TypeError(
+            f"observe: layers is {shown(layers)}; expected axes by paths: {{'blocks': 0}}."
+        )
     axes: dict[str, int] = {}
     for start, axis in layers.items():
         under = {path: x for path, x in leaves.items() if f"{path}/".startswith(f"{start}/")}
         if not under or not all(axis in range(-x.ndim, x.ndim) for x in under.values()):
             among = ", ".join(f"{path} {describe(x)}" for path, x in (under or leaves).items())
             raise ValueError(
-                f"observe: layers has {start!r}: {axis!r}; expected the beginning of a path, and an"
-                f" axis of all leaves under it: {among}."
+                f"observe: layers has {start!r}: {shown(axis)}; expected the beginning of a path,"
+                f" and an axis of all leaves under it: {among}."
             )
         axes |= {path: axis % x.ndim for path, x in under.items()}
     return axes

@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 
 from adamfn.monitor.observing import Observation
-from adamfn.trees import describe
+from adamfn.trees import describe, shown
 
 Layer = dict[str, float]  # its figures
 
@@ -138,7 +138,9 @@ def report(seen: Any, rows: int | None = None) -> Any:
     step 1: nothing is wrong
     """
     if rows is not None and (not isinstance(rows, int) or rows < 0):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"report: rows is {rows!r}; expected how many layers, or None for all.")
+        raise ValueError(
+            f"report: rows is {shown(rows)}; expected how many layers, or None for all."
+        )
     from rich import box
     from rich.table import Table
 

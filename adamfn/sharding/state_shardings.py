@@ -8,7 +8,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import GetAttrKey
 
-from adamfn.chains.transform import GradientTransformation
+from adamfn.chains.transform import GradientTransformation, check_transformation
 from adamfn.core.placement import Axes, Path, Placed, Shards, axes_beside, place, size, spec_of
 from adamfn.formats.arrangement import scales_key
 from adamfn.trees import PyTree
@@ -60,6 +60,7 @@ def state_shardings(
     ('data', 'model') ()
     >>> state = jax.jit(tx.init, out_shardings=where)({"w": jnp.zeros((512, 1024))})
     """
+    check_transformation("state_shardings(tx, params, shardings): tx", tx)
     return lay_out("state_shardings", tx.init, params, shardings, zero_axis, memory_kind)[0]
 
 

@@ -8,10 +8,10 @@ from jax.sharding import AxisType
 from adamfn.chains.chain import Chain, Wrapped, chain_of
 from adamfn.chains.packed import packed_chain_of
 from adamfn.chains.segment import Wanted
-from adamfn.chains.transform import GradientTransformation, check_transformation, summary
+from adamfn.chains.transform import GradientTransformation, check_transformation
 from adamfn.core.placement import Path, Shards
 from adamfn.sharding.state_shardings import lay_out
-from adamfn.trees import PyTree, as_array, check_inexact
+from adamfn.trees import PyTree, as_array, check_inexact, shown
 
 
 def sharded(
@@ -52,7 +52,7 @@ def sharded(
     inner = chain_of(tx)
     if inner is None or packed_chain_of(tx) is not None:
         raise ValueError(
-            f"sharded: found {'a packed chain' if inner else summary(tx)}; expected another"
+            f"sharded: found {'a packed chain' if inner else shown(tx)}; expected another"
             " transformation of adamfn's. Leave `packed` out: a long leaf is on one device. Put"
             " others around it: optax.MultiSteps(sharded(adamw(), shardings), 4)."
         )

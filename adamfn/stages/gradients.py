@@ -13,7 +13,7 @@ from adamfn.core.averages import increment
 from adamfn.core.formulas import multiply, unchanged
 from adamfn.core.hyperparameters import ScalarOrSchedule, scalar, scheduled, value_at
 from adamfn.core.stage import Scalars, Stage, exported_state
-from adamfn.trees import describe, wide_dtype
+from adamfn.trees import describe, shown, wide_dtype
 
 
 @exported_state
@@ -111,9 +111,11 @@ def skip_outliers(
     is_list = isinstance(watched, Sequence) and not isinstance(watched, str)  # pyright: ignore[reportUnnecessaryIsInstance]
     names = [name for name in ("loss", "grad_norm") if is_list and name in watched]
     if not names or any(name not in names for name in watched):
-        raise ValueError(f"watched is {watched!r}; expected a list of 'loss', 'grad_norm' or both.")
+        raise ValueError(
+            f"watched is {shown(watched)}; expected a list of 'loss', 'grad_norm' or both."
+        )
     if not isinstance(window, int) or window < 2:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"window is {window!r}; expected a number of steps, at least 2.")
+        raise ValueError(f"window is {shown(window)}; expected a number of steps, at least 2.")
     sigmas, waits = scalar("sigmas", sigmas), max(20, window // 2)
 
     def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:

@@ -10,7 +10,7 @@ from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core.stage import EmptyState, Stage, exported_state
 from adamfn.core.weights import Weights
-from adamfn.trees import PyTree, describe, matching_leaves, path_name
+from adamfn.trees import PyTree, describe, matching_leaves, path_name, shown
 
 
 @exported_state
@@ -55,7 +55,7 @@ def round_weights(
     [ True  True] [1 1]
     """
     if bits not in (16, 24, 32):
-        raise ValueError(f"round_weights: bits is {bits!r}; expected 16, 24 or 32.")
+        raise ValueError(f"round_weights: bits is {shown(bits)}; expected 16, 24 or 32.")
     weights = Weights(bits)
 
     def first(leaf: Any) -> jax.Array | None:

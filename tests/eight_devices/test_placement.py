@@ -143,3 +143,19 @@ def test_packed_leaves_lie_together():
     split = jax.device_put(bias, jax.NamedSharding(MESH, P("data")))
     with pytest.raises(ValueError, match=r"packed: .*8 devices; expected .*Leave `packed` out"):
         tx.init(split)
+
+
+@pytest.mark.parametrize("how", ["update", "step"])
+def test_a_state_on_one_device_and_parameters_on_a_mesh_are_named(how):
+    tx, params = adamfn.adamw(), jax.device_put(drawn(0), on_mesh())
+    one = jax.device_put(tx.init(drawn(0)), jax.devices()[0])
+    call = tx.update if how == "update" else lambda *arguments: adamfn.step(tx, *arguments)
+    message = "scale_by_moments: at bias the gradient is on 8 devices .*, and the state on 1 "
+    with pytest.raises(ValueError, match=message + ".*jax.device_put.state, adamfn.sharding"):
+        call(params, one, params)
+    moved = jax.device_put(one, state_shardings(tx, params, on_mesh()))  # the way out
+    count_alone = moved[0]._replace(count=one[0].count)
+    with pytest.raises(ValueError, match=message):
+        call(params, (count_alone, *moved[1:]), params)
+    call(params, moved, params)
+    call(params, tx.init(drawn(0)), params)  # arrays that may be moved are

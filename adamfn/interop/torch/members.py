@@ -28,6 +28,7 @@ from adamfn.stages.variants import (
     scale_by_nesterov_moments,
     scale_by_rectified_moments,
 )
+from adamfn.trees import shown
 
 
 class Member(NamedTuple):
@@ -99,7 +100,7 @@ def member_of(parameter: TorchParameter, optimizer: str | None) -> Member:
     expected = classes or _OPTIMIZERS
     if optimizer not in expected if optimizer is not None else not classes:
         raise ValueError(
-            f"interop.torch: optimizer is {optimizer!r}, the group of {parameter} has the"
+            f"interop.torch: optimizer is {shown(optimizer)}, the group of {parameter} has the"
             f" hyperparameters {', '.join(group)}, its state"
             f" {', '.join(map(str, parameter.state)) or 'nothing'}; expected one of"
             f" {', '.join(expected)}. Another optimizer's run cannot be taken over; optimizer= is"
@@ -152,8 +153,8 @@ def check_settings(parameter: TorchParameter, member: Member) -> None:
         wrong["caution"] = "which no known optimizer does beside a decay that is not decoupled"
     for key, problem in wrong.items():
         raise ValueError(
-            f"interop.torch: the group of {parameter} has {key}={group[key]!r}, {problem}. To go on"
-            f" without it, pass harmless=[{key!r}]."
+            f"interop.torch: the group of {parameter} has {key}={shown(group[key])}, {problem}. To"
+            f" go on without it, pass harmless=[{key!r}]."
         )
 
 
@@ -166,7 +167,7 @@ def continue_with(
     lr, eps, *more = (number_of(f"{key} {of}", parameter.entry("group", key)) for key in keys)
     betas = parameter.entry("group", "betas")
     if not isinstance(betas, Sequence) or len(cast("Sequence[Any]", betas)) != 2:
-        raise TypeError(f"interop.torch: betas {of} is {betas!r}; expected two numbers.")
+        raise TypeError(f"interop.torch: betas {of} is {shown(betas)}; expected two numbers.")
     b1, b2 = (number_of(f"betas {of}", b) for b in cast("Sequence[Any]", betas))
     weight_decay = number_of(f"weight_decay {of}", group.get("weight_decay", 0.0))
     rate = lr if learning_rate is None else learning_rate

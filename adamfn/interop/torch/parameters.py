@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 
-from adamfn.trees import describe
+from adamfn.trees import describe, shown
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -145,7 +145,9 @@ def number_of(what: str, value: Any, way_out: str = "") -> float:
     except (TypeError, ValueError, RuntimeError):
         number = math.nan
     if not math.isfinite(number):
-        raise TypeError(f"interop.torch: {what} is {value!r}; expected a finite number.{way_out}")
+        raise TypeError(
+            f"interop.torch: {what} is {shown(value)}; expected a finite number.{way_out}"
+        )
     return number
 
 
@@ -155,7 +157,7 @@ def laid_out(what: str, value: Any, path: str, layout: Layout | None, shape: Any
     array = array_of(what, value)
     if layout is not None:
         if not callable(layout):
-            raise TypeError(f"interop.torch: layout is {layout!r}; expected one like to_flax.")
+            raise TypeError(f"interop.torch: layout is {shown(layout)}; expected one like to_flax.")
         array = array_of(f"layout's result for {path}", layout(path, array))
     if shape is not None and array.shape != tuple(shape):
         raise ValueError(

@@ -23,7 +23,7 @@ from adamfn.interop.torch.parameters import (
     parameters_of,
     with_plain_moments,
 )
-from adamfn.trees import PyTree, check_inexact, describe, leaves_by_path, wide_dtype
+from adamfn.trees import PyTree, check_inexact, describe, leaves_by_path, shown, wide_dtype
 
 
 def from_state_dict(
@@ -96,7 +96,8 @@ def from_state_dict(
     still = {path: p for path, p in matched.items() if stepped and not p.state}
     if isinstance(fresh, str) or not still.keys() <= {*fresh} <= matched.keys():
         raise ValueError(
-            f"interop.torch: fresh is {fresh!r}; expected the leaves that torch took no step with,"
+            f"interop.torch: fresh is {shown(fresh)}; expected the leaves that torch took no step"
+            " with,"
             f" {', '.join(f'{path} ({p})' for path, p in still.items()) or 'none'}. They are frozen"
             " (requires_grad=False), or got no gradient. Leave them out of params, with a path of"
             f" None; or, to train them from here on, pass fresh={[*still]}."
