@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-from adamfn.backends.calls import Step
 from adamfn.chains import leaves, segment
 from adamfn.chains.chain import chain_of
 from adamfn.core.program import Call
@@ -12,15 +11,13 @@ from adamfn.core.program import Call
 def call_of(tx, g, p):
     """The call that `step` makes for a leaf at its first step, and its operands."""
     stages = chain_of(tx).parts
-    wanted = segment.Wanted(updates=False, params=True)
+    request = leaves.Request(p, {}, updates=False, moves=True)
     states = leaves.first_states(stages, p)
     count = leaves.next_count(stages, states)
-    (leaf,) = leaves.leaves_of(stages, g, states, p, moves=True, shards=None)
-    scalars, remembered = segment.scalars_at(stages, states, count, {"grads": [g]})
-    gates = [new["taken"] for new in remembered if "taken" in new]
-    step = Step(stages, scalars, gates[0] if gates else None, count, "auto")
+    (leaf,) = leaves.leaves_of(stages, g, states, request)
+    step = segment.step_at(stages, states, count, {"grads": [g]}, "auto")
     (whole,) = segment.segments_of(stages)
-    program = segment.program_of(step, whole, leaf, wanted)
+    program = segment.program_of(step, whole, leaf, request)
     places = tuple(place for place in whole if leaf.active[place])
     kept = [[leaf.kept[place] for place in places]]
     arrays = [jnp.zeros((1, 2), jnp.uint32), *jax.tree.leaves(kept), g, p]

@@ -33,12 +33,15 @@ class Step:
     """One step of a run of stages: everything that its leaves have in common."""
 
     stages: Sequence[Stage]
-    scalars: Sequence[Any]
-    """Those of each stage."""
-    gate: jax.Array | None
-    """Whether the step is taken; None if no stage says so."""
+    states: Sequence[Any]
     count: jax.Array
     backend: Backend
+    scalars: list[tuple[Any, ...]] = field(default_factory=list[Any])
+    """Those of each stage."""
+    remembered: list[dict[str, Any]] = field(default_factory=list[Any])
+    """The values that each state remembers of it."""
+    gate: jax.Array | None = None
+    """Whether it is taken; None if no stage says so."""
     _vectors: dict[Any, jax.Array] = field(default_factory=dict[Any, jax.Array])
 
     def vector(self, places: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -88,12 +91,13 @@ def together(step: Step, leaves: Sequence[Leaf], segment: range) -> Iterator[lis
         yield from (own[start : start + most] for start in range(0, len(own), most))
 
 
-def run_leaves(step: Step, leaves: Sequence[Leaf], segment: range, *, last: bool) -> None:
+def run_leaves(step: Step, leaves: Sequence[Leaf], segment: range) -> None:
     """Runs the program that some leaves share, and puts the results into them.
 
     Updates of the last segment are split over a mesh as gradients are; those before, as moments.
     """
     program: Program = leaves[0].program
+    last = segment.stop == len(step.stages)
     places = tuple(place for place in segment if leaves[0].active[place])
     rows = [[leaf.kept[place] for place in places] for leaf in leaves]
     vector = step.vector(places, program.dtype)

@@ -1,13 +1,14 @@
 """`Chain`: stages and transformations, one after another. Neighbouring stages are fused."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import groupby
 from typing import Any, TypeAlias, cast
 
+import jax
+
 from adamfn.chains import segment
 from adamfn.chains.contradictions import check_order
-from adamfn.chains.leaves import check_call, first_states, way_out
-from adamfn.chains.segment import Wanted
+from adamfn.chains.leaves import Request, check_call, first_states, way_out
 from adamfn.chains.transform import (
     GradientTransformation,
     Transformation,
@@ -38,7 +39,9 @@ class Chain:
 
     def __init__(self, structure: Structure) -> None:
         self.structure = structure
-        self._runs = list(_runs(elements(structure)))
+        self._runs: list[list[Any]] = []
+        for fused, parts in groupby(self.parts, lambda part: isinstance(part, Stage)):
+            self._runs += [list(parts)] if fused else [[part] for part in parts]
 
     @property
     def transformation(self) -> GradientTransformation:
@@ -48,7 +51,7 @@ class Chain:
     @property
     def parts(self) -> list[Any]:
         """Its stages, and the transformations that are not fused with them, in their order."""
-        return list(elements(self.structure))
+        return elements(self.structure)
 
     @property
     def stages(self) -> list[Stage]:
@@ -58,14 +61,8 @@ class Chain:
     @property
     def takes(self) -> frozenset[str] | None:
         """The extra arguments of `update` that some part takes; None for any."""
-        taken = frozenset[str]()
-        for run in self._runs:
-            for part in run:
-                names = _taken_by(part)
-                if names is None:
-                    return None
-                taken |= names
-        return taken
+        taken = list(map(_taken_by, self.parts))
+        return None if None in taken else frozenset[str]().union(*filter(None, taken))
 
     def init(self, params: PyTree) -> PyTree:
         """The state before the first step."""
@@ -80,32 +77,25 @@ class Chain:
     ) -> tuple[PyTree, PyTree]:
         """The transformed updates, and the next state."""
         check_call("update(updates, state, params)", updates, state, params)
-        params = where_updated(params, updates)
-        updates, _, state = self.advance(updates, state, params, extra, Wanted())
+        request = Request(where_updated(params, updates), extra)
+        updates, _, state = self.advance(updates, state, request)
         return updates, state
 
-    def advance(
-        self,
-        updates: PyTree,
-        state: PyTree,
-        params: PyTree,
-        extra: Mapping[str, Any],
-        wanted: Wanted,
-    ) -> Moved:
-        """One step: of `update` or of `step`, as `wanted` says."""
+    def advance(self, updates: PyTree, state: PyTree, request: Request) -> Moved:
+        """One step, of `update` or of `step`."""
         states, next_states = flat_states(self.structure, state), list[PyTree]()
         moved: PyTree = None
         for parts in self._runs:
             last = parts is self._runs[-1]
-            now = wanted if last else wanted._replace(updates=True, params=False)
+            now = request if last else request._replace(updates=True, moves=False)
             old = states[len(next_states) :][: len(parts)]
             if isinstance(parts[0], Stage):
-                updates, moved, new = segment.run(parts, updates, old, params, extra, now)
+                updates, moved, new = segment.run(parts, updates, old, now)
             else:
-                updates, moved, *new = _advance(parts[0], updates, old[0], params, extra, now)
+                updates, moved, *new = _advance(parts[0], updates, old[0], now)
             next_states += new
-        if wanted.params and moved is None:
-            moved = apply_updates(params, updates)
+        if request.moves and moved is None:
+            moved = apply_updates(request.params, updates)
         return updates, moved, nested(self.structure, iter(next_states))
 
 
@@ -127,21 +117,13 @@ class Wrapped(Chain):
         """The state of the chain inside."""
         return self.inner.init(params)
 
-    def advance(
-        self,
-        updates: PyTree,
-        state: PyTree,
-        params: PyTree,
-        extra: Mapping[str, Any],
-        wanted: Wanted,
-    ) -> Moved:
+    def advance(self, updates: PyTree, state: PyTree, request: Request) -> Moved:
         """One step of the chain inside."""
-        like = updates if params is None else where_updated(params, updates)
-        return self.inner.advance(updates, state, params, extra, self.adjusted(wanted, like))
+        return self.inner.advance(updates, state, self.adjusted(request, updates))
 
-    def adjusted(self, wanted: Wanted, like: PyTree) -> Wanted:
-        """What the wrapper wants of the chain inside; `like` has the shapes of the leaves."""
-        return wanted
+    def adjusted(self, request: Request, updates: PyTree) -> Request:
+        """What is asked of the chain inside."""
+        return request
 
 
 def chain_of(tx: Any) -> Chain | None:
@@ -213,34 +195,25 @@ def chain(*transformations: Transformation) -> GradientTransformation:
     for position, tx in enumerate(transformations):
         check_transformation(f"chain: argument {position}", tx)
     structure = tuple(_structure_of(tx) for tx in transformations)
-    check_order(list(elements(structure)), list(unwrapped(structure)))
+    check_order(elements(structure), list(unwrapped(structure)))
     return Chain(structure).transformation
 
 
-def elements(structure: Structure) -> Iterator[Any]:
+def elements(structure: Structure) -> list[Any]:
     """The stages and transformations of a structure, in their order."""
-    if type(structure) is tuple:
-        for part in cast("tuple[Any, ...]", structure):
-            yield from elements(part)
-    else:
-        yield structure
+    return jax.tree.leaves(structure, is_leaf=_is_element)
 
 
 def unwrapped(structure: Structure) -> Iterator[Any]:
     """The same, with the stages of wrapped chains in place of their wrappers."""
     for part in elements(structure):
-        inner = None if isinstance(part, Stage) else chain_of(part)
-        if inner is None:
-            yield part
-        else:
-            yield from unwrapped(inner.structure)
+        inner = chain_of(part)
+        yield from [part] if inner is None else unwrapped(inner.structure)
 
 
 def nested(structure: Structure, states: Iterator[PyTree]) -> PyTree:
     """The state of a structure, from the states of its elements."""
-    if type(structure) is tuple:
-        return tuple(nested(part, states) for part in cast("tuple[Any, ...]", structure))
-    return next(states)
+    return jax.tree.unflatten(jax.tree.structure(structure, is_leaf=_is_element), states)
 
 
 def flat_states(structure: Structure, state: PyTree) -> list[PyTree]:
@@ -268,13 +241,8 @@ def _structure_of(tx: Transformation) -> Structure:
     return chain.structure if chain is not None and chain.fuses else tx
 
 
-def _runs(parts: Iterator[Any]) -> Iterator[list[Any]]:
-    """Runs of stages, and single transformations that are not fused."""
-    for is_stage, run in groupby(parts, lambda part: isinstance(part, Stage)):
-        if is_stage:
-            yield list(run)
-        else:
-            yield from ([tx] for tx in run)
+def _is_element(part: Structure) -> bool:
+    return type(part) is not tuple
 
 
 def _taken_by(part: Any) -> frozenset[str] | None:
@@ -284,13 +252,11 @@ def _taken_by(part: Any) -> frozenset[str] | None:
     return extra_arguments(part.update) if inner is None else inner.takes
 
 
-def _advance(
-    tx: Any, updates: PyTree, state: PyTree, params: PyTree, extra: Mapping[str, Any], now: Wanted
-) -> Moved:
+def _advance(tx: Any, updates: PyTree, state: PyTree, request: Request) -> Moved:
     """One step of a transformation that is not fused."""
     inner, takes = chain_of(tx), extra_arguments(tx.update)
-    known = extra if takes is None else {k: v for k, v in extra.items() if k in takes}
-    if inner is not None and now.params:
-        return inner.advance(updates, state, params, known, now)
-    updates, state = tx.update(updates, state, params, **known)
+    if inner is not None:
+        return inner.advance(updates, state, request)
+    known = {k: x for k, x in request.extra.items() if takes is None or k in takes}
+    updates, state = tx.update(updates, state, request.params, **known)
     return updates, None, state

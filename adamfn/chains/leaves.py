@@ -1,12 +1,14 @@
 """The trees of a run of stages, leaf by leaf: parameters, gradients and states."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from adamfn.backends.calls import Step
+from adamfn.backends.primitive import Backend
 from adamfn.backends.shards import split_of
 from adamfn.core.averages import increment
 from adamfn.core.leaf import Leaf, as_fields, check_corrections, first_fields, kept_by_leaf
@@ -23,6 +25,22 @@ from adamfn.trees import (
     describe,
     matching_leaves,
 )
+
+
+class Request(NamedTuple):
+    """What a step is asked for, and given besides gradients and state."""
+
+    params: PyTree
+    """The parameters; None if `update` got none."""
+    extra: Mapping[str, Any]
+    """The extra arguments of `update`."""
+    updates: bool = True
+    """Whether to return the updates."""
+    moves: bool = False
+    """Whether to return the moved parameters."""
+    backend: Backend = "auto"
+    shards: Mapping[Path, Shards] | None = None
+    """How leaves are split, by path; None to take it from their types."""
 
 
 def check_call(call: str, updates: PyTree, state: PyTree, params: PyTree) -> None:
@@ -98,31 +116,14 @@ def next_count(stages: Sequence[Stage], states: Sequence[PyTree]) -> jax.Array:
 
 
 def leaves_of(
-    stages: Sequence[Stage],
-    updates: PyTree,
-    states: Sequence[PyTree],
-    params: PyTree,
-    count: jax.Array,
-    *,
-    moves: bool,
-    shards: Mapping[Path, Shards] | None,
+    stages: Sequence[Stage], updates: PyTree, states: Sequence[PyTree], request: Request
 ) -> list[Leaf]:
-    """Every leaf of a run with its state.
-
-    Args:
-      stages: the stages.
-      updates: the gradients.
-      states: the states of the stages.
-      params: the parameters; None if nothing reads them.
-      count: the count of the step.
-      moves: whether the parameters are moved.
-      shards: how leaves are split, by path; None to take it from their types.
-    """
+    """Every leaf of a run with its state."""
     check_inexact(updates, f"{stages[0].name}: updates")
-    ps = _params_of(stages, updates, params, moves=moves)
+    ps = _params_of(stages, updates, request)
     pairs = zip(jax.tree.leaves_with_path(updates), ps, strict=True)
-    leaves = [Leaf(path, index, as_array(g), p) for index, ((path, g), p) in enumerate(pairs)]
-    masks = masks_of(stages, updates, params)
+    leaves = [Leaf(path, index, as_array(u), p) for index, ((path, u), p) in enumerate(pairs)]
+    masks = masks_of(stages, updates, request.params)
     for stage, state, mask in zip(stages, states, masks, strict=True):
         formats = choose_formats(stage.moments, updates)
         kept = kept_by_leaf(stage, state, updates, formats)
@@ -130,18 +131,19 @@ def leaves_of(
             leaf.formats.append(format)
             leaf.kept.append(row)
             leaf.active.append(active)
+    counts = [getattr(state, "count", None) for state in states]
     for leaf in leaves:
         if not isinstance(leaf.grad, Tracer):
-            _check_devices(stages[0].name, leaf, count)
-        leaf.shards = split_of(leaf, shards)
+            _check_devices(stages[0].name, leaf, counts)
+        leaf.shards = split_of(leaf, request.shards)
     check_corrections(stages[-1], len(stages) - 1, leaves)
     return leaves
 
 
-def _check_devices(name: str, leaf: Leaf, count: jax.Array) -> None:
+def _check_devices(name: str, leaf: Leaf, counts: Sequence[Any]) -> None:
     """Outside `jit`, checks that the arrays of a leaf are on the same devices."""
     found: dict[Any, str] = {}
-    arrays = {"gradient": leaf.grad, "parameter": leaf.param, "state": (leaf.kept, count)}
+    arrays = {"gradient": leaf.grad, "parameter": leaf.param, "state": (leaf.kept, counts)}
     for what, tree in arrays.items():
         for x in jax.tree.leaves(tree):
             if not isinstance(x, Tracer) and getattr(x, "committed", False):
@@ -165,33 +167,17 @@ def masks_of(stages: Sequence[Stage], updates: PyTree, params: PyTree) -> list[l
     ]
 
 
-def next_states(
-    stages: Sequence[Stage],
-    states: Sequence[Any],
-    leaves: Sequence[Leaf],
-    treedef: Any,
-    remembered: Sequence[Mapping[str, Any]],
-    gate: jax.Array | None,
-) -> list[PyTree]:
-    """The states after a step, with the types that they had before.
-
-    Args:
-      stages: the stages.
-      states: their states before the step.
-      leaves: the leaves after the step.
-      treedef: the structure of their tree.
-      remembered: the values that each state remembers of the step.
-      gate: whether the step was taken; None if no stage says so.
-    """
+def next_states(step: Step, leaves: Sequence[Leaf], treedef: Any) -> list[PyTree]:
+    """The states after a step, with the types that they had before."""
     paths, found = [leaf.path for leaf in leaves], list[PyTree]()
-    for place, (stage, state) in enumerate(zip(stages, states, strict=True)):
-        new = {**remembered[place]}
+    for place, (stage, state) in enumerate(zip(step.stages, step.states, strict=True)):
+        new = {**step.remembered[place]}
         if "count" in state._fields:
             new["count"] = increment(state.count)
         always = {*new} - {"count"} if "taken" in new else ()  # a gate remembers skipped steps
-        if gate is not None:
+        if step.gate is not None:
             held = {name: getattr(state, name) for name in new if name not in always}
-            new |= {name: jnp.where(gate, new[name], old) for name, old in held.items()}
+            new |= {name: jnp.where(step.gate, new[name], old) for name, old in held.items()}
         fields = {name: with_type_of(x, getattr(state, name)) for name, x in new.items()}
         if stage.keeps:
             fields |= as_fields(stage, [leaf.kept[place] for leaf in leaves], treedef, paths)
@@ -210,10 +196,9 @@ def way_out(state: Any, owner: str) -> str:
     return f"The state belongs to another {owner}: make it with this one's init(params)."
 
 
-def _params_of(
-    stages: Sequence[Stage], updates: PyTree, params: PyTree, *, moves: bool
-) -> list[Any]:
+def _params_of(stages: Sequence[Stage], updates: PyTree, request: Request) -> list[Any]:
     """The parameter of every leaf; None if nothing reads them."""
+    params, moves = request.params, request.moves
     readers = [stage.name for stage in stages if "params" in stage.reads]
     name, number = (readers or [stages[0].name])[0], len(jax.tree.leaves(updates))
     if params is None:

@@ -6,7 +6,7 @@ inside sees long leaves, and knows nothing of it.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple, cast
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from adamfn.chains.chain import Chain, Moved, Wrapped, chain_of, flat_states, nested
-from adamfn.chains.leaves import masks_of
-from adamfn.chains.segment import Wanted, update_dtype_of
+from adamfn.chains.leaves import Request, masks_of
+from adamfn.chains.segment import update_dtype_of
 from adamfn.chains.transform import GradientTransformation, check_transformation
 from adamfn.core.stage import Stage
 from adamfn.core.weights import Weights
@@ -138,28 +138,21 @@ class _PackedChain(Wrapped):
         layout = _Layout(self.inner, params, self._below)
         return layout.chain.init(layout.pack(params))
 
-    def advance(
-        self,
-        updates: PyTree,
-        state: PyTree,
-        params: PyTree,
-        extra: Mapping[str, Any],
-        wanted: Wanted,
-    ) -> Moved:
+    def advance(self, updates: PyTree, state: PyTree, request: Request) -> Moved:
+        params = request.params
         check_inexact(updates, "packed: updates")
         if params is not None:
             matching_leaves("packed: updates", updates, "params", params, _WAY_OUT)
         layout = _Layout(self.inner, updates if params is None else params, self._below)
         _with_fields(self, state, layout.checked)
-        packed_params = None if params is None else layout.pack(params)
-        us, moved, state = layout.chain.advance(
-            layout.pack(updates), state, packed_params, extra, wanted
-        )
+        if params is not None:
+            request = request._replace(params=layout.pack(params))
+        us, moved, state = layout.chain.advance(layout.pack(updates), state, request)
         gs = [as_array(leaf) for leaf in jax.tree.leaves(updates)]
         ps = [as_array(leaf) for leaf in jax.tree.leaves(params)] or gs
-        if wanted.updates:
+        if request.updates:
             us = layout.unpack(us, list(map(update_dtype_of, gs, ps)))
-        if wanted.params:
+        if request.moves:
             moved = layout.unpack(moved, [p.dtype for p in ps])
         return us, moved, state
 

@@ -7,16 +7,15 @@ the scalars and the gate are those of the run.
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise, starmap
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from adamfn.backends.calls import Step, run_leaves, together
 from adamfn.backends.primitive import Backend
-from adamfn.chains.leaves import leaves_of, next_count, next_states
+from adamfn.chains.leaves import Request, leaves_of, next_count, next_states
 from adamfn.core.leaf import Leaf
-from adamfn.core.placement import Path, Shards
 from adamfn.core.program import Part, Program
 from adamfn.core.stage import Stage
 from adamfn.core.weights import Weights
@@ -24,57 +23,19 @@ from adamfn.formats import Format
 from adamfn.trees import PyTree, describe, shown
 
 
-class Wanted(NamedTuple):
-    """What a run returns, by which backend, and on which devices."""
-
-    updates: bool = True
-    params: bool = False
-    backend: Backend = "auto"
-    shards: Mapping[Path, Shards] | None = None
-    """How leaves are split, by path; None to take it from their types."""
-
-
 def run(
-    stages: Sequence[Stage],
-    updates: PyTree,
-    states: Sequence[PyTree],
-    params: PyTree,
-    extra: Mapping[str, Any],
-    wanted: Wanted,
+    stages: Sequence[Stage], updates: PyTree, states: Sequence[PyTree], request: Request
 ) -> tuple[PyTree, PyTree, list[PyTree]]:
-    """One step of a run.
-
-    Args:
-      stages: the stages, at least one.
-      updates: the gradients, or the updates of transformations before these.
-      states: the stages' states.
-      params: the parameters; None if no stage reads them and they are not moved.
-      extra: the extra arguments of `update`.
-      wanted: what to return, and by which backend.
-
-    Returns:
-      The updates and the moved parameters, None if not wanted, and the next states.
+    """One step of a run: the updates and the moved parameters, if asked for, and the next states.
 
     Raises:
       TypeError, ValueError: trees or states that do not fit; names the stage and the leaf.
     """
     count, treedef = next_count(stages, states), jax.tree.structure(updates)
-    moves, shards = wanted.params, wanted.shards
-    leaves = leaves_of(stages, updates, states, params, count, moves=moves, shards=shards)
-    extra = {**extra, "grads": [leaf.grad for leaf in leaves]}
-    scalars, remembered = scalars_at(stages, states, count, extra)
-    gates = [new["taken"] for new in remembered if "taken" in new]
-    gate = jnp.all(jnp.stack(gates)) if gates else None
-    if gates and all("grads" in stage.takes for stage in stages):
-        place = ["taken" in new for new in remembered].index(True)
-        raise ValueError(
-            f"{stages[place].name}: nothing stands after it in its run, whose steps alone it can"
-            " skip; expected the stages that it is to hold in the same adamfn.chain."
-            " optax.chain, and parts of other libraries, end a run."
-        )
-    step = Step(stages, scalars, gate, count, wanted.backend)
+    leaves = leaves_of(stages, updates, states, request)
+    extra = {**request.extra, "grads": [leaf.grad for leaf in leaves]}
+    step = step_at(stages, states, count, extra, request.backend)
     for segment in segments_of(stages):
-        last = segment.stop == len(stages)
         if "mu" in stages[segment.start].keeps:
             for leaf in leaves:
                 leaf.seen = leaf.update
@@ -83,42 +44,54 @@ def run(
             dtypes = leaf.dtype, leaf.grad.dtype, getattr(leaf.param, "dtype", None)
             key = dtypes, *leaf.active, *leaf.formats
             if key not in made:
-                made[key] = program_of(step, segment, leaf, wanted if last else Wanted())
+                made[key] = program_of(step, segment, leaf, request)
             leaf.program = made[key]
         for alike in together(step, leaves, segment):
-            run_leaves(step, alike, segment, last=last)
+            run_leaves(step, alike, segment)
     return (
-        treedef.unflatten([leaf.update for leaf in leaves]) if wanted.updates else None,
-        treedef.unflatten([leaf.param for leaf in leaves]) if wanted.params else None,
-        next_states(stages, states, leaves, treedef, remembered, gate),
+        treedef.unflatten([leaf.update for leaf in leaves]) if request.updates else None,
+        treedef.unflatten([leaf.param for leaf in leaves]) if request.moves else None,
+        next_states(step, leaves, treedef),
     )
 
 
-def scalars_at(
-    stages: Sequence[Stage], states: Sequence[Any], count: jax.Array, extra: Mapping[str, Any]
-) -> tuple[list[tuple[Any, ...]], list[Mapping[str, Any]]]:
-    """The scalars of each stage at a step, and the values that its state remembers of it."""
-    scalars: list[tuple[Any, ...]] = []
-    remembered: list[Mapping[str, Any]] = []
+def step_at(
+    stages: Sequence[Stage],
+    states: Sequence[Any],
+    count: jax.Array,
+    extra: Mapping[str, Any],
+    backend: Backend,
+) -> Step:
+    """The scalars of the stages at a step, what their states remember of it, and its gate."""
+    step, gates = Step(stages, states, count, backend), list[jax.Array]()
+    extra = {"decays": None, **extra}
     for stage, state in zip(stages, states, strict=True):
-        match stage.scalars(count, state, {"decays": None, **extra}):
+        match stage.scalars(count, state, extra):
             case (tuple() | list() as own, Mapping() as new):
-                scalars.append(tuple(own))
-                remembered.append({k: v for k, v in new.items() if k in state._fields})
+                step.scalars.append(tuple(own))
+                step.remembered.append({k: v for k, v in new.items() if k in state._fields})
             case result:
                 raise TypeError(
                     f"{stage.name}: its scalars returned {shown(result)}; expected the formula's"
                     " scalars in a tuple, then the values to remember in a dictionary: (x, y), {}."
                 )
-        if stage.decays is not None:
-            extra = {**extra, "decays": stage.decays}
-        for scalar in jax.tree.leaves(scalars[-1]):
+        for scalar in jax.tree.leaves(step.scalars[-1]):
             if jnp.shape(scalar) != ():
                 raise ValueError(
                     f"{stage.name}: found {describe(scalar)} among its scalars; expected numbers"
                     " and arrays without axes."
                 )
-    return scalars, remembered
+        extra["decays"] = stage.decays or extra["decays"]
+        if "taken" in step.remembered[-1]:
+            gates.append(step.remembered[-1]["taken"])
+            if all("grads" in other.takes for other in stages):
+                raise ValueError(
+                    f"{stage.name}: nothing stands after it in its run, whose steps alone it can"
+                    " skip; expected the stages that it is to hold in the same adamfn.chain."
+                    " optax.chain, and parts of other libraries, end a run."
+                )
+    step.gate = jnp.all(jnp.stack(gates)) if gates else None
+    return step
 
 
 def segments_of(stages: Sequence[Stage]) -> list[range]:
@@ -137,7 +110,7 @@ def segments_of(stages: Sequence[Stage]) -> list[range]:
     return list(starmap(range, pairwise(ends)))
 
 
-def program_of(step: Step, segment: range, leaf: Leaf, wanted: Wanted) -> Program:
+def program_of(step: Step, segment: range, leaf: Leaf, request: Request) -> Program:
     """The program of a leaf in a segment.
 
     Raises:
@@ -165,19 +138,19 @@ def program_of(step: Step, segment: range, leaf: Leaf, wanted: Wanted) -> Progra
         given_grads |= "grads" in part.reads and "mu" not in known and segment.start > 0
         known |= {*part.keeps}
     last = segment.stop == len(step.stages)
-    rounds = last and own and isinstance([*own.values()][-1].formula, Weights)
     update_dtype = None
-    if wanted.updates and not last:
+    if not last:
         # Nothing is rounded between two segments.
         with jax.numpy_dtype_promotion("standard"):  # complex64 of complex64 and float32
             update_dtype = jnp.promote_types(leaf.grad.dtype, leaf.dtype)
-    elif wanted.updates:
+    elif request.updates:
+        rounds = own and isinstance([*own.values()][-1].formula, Weights)
         update_dtype = leaf.dtype if rounds else update_dtype_of(leaf.grad, leaf.param)
     return Program(
         tuple(own.values()),
         jax.tree.structure(tuple(step.scalars[k] for k in own)),
         leaf.dtype,
-        wanted.params,
+        last and request.moves,
         update_dtype,
         step.gate is not None,
         all(step.stages[k].elementwise for k in own),

@@ -6,8 +6,7 @@ from typing import Any
 import jax
 
 from adamfn.chains.chain import chain_of
-from adamfn.chains.leaves import check_call
-from adamfn.chains.segment import Wanted
+from adamfn.chains.leaves import Request, check_call
 from adamfn.chains.transform import (
     Transformation,
     apply_updates,
@@ -75,9 +74,8 @@ def step(
         updates, state = tx.update(grads, state, params, **extra)
         params = apply_updates(params, updates)
     else:
-        wanted = Wanted(updates=return_updates, params=True)
-        trained = where_updated(params, grads)
-        updates, moved, state = chain.advance(grads, state, trained, extra, wanted)
+        request = Request(where_updated(params, grads), extra, updates=return_updates, moves=True)
+        updates, moved, state = chain.advance(grads, state, request)
         params = merged(params, moved)
     return (params, state, updates) if return_updates else (params, state)
 

@@ -2,7 +2,7 @@
 
 from adamfn.backends.primitive import BACKENDS, Backend
 from adamfn.chains.chain import Chain, Wrapped, chain_of
-from adamfn.chains.segment import Wanted
+from adamfn.chains.leaves import Request
 from adamfn.chains.transform import GradientTransformation, check_transformation
 from adamfn.trees import PyTree, shown
 
@@ -39,5 +39,5 @@ class _WithBackend(Wrapped):
         super().__init__(inner)
         self._backend: Backend = backend
 
-    def adjusted(self, wanted: Wanted, like: PyTree) -> Wanted:
-        return wanted._replace(backend=self._backend)
+    def adjusted(self, request: Request, updates: PyTree) -> Request:
+        return request._replace(backend=self._backend)

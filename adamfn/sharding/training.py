@@ -6,9 +6,13 @@ import jax
 from jax.sharding import AxisType
 
 from adamfn.chains.chain import Chain, Wrapped, chain_of
+from adamfn.chains.leaves import Request
 from adamfn.chains.packed import packed_chain_of
-from adamfn.chains.segment import Wanted
-from adamfn.chains.transform import GradientTransformation, check_transformation
+from adamfn.chains.transform import (
+    GradientTransformation,
+    check_transformation,
+    where_updated,
+)
 from adamfn.core.placement import Path, Shards
 from adamfn.sharding.state_shardings import lay_out
 from adamfn.trees import PyTree, as_array, check_inexact, shown
@@ -70,8 +74,11 @@ class _Sharded(Wrapped):
             return self.inner.init(params)
         return jax.jit(self.inner.init, out_shardings=self._laid_out(params)[0])(params)
 
-    def adjusted(self, wanted: Wanted, like: PyTree) -> Wanted:
-        return wanted if _inside_shard_map() else wanted._replace(shards=self._laid_out(like)[1])
+    def adjusted(self, request: Request, updates: PyTree) -> Request:
+        if _inside_shard_map():
+            return request
+        like = updates if request.params is None else where_updated(request.params, updates)
+        return request._replace(shards=self._laid_out(like)[1])
 
     def _laid_out(self, params: PyTree) -> tuple[PyTree, dict[Path, Shards]]:
         """The shardings of the state, and how the leaves are split."""
