@@ -70,17 +70,17 @@ def together(step: Step, leaves: Sequence[Leaf], segment: range) -> Iterator[lis
     is_manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
     alike: dict[Any, list[Leaf]] = {}
     for leaf in leaves:
-        program, g = leaf.program, leaf.update
+        program, u = leaf.program, leaf.update
         places = tuple(place for place in segment if leaf.active[place])
-        if not places and not program.moves and program.update_dtype in (None, g.dtype):
+        if not places and not program.moves and program.update_dtype in (None, u.dtype):
             continue
         p = leaf.param if program.reads_params else None
-        dtypes = g.dtype, getattr(p, "dtype", None)
+        dtypes = u.dtype, getattr(p, "dtype", None)
         # Outside jit, the arrays of one call must be on the same devices.
-        device = None if isinstance(g, Tracer) else getattr(g, "sharding", None)
+        device = None if isinstance(u, Tracer) else getattr(u, "sharding", None)
         # Inside shard_map, all results of a call vary over each axis that an operand varies over.
-        alone = leaf.index if g.size >= LARGE or not program.fused else None
-        arrays = jax.tree.leaves((g, p, leaf.kept)) if is_manual and alone is None else []
+        alone = leaf.index if u.size >= LARGE or not program.fused else None
+        arrays = jax.tree.leaves((u, p, leaf.kept)) if is_manual and alone is None else []
         varies = frozenset(map(axes_of, arrays))
         # Equal programs are one object here, and a hash of them takes long.
         key = id(program), places, dtypes, device, varies, leaf.shards, alone

@@ -91,19 +91,19 @@ def run_on_shards(
     call: Call, backend: Backend, shards: Shards, operands: Sequence[jax.Array]
 ) -> list[jax.Array]:
     """The results of a call whose leaves are split alike, each shard by itself."""
-    vector, count, numbers, *arrays = operands
+    vector, count, indices, *arrays = operands
     mesh, axes = shards.mesh, shards.axes
-    kept, moved = arrays[: call.arrays_kept], arrays[call.arrays_kept :]
+    kept, leaves = arrays[: call.arrays_kept], arrays[call.arrays_kept :]
     rows = jax.tree.unflatten(call.kept, kept)
-    strides = tuple(strides_of(g.shape) for g in moved[: call.leaves])
+    strides = tuple(strides_of(u.shape) for u in leaves[: call.leaves])
 
     def on_a_shard(
-        vector: jax.Array, count: jax.Array, numbers: jax.Array, arrays: list[jax.Array]
+        vector: jax.Array, count: jax.Array, indices: jax.Array, arrays: list[jax.Array]
     ) -> list[jax.Array]:
         parts = arrays[call.arrays_kept :][: call.leaves]
-        firsts = [_first_number(of, x, axes) for of, x in zip(strides, parts, strict=True)]
-        numbers = jnp.stack([numbers[:, 0], jnp.stack(firsts)], axis=1)
-        return bind_primitive(of_a_shard, backend, [vector, count, numbers, *arrays])
+        firsts = [_first_index(of, x, axes) for of, x in zip(strides, parts, strict=True)]
+        indices = jnp.stack([indices[:, 0], jnp.stack(firsts)], axis=1)
+        return bind_primitive(of_a_shard, backend, [vector, count, indices, *arrays])
 
     def spec(x: jax.Array, leaf: jax.Array) -> PartitionSpec:
         fits = x.ndim == leaf.ndim
@@ -116,10 +116,10 @@ def run_on_shards(
     ]
     program = replace(call.program, parts=tuple(parts))
     of_a_shard = replace(call, program=program, strides=strides if split else None)
-    specs = [spec(x, g) for row, g in zip(rows, moved, strict=False) for x in jax.tree.leaves(row)]
-    specs += [spec_of(axes)] * len(moved)
-    updates = moved[: call.leaves] if program.update_dtype is not None else []
-    like = [*kept, *updates, *(moved[call.leaves :] if program.moves else [])]
+    specs = [spec(x, u) for row, u in zip(rows, leaves, strict=False) for x in jax.tree.leaves(row)]
+    specs += [spec_of(axes)] * len(leaves)
+    updates = leaves[: call.leaves] if program.update_dtype is not None else []
+    like = [*kept, *updates, *(leaves[call.leaves :] if program.moves else [])]
     everywhere = PartitionSpec()
     results = jax.shard_map(
         on_a_shard,
@@ -127,7 +127,7 @@ def run_on_shards(
         in_specs=(everywhere, everywhere, everywhere, specs),
         out_specs=specs[: len(like)],
         check_vma=False,  # a leaf that is everywhere is computed everywhere
-    )(vector, count, numbers, [_laid(x, mesh, s) for x, s in zip(arrays, specs, strict=True)])
+    )(vector, count, indices, [_laid(x, mesh, s) for x, s in zip(arrays, specs, strict=True)])
     if _is_explicit(mesh):
         n, ends = len(kept), len(kept) + len(updates)
         return [
@@ -140,8 +140,8 @@ def run_on_shards(
     return [*results[: len(kept)], *moved]
 
 
-def _first_number(strides: Sequence[int], shard: jax.Array, axes: Axes) -> jax.Array:
-    """The number that a shard's first element has in the whole leaf."""
+def _first_index(strides: Sequence[int], shard: jax.Array, axes: Axes) -> jax.Array:
+    """The index of a shard's first element in the whole leaf."""
     first = jnp.zeros((), jnp.uint32)
     for stride, length, names in zip(strides, shard.shape, axes, strict=True):
         if names:

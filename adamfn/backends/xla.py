@@ -21,10 +21,10 @@ def run_call(
     kept: list[list[Kept]] = []
     moved: list[list[jax.Array]] = []
     for k, row in enumerate(rows):
-        g, *p = arrays[call.arrays_kept :][k :: call.leaves]
+        u, *p = arrays[call.arrays_kept :][k :: call.leaves]
         strides = None if call.strides is None else call.strides[k]
         new, results = _run_leaf(
-            call.program, strides, (vector, count, indices[k]), g, p[0] if p else None, row
+            call.program, strides, (vector, count, indices[k]), u, p[0] if p else None, row
         )
         kept.append(new)
         moved.append(results)
@@ -54,13 +54,13 @@ def _run_leaf(
     program: Program,
     strides: tuple[int, ...] | None,
     step: tuple[jax.Array, jax.Array, jax.Array],
-    g: jax.Array,
+    u: jax.Array,
     p: jax.Array | None,
     kept: list[Kept],
 ) -> tuple[list[Kept], list[jax.Array]]:
     vector, count, (index, first) = step
-    indices = None if strides is None else indices_of(g.shape, strides, first)
-    return program(Seeds.of(count, index), [*vector], g, p, kept, indices)
+    indices = None if strides is None else indices_of(u.shape, strides, first)
+    return program(Seeds.of(count, index), [*vector], u, p, kept, indices)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -83,5 +83,5 @@ def run_whole(
       given: the state of parts of earlier segments that it reads, then the gradient if it reads it.
     """
     leaves, treedef = jax.tree.flatten((arrays, given))
-    (g, p, kept), given = treedef.unflatten(vary_together(leaves))
-    return program(Seeds.of(count, index), [*vector], g, p, kept, given=given)
+    (u, p, kept), given = treedef.unflatten(vary_together(leaves))
+    return program(Seeds.of(count, index), [*vector], u, p, kept, given=given)

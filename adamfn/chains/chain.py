@@ -40,8 +40,9 @@ class Chain:
     def __init__(self, structure: Structure) -> None:
         self.structure = structure
         self._runs: list[list[Any]] = []
-        for fused, parts in groupby(self.parts, lambda part: isinstance(part, Stage)):
-            self._runs += [list(parts)] if fused else [[part] for part in parts]
+        for fused, group in groupby(self.parts, lambda part: isinstance(part, Stage)):
+            parts = list(group)
+            self._runs += [parts] if fused else [[part] for part in parts]
 
     @property
     def transformation(self) -> GradientTransformation:

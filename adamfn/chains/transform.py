@@ -17,19 +17,9 @@ from adamfn.trees import PyTree, as_array, check_inexact, check_values, matching
 _SUMS = 16
 
 
-class UpdateFunction(Protocol):
-    """The type of `GradientTransformation.update`."""
-
-    def __call__(
-        self, updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
-    ) -> tuple[PyTree, PyTree]:
-        """Returns the transformed updates and the next state."""
-        ...
-
-
 class _InitAndUpdate(NamedTuple):
     init: Callable[[PyTree], PyTree]
-    update: UpdateFunction
+    update: Callable[..., tuple[PyTree, PyTree]]
 
 
 class GradientTransformation(_InitAndUpdate):
@@ -138,8 +128,7 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     [1.5 1.5]
     """
     check_values("apply_updates", params=params, updates=updates)
-    if any(map(_is_untrained, jax.tree.leaves(updates))):
-        params, updates = _settled(params, updates)
+    params, updates = _settled(params, updates)
     trained = where_updated(params, updates)
     updates = where_updated(updates, trained)
     check_inexact(trained, "apply_updates: params")
@@ -150,30 +139,14 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     return merged(params, moved)
 
 
-def _is_untrained(update: Any) -> bool:
-    dtype = getattr(update, "dtype", None)
-    return dtype is not None and not jnp.issubdtype(dtype, jnp.inexact)
-
-
 def _settled(params: PyTree, updates: PyTree) -> tuple[PyTree, PyTree]:
-    """Parameters and updates, with None for updates of integers, which masks hand on."""
-    if jax.tree.structure(params, is_leaf=_is_none) != jax.tree.structure(
-        updates, is_leaf=_is_none
-    ):
-        return params, updates
-
-    def is_integer(x: Any) -> bool:
-        return _is_untrained(x) and jnp.issubdtype(x.dtype, jnp.integer)
-
-    def total(p: Any, u: Any) -> Any:
-        return (p + u).astype(p.dtype) if is_integer(p) and is_integer(u) else p
-
-    def left(p: Any, u: Any) -> Any:
-        no_more = is_integer(p) and is_integer(u)
-        return None if no_more or getattr(u, "dtype", None) == jax.dtypes.float0 else u
-
-    totals = jax.tree.map(total, params, updates, is_leaf=_is_none)
-    return totals, jax.tree.map(left, params, updates, is_leaf=_is_none)
+    """Parameters with the updates of integers added, and None for these updates."""
+    ps, treedef = jax.tree.flatten(params, is_leaf=_is_none)
+    us, other = jax.tree.flatten(updates, is_leaf=_is_none)
+    for k, pair in enumerate(zip(ps, us, strict=False) if treedef == other else ()):
+        if all(jnp.issubdtype(getattr(x, "dtype", float), jnp.integer) for x in pair):
+            ps[k], us[k] = (ps[k] + us[k]).astype(ps[k].dtype), None
+    return treedef.unflatten(ps), other.unflatten(us)
 
 
 def _added(params: list[Any], updates: list[Any]) -> list[jax.Array]:
@@ -205,16 +178,22 @@ def wide_sum(param: jax.Array, update: jax.Array) -> jax.Array:
 
 
 def where_updated(params: PyTree, updates: PyTree) -> PyTree:
-    """The parameters, with None where an update is None."""
+    """The parameters, with None where an update is None, or the gradient of an integer."""
     structure = jax.tree.structure(params, is_leaf=_is_none)
     if structure != jax.tree.structure(updates, is_leaf=_is_none):
         return params  # a check to come says where they differ
-    return jax.tree.map(lambda p, u: None if u is None else p, params, updates, is_leaf=_is_none)
+    return jax.tree.map(
+        lambda p, u: None if _has_no_value(u) else p, params, updates, is_leaf=_is_none
+    )
 
 
 def merged(params: PyTree, moved: PyTree) -> PyTree:
     """The moved parameters, and the others where they are None."""
     return jax.tree.map(lambda p, m: p if m is None else m, params, moved, is_leaf=_is_none)
+
+
+def _has_no_value(update: Any) -> bool:
+    return update is None or getattr(update, "dtype", None) == jax.dtypes.float0
 
 
 def _is_none(leaf: Any) -> bool:

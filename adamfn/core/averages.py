@@ -49,12 +49,12 @@ _USUAL = Decay(1 - 0.9, None), Decay(1 - 0.999, None)
 
 
 class Averages(NamedTuple):
-    """The hyperparameters of a stage of moments, or, from `at`, its formula's scalars at a step."""
+    """The hyperparameters of a stage of moments; from `at_step`, its formula's scalars."""
 
     b1: Decay
     b2: Decay
     eps: chex.Numeric
-    """Added to the root of nu: in units of the corrected root, after `at` of the uncorrected."""
+    """Added to the root of nu: in units of the corrected root, after `at_step` of the uncorrected."""
     eps_root: chex.Numeric
     """Added to nu under the root, likewise."""
 
@@ -69,7 +69,7 @@ class Averages(NamedTuple):
         """Both decays."""
         return self.b1, self.b2
 
-    def at(self, count: jax.Array) -> "Averages":
+    def at_step(self, count: jax.Array) -> "Averages":
         """The scalars at a step."""
         c2 = self.b2.bias(count)
         return self._replace(eps=jnp.sqrt(c2) * self.eps, eps_root=c2 * self.eps_root)

@@ -84,7 +84,7 @@ class Program:
         self,
         seeds: Seeds,
         scalars: Sequence[jax.Array],
-        g: jax.Array,
+        u: jax.Array,
         p: jax.Array | None,
         kept: Sequence[Kept],
         indices: jax.Array | None = None,
@@ -95,14 +95,14 @@ class Program:
         Args:
           seeds: seeds of the random bits that round moments and weights.
           scalars: the scalars of all parts, in the program's dtype, then the gate.
-          g: the gradient, or the update of an earlier segment.
+          u: the gradient, or the update of an earlier segment.
           p: the parameter; None if the program does not read it.
           kept: the state of the leaf for each part.
           indices: of a shard or a tile of a leaf, the indices of its elements in the whole leaf,
-            uint32 of g's shape; None for a whole leaf.
+            uint32 of u's shape; None for a whole leaf.
           given: the state of the leaf for each of the parts in `given`, then the gradient.
         """
-        u = _widened(g, self.dtype)
+        u = _widened(u, self.dtype)
         weights, stored = self.weights, None if p is None else _widened(p, self.dtype)
         weight = stored if weights is None else weights.decode(stored, *kept[-1])  # pyright: ignore[reportArgumentType]
         known: dict[str, Any] = {"params": weight, "grads": u}
@@ -112,7 +112,7 @@ class Program:
             known["grads"] = _widened(given[-1], self.dtype)
 
         def random_bits(seed: Callable[[], Seed]) -> jax.Array:
-            return noise_at(seed(), indices_of(g.shape) if indices is None else indices)
+            return noise_at(seed(), indices_of(u.shape) if indices is None else indices)
 
         values = scalars[: self.scalars.num_leaves]
         next_kept: list[Kept] = []
@@ -153,7 +153,7 @@ class Call:
     """The static part of one call, in which some leaves with one program take a step.
 
     Its operands are the scalars, a vector; the count, int32; for each leaf its index in the tree
-    and the index of its first element, uint32[n, 2]; the state; n gradients; and n parameters if
+    and the index of its first element, uint32[n, 2]; the state; n updates; and n parameters if
     the program reads them. Its results are the next state; n updates if the program returns them;
     and n parameters if it moves them.
     """

@@ -105,7 +105,7 @@ def scale_by_moments(
     averages = Averages.of(b1, b2, eps, eps_root)
 
     def scalars(count: jax.Array, *_: Any) -> Scalars:
-        return (averages.at(count), averages.ahead(count) if nesterov else None), {}
+        return (averages.at_step(count), averages.ahead(count) if nesterov else None), {}
 
     name, formula, decays = "scale_by_moments", formulas.ratio, averages.decays
     return from_moments(name, formula, moments, scalars, decays=decays, seed=seed)
@@ -146,7 +146,7 @@ def scale_by_max_moments(
     name, formula = "scale_by_max_moments", formulas.max_ratio
 
     def scalars(count: jax.Array, *_: Any) -> Scalars:
-        return (averages.at(count) if corrected else averages,), {}
+        return (averages.at_step(count) if corrected else averages,), {}
 
     return from_moments(name, formula, moments, scalars, **more)
 

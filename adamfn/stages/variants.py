@@ -70,7 +70,7 @@ def scale_by_nesterov_moments(
         now, complement = momentum(count)
         ahead, product = momentum(increment(count))[0], state.mu_product * now
         of_mu, of_g = ahead / (1 - product * ahead), complement / (1 - product)
-        return (averages.at(count), of_mu, of_g), {"mu_product": product}
+        return (averages.at_step(count), of_mu, of_g), {"mu_product": product}
 
     start, decays = {"mu_product": lambda: jnp.ones((), float)}, (NO_DECAY, averages.b2)
     more = {"start": start, "state": ScaleByNesterovMomentsState, "decays": decays}
@@ -115,7 +115,7 @@ def scale_by_rectified_moments(
         raise ValueError(f"threshold is {threshold}; expected 4 at least: below, r is not real.")
 
     def scalars(count: jax.Array, *_: Any) -> Scalars:
-        at, rho = averages.at(count), _gradients_in(averages.b2, count)
+        at, rho = averages.at_step(count), _gradients_in(averages.b2, count)
         rectification = jnp.where(rho > threshold, _rectification(rho, averages.b2), 0)
         untrusted = jax.lax.rsqrt(averages.b2.bias(count))
         ahead = averages.ahead(count) if nesterov else None
@@ -193,7 +193,7 @@ def scale_by_lazy_moments(
     averages, moments = Averages.of(b1, b2, eps, eps_root), _stored_by_rows(moments)
 
     def scalars(count: jax.Array, *_: Any) -> Scalars:
-        return (averages.at(count)._replace(eps=averages.eps),), {}
+        return (averages.at_step(count)._replace(eps=averages.eps),), {}
 
     name, formula, decays = "scale_by_lazy_moments", formulas.lazy_ratio, averages.decays
     return from_moments(
