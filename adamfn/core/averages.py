@@ -54,7 +54,7 @@ class Averages(NamedTuple):
     b1: Decay
     b2: Decay
     eps: chex.Numeric
-    """Added to the root of nu: in units of the corrected root, after `at_step` of the uncorrected."""
+    """Added to the root of nu: in units of the corrected root, after `at_step` of the other."""
     eps_root: chex.Numeric
     """Added to nu under the root, likewise."""
 
