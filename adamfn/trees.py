@@ -54,6 +54,23 @@ def matching_leaves(
     return others
 
 
+def check_swapped(call: str, state: PyTree, other: PyTree) -> None:
+    """Raises a TypeError if a state is where something else should be, and the reverse.
+
+    `call` says the right order, such as `update(updates, state, params)`.
+    """
+    if holds_state(other) and not holds_state(state):
+        raise TypeError(
+            f"{call}: found {describe(state)} in place of the state; expected this order."
+        )
+
+
+def holds_state(tree: Any) -> bool:
+    """Whether a tree is a state of ours, or a tuple with one."""
+    ours = type(tree).__module__.startswith("adamfn.") and hasattr(tree, "_fields")
+    return ours or (type(tree) is tuple and any(map(holds_state, cast("tuple[Any]", tree))))
+
+
 def as_array(leaf: Any) -> Any:
     """A leaf as JAX has it: a number or an array of NumPy's as an array of JAX's."""
     foreign = isinstance(leaf, np.ndarray | np.generic | float | complex)

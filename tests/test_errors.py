@@ -12,6 +12,9 @@ import optax
 import pytest
 
 import adamfn
+from adamfn import interop
+from adamfn.interop.optax import from_state, to_state
+from adamfn.interop.torch import to_state_dict
 from adamfn.trees import shown
 
 PACKAGE = Path(adamfn.__file__).parent
@@ -667,3 +670,21 @@ def test_an_integer_under_optax_masked(jitted):
         np.testing.assert_allclose(moved["w"], 0.5, rtol=1e-6)
         np.testing.assert_array_equal(moved["n"], expected)
         assert moved["n"].dtype == params["n"].dtype
+
+
+def test_swapped_arguments_are_named():
+    narrow = jax.tree.map(jnp.bfloat16, PARAMS)
+    tx, plain = adamfn.chain(adamfn.adam(), adamfn.round_weights()), adamfn.adam()
+    state, theirs = plain.init(PARAMS), optax.adam(0.1).init(PARAMS)
+    groups = [{"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "params": [0]}]
+    like = {"state": {}, "param_groups": groups}
+    for call, says in (
+        (lambda: adamfn.whole_weights(tx.init(narrow), narrow), "whole_weights(params, state): "),
+        (lambda: interop.restore(state, [{}, {}]), "restore(tree, into): "),
+        (lambda: interop.carry_over(plain, PARAMS, state), "carry_over(tx, state, params): "),
+        (lambda: to_state_dict(like, state), "to_state_dict(state, like): "),
+        (lambda: from_state(state, theirs), "from_state(state, like): found a ScaleByMomentsS"),
+        (lambda: to_state(theirs, state), "to_state(state, like): found a ScaleByAdamState in st"),
+    ):
+        with refused(TypeError, says):
+            call()

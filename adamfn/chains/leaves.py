@@ -1,7 +1,7 @@
 """The trees of a run of stages, leaf by leaf: parameters, gradients and states."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from adamfn.trees import (
     check_inexact,
     check_values,
     describe,
+    holds_state,
     matching_leaves,
 )
 
@@ -51,14 +52,9 @@ def check_call(call: str, updates: PyTree, state: PyTree, params: PyTree) -> Non
     """
     caller = call.split("(")[0]
     for name, tree in (("gradients", updates), ("params", params)):
-        if _holds_state(tree):
+        if holds_state(tree):
             raise TypeError(f"{caller}: found a state in the place of {name}; expected {call}.")
     check_values(caller, updates=updates, state=state, params=params)
-
-
-def _holds_state(tree: PyTree) -> bool:
-    ours = type(tree).__module__.startswith("adamfn.") and hasattr(tree, "_fields")
-    return ours or (type(tree) is tuple and any(map(_holds_state, cast("tuple[Any]", tree))))
 
 
 def first_states(stages: Sequence[Stage], params: PyTree) -> list[PyTree]:

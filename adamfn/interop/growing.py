@@ -11,7 +11,7 @@ from adamfn.chains.leaves import way_out
 from adamfn.chains.transform import GradientTransformation, Transformation, check_transformation
 from adamfn.formats.arrangement import holds_moments, kept_leaves, leaf_fields, scales_key
 from adamfn.interop.states import moment_states
-from adamfn.trees import PyTree, check_inexact, describe, leaves_by_path, path_name
+from adamfn.trees import PyTree, check_inexact, check_swapped, describe, leaves_by_path, path_name
 
 
 class CarriedOver(NamedTuple):
@@ -70,6 +70,7 @@ def carry_over(
     [-0.1 -0.1 -0.1]
     """
     check_transformation("carry_over: the first argument", tx)
+    check_swapped("carry_over(tx, state, params)", state, params)
     check_inexact(params, "carry_over: params")
     before = _shapes(state)
     leaves = leaves_by_path(params)

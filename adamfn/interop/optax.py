@@ -38,7 +38,7 @@ def from_state(state: PyTree, like: PyTree) -> PyTree:
     >>> print(state[0].count, state[0].mu["w"])
     1 [0.1 0.1]
     """
-    return _move("from_state", state, like)
+    return _move("from_state", state, like, to="ScaleByMomentsState")
 
 
 def to_state(state: PyTree, like: PyTree) -> PyTree:
@@ -57,12 +57,18 @@ def to_state(state: PyTree, like: PyTree) -> PyTree:
     >>> print(type(state[0]).__name__, state[0].count, state[0].mu["w"])
     ScaleByAdamState 1 [0.1 0.1]
     """
-    return _move("to_state", state, like)
+    return _move("to_state", state, like, to="ScaleByAdamState")
 
 
-def _move(caller: str, state: PyTree, like: PyTree) -> PyTree:
+def _move(caller: str, state: PyTree, like: PyTree, to: str) -> PyTree:
     source = _adam_moments(f"{caller}: state", state)
     target = _adam_moments(f"{caller}: like", like)
+    kinds = [type(next(iter(side.values())).node).__name__ for side in (source, target)]
+    if kinds[0] == to != kinds[1]:
+        raise TypeError(
+            f"{caller}(state, like): found a {kinds[0]} in state and a {kinds[1]} in like; expected"
+            " the reverse."
+        )
     for path in sorted({**source, **target}):
         for field in ("mu", "nu"):
             a, b = (side[path].kept[field] if path in side else None for side in (source, target))

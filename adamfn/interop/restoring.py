@@ -9,7 +9,7 @@ from jax.core import Tracer
 from jax.tree_util import keystr
 
 from adamfn.formats.arrangement import holds_moments, kept_leaves, scales_key
-from adamfn.trees import PyTree, describe, path_name
+from adamfn.trees import PyTree, check_swapped, describe, path_name
 
 
 def restore(tree: PyTree, into: PyTree) -> PyTree:
@@ -38,6 +38,7 @@ def restore(tree: PyTree, into: PyTree) -> PyTree:
     >>> print(type(state[0]).__name__, state[0].count, state[0].mu["w"])
     ScaleByMomentsState 1 [0.1 0.1]
     """
+    check_swapped("restore(tree, into)", into, tree)
     found = {
         path_name(path).removesuffix("/value"): leaf
         for path, leaf in jax.tree.leaves_with_path(tree)

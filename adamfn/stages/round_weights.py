@@ -10,7 +10,7 @@ from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core.stage import EmptyState, Stage, exported_state
 from adamfn.core.weights import Weights
-from adamfn.trees import PyTree, describe, matching_leaves, path_name, shown
+from adamfn.trees import PyTree, check_swapped, describe, matching_leaves, path_name, shown
 
 
 @exported_state
@@ -79,6 +79,7 @@ def whole_weights(params: PyTree, state: PyTree) -> PyTree:
     >>> print(params, adamfn.whole_weights(params, state))
     1 1.001
     """
+    check_swapped("whole_weights(params, state)", state, params)
     found: dict[Any, Any] = {}
     for node in rounding_states(state):
         found |= dict(jax.tree.leaves_with_path(node.correction))

@@ -23,7 +23,15 @@ from adamfn.interop.torch.parameters import (
     parameters_of,
     with_plain_moments,
 )
-from adamfn.trees import PyTree, check_inexact, describe, leaves_by_path, shown, wide_dtype
+from adamfn.trees import (
+    PyTree,
+    check_inexact,
+    check_swapped,
+    describe,
+    leaves_by_path,
+    shown,
+    wide_dtype,
+)
 
 
 def from_state_dict(
@@ -153,6 +161,7 @@ def to_state_dict(
     >>> print(*state_dict["state"][0], state_dict["state"][0]["step"])
     step exp_avg exp_avg_sq 1.0
     """
+    check_swapped("to_state_dict(state, like)", state, like)
     moments = find_moments("to_state_dict: state", state)
     parameters = parameters_of(like)
     entries = {p.key: dict(p.state) for p in parameters if p.state}
