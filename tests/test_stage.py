@@ -165,16 +165,19 @@ def test_nothing_is_rounded_between_joined_stages():
     ("stage", "message"),
     [
         (lambda: adamfn.Stage("x", "no function"), "Stage x: formula is 'no function'; expected"),
-        (lambda: adamfn.Stage("x", Unhashable()), "Stage x: formula is .*, which cannot be hashed"),
-        (lambda: adamfn.Stage("x", agree, reads=("weights",)), "reads has 'weights'; expected"),
+        (
+            lambda: adamfn.Stage("x", Unhashable()),
+            "Stage x: formula is .*; expected one that can be hashed",
+        ),
+        (lambda: adamfn.Stage("x", agree, reads=("weights",)), "reads is .*'weights'.*; expected"),
         (lambda: adamfn.Stage("x", agree, state=dict), "state is <class 'dict'>; expected a Named"),
         (
             lambda: adamfn.Stage("x", agree, keeps={"slow": jnp.zeros_like}),
-            r"its state EmptyState has the fields \(none\); expected slow",
+            "state is .*EmptyState'>; expected the fields slow, those of",
         ),
         (
             lambda: adamfn.Stage("x", agree, moments="8bit"),
-            "moments is '8bit', and it keeps nothing; expected mu and nu",
+            "moments is '8bit'; expected 'float32', or mu and nu in",
         ),
         (lambda: adamfn.Stage("x", agree, moments="9bit"), "moments is '9bit'; expected one of"),
         (lambda: adamfn.from_stage(agree), "from_stage: the argument is <function agree"),

@@ -69,8 +69,8 @@ class Stage:
         are float32 at least, and complex for complex leaves.
       reads: arrays that it needs besides the updates u: `"params"`; `"grads"`, the gradient as the
         stage of moments before it was given it (or as it entered the run, if the stages before it
-        keep other averages); `"mu"` and
-        `"nu"`, the moments after this step; `"noise"`, a random uint32 for each element.
+        keep other averages); `"mu"` and `"nu"`, the moments after this step; `"noise"`, a random
+        uint32 for each element.
       keeps: arrays that it keeps of each leaf: by field of its state, a function of the parameter
         that makes the first one, such as `jnp.zeros_like`.
       scalars: a function `(count, state, extra) -> (scalars, remembered)` of the step (1 at the
@@ -124,47 +124,26 @@ class Stage:
 
     def __post_init__(self) -> None:
         """Checks that its parts fit each other."""
-        for part in ("formula", "scalars"):
-            if not callable(getattr(self, part)):
-                raise TypeError(
-                    f"Stage {self.name}: {part} is {shown(getattr(self, part))}; expected a"
-                    " function."
-                )
-        try:
-            hash(self.formula)
-        except TypeError as error:
-            raise TypeError(
-                f"Stage {self.name}: formula is {shown(self.formula)}, which cannot be hashed;"
-                " expected a function of a module, as compiled programs are kept by it."
-            ) from error
-        for read in self.reads:
-            if read not in _READS:
-                raise ValueError(
-                    f"Stage {self.name}: reads has {shown(read)}; expected any of 'params',"
-                    " 'grads', 'mu', 'nu' and 'noise'."
-                )
-        fields = getattr(self.state, "_fields", None)
-        if fields is None:
-            raise TypeError(
-                f"Stage {self.name}: state is {shown(self.state)}; expected a NamedTuple with a"
-                f" field for each of {', '.join(self.keeps) or 'the values that it remembers'}."
-            )
-        expected, found = {*self.keeps, *self.start}, {*fields} - _SPECIAL
-        if expected != found:
-            raise ValueError(
-                f"Stage {self.name}: its state {self.state.__name__} has the fields"
-                f" {', '.join(sorted(found)) or '(none)'}; expected"
-                f" {', '.join(sorted(expected)) or 'none'}, one for each of `keeps` and `start`,"
-                " and optionally `count` and `scales`."
-            )
         check_seed(self.seed)
         object.__setattr__(self, "moments", check_moments(self.moments))
-        if self.moments != "float32" and not self.has_moments:
-            raise ValueError(
-                f"Stage {self.name}: moments is {shown(self.moments)}, and it keeps"
-                f" {', '.join(self.keeps) or 'nothing'}; expected mu and nu as the first two of"
-                " `keeps`, and a field `scales` in its state."
-            )
+        fields: Any = getattr(self.state, "_fields", None)
+        expected, found = {*self.keeps, *self.start}, {*(fields or ())} - _SPECIAL
+        stores = self.moments == "float32" or (fields and self.has_moments)
+        names = ", ".join(sorted(expected)) or "none"
+        for part, fits, wanted in (
+            ("formula", callable(self.formula), "a function"),
+            ("formula", _has_hash(self.formula), "one that can be hashed: a function of a module"),
+            ("scalars", callable(self.scalars), "a function"),
+            ("reads", {*self.reads} <= {*_READS}, f"any of {', '.join(map(repr, _READS))}"),
+            ("state", fields is not None, f"a NamedTuple with the fields {names}"),
+            ("state", found == expected, f"the fields {names}, those of `keeps` and `start`"),
+            ("moments", stores, "'float32', or mu and nu in `keeps`, and `scales` in the state"),
+        ):
+            if not fits:
+                mistyped = fields is None or part in ("formula", "scalars")
+                raise (TypeError if mistyped else ValueError)(
+                    f"Stage {self.name}: {part} is {shown(getattr(self, part))}; expected {wanted}."
+                )
 
     @property
     def counts(self) -> bool:
@@ -181,6 +160,14 @@ class Stage:
     def has_moments(self) -> bool:
         """Whether the arrays that it keeps can be stored in a format."""
         return tuple(self.keeps)[:2] == ("mu", "nu") and "scales" in self.state._fields
+
+
+def _has_hash(formula: Any) -> bool:
+    try:
+        hash(formula)
+    except TypeError:
+        return False
+    return True
 
 
 def zeros(leaf: Any) -> jax.Array:

@@ -89,7 +89,8 @@ def add_decayed_weights(
 
     Just before `scale_by_lr` it is AdamW's decoupled decay, which shrinks parameters by
     $\alpha\lambda$ a step. Before `scale_by_moments` it is an L2 penalty, as in torch's
-    `Adam(weight_decay=...)`. After `scale_by_lr` it would make parameters grow, and is refused.
+    `Adam(weight_decay=...)`. After `scale_by_lr` it would make parameters grow, and is refused;
+    under `optax.chain`, where it cannot see the rate before it, it is not: use `adamfn.chain`.
 
     Sources: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2
     (arXiv 1711.05101); Chen et al., Cautious Weight Decay, 2025, algorithm 1 (arXiv 2510.12402).
@@ -147,7 +148,8 @@ def add_corrected_decay(
     rate as the peak.
 
     weight_decay and mask are as in `add_decayed_weights`, the rate is that of `scale_by_lr`
-    (`update(..., learning_rate=x)` wins over both), and the peak, $\alpha_\text{max}$, is above 0.
+    (`update(..., learning_rate=x)` wins over both; a rate set in the state is `scale_by_lr`'s
+    alone), and the peak, $\alpha_\text{max}$, is above 0.
     In the paper the weights of normalized layers decay so. An output layer without a normalization
     decays as in AdamW, by an `add_decayed_weights` with the opposite mask.
 
