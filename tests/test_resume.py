@@ -148,7 +148,7 @@ def test_twenty_kills_during_a_save_leave_a_whole_checkpoint(tmp_path):
     assert unfinished >= 15, "most kills were to hit a save"
 
 
-WITH_CLIP = adamfn.chain(adamfn.scale_by_lr(1.0), adamfn.adamw(1e-3, moments="8bit"))
+WITH_CLIP = adamfn.chain(adamfn.clip_by_global_norm(1.0), adamfn.adamw(1e-3, moments="8bit"))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ WITH_CLIP = adamfn.chain(adamfn.scale_by_lr(1.0), adamfn.adamw(1e-3, moments="8b
             adamfn.formats.EightBit(128),
             ["0/scales/kernel/0/scale", "float32[64,1]", "float32[64,2]"],
         ),
-        ("8bit", WITH_CLIP, ["0/learning_rate", "nothing"]),
+        ("8bit", WITH_CLIP, ["0/grad_norm", "nothing"]),
         ("8bit", adamfn.adam(moments="8bit"), ["2/learning_rate", "nothing"]),
         ("8bit", adamfn.amsgrad(moments="8bit"), ["0/nu_max"]),
     ],
