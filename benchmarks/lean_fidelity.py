@@ -109,7 +109,7 @@ def short(x: float) -> str:
 
 
 def draw(rows: dict, path: Path) -> None:
-    """One line for each storage and each of two panels: what the cosine lacks, and the length."""
+    """A row for each storage: its update's angle and its length's error, on logarithmic axes."""
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -119,7 +119,7 @@ def draw(rows: dict, path: Path) -> None:
     )
     measures = {
         "angle to float32's update, degrees": lambda c: np.degrees(np.arccos(min(1, c["cosine"]))),
-        "length, relative to float32's": lambda c: c["relative_length"],
+        "error of the length, relative to float32's": lambda c: abs(c["relative_length"] - 1),
     }
     styles = dict(zip(DECADES, (("#8fbbe8", "o"), ("#1f6fb4", "s"), ("#b3361e", "D")), strict=True))
     for panel, (label, measure) in zip(axes, measures.items(), strict=True):
@@ -131,9 +131,9 @@ def draw(rows: dict, path: Path) -> None:
         panel.set_ylim(-0.6, len(names) - 0.4)
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-    axes[0].set_xlim(left=0)
-    axes[1].set_xscale("log")
-    axes[1].axvline(1, color="#444444", linewidth=1, zorder=0)
+        panel.set_xscale("log")
+    axes[0].set(xlim=(0.5, 100), xticks=(1, 3, 10, 30, 90), xticklabels=(1, 3, 10, 30, 90))
+    axes[0].minorticks_off()
     handles, labels = axes[0].get_legend_handles_labels()
     labels = [f"scales span {label}" for label in labels]
     figure.legend(handles, labels, loc="outside upper center", ncols=len(DECADES), frameon=False)

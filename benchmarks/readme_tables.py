@@ -22,7 +22,7 @@ from accelerator_tables import (
 )
 from gpu_tables import gpu_measured_on, gpu_speed
 from step_tables import step_cost, step_goals, step_limits, step_speed, step_variants
-from why_table import why
+from why_table import why, why_at_home
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -196,6 +196,7 @@ TABLES = {
         accelerators_gpu,
         accelerators_mesh,
     ),
+    "docs/index.md": (why_at_home,),
     "docs/benchmarks.md": (
         measured_on,
         exactness,
@@ -235,9 +236,11 @@ def main(argv: list[str] | None = None) -> None:
         if not args.check:
             page.write_text(drawn)
     if not args.check:
-        import accelerator_picture  # matplotlib is for these alone
+        import accelerator_picture  # only these need matplotlib
         import step_picture
+        import why_picture
 
+        why_picture.draw(ROOT / "docs" / "why.png")
         for draw, name in (
             (step_picture.draw, "step_speed"),
             (accelerator_picture.draw, "accelerators"),

@@ -28,10 +28,11 @@ console.log(JSON.stringify(formulas.map(render)));
 def on_files(files, config):
     """Adds a page for each example, the notebook with its pictures, and KaTeX's style."""
     for path in sorted((ROOT / "examples").glob("*.py")):
-        page = f"# {path.name}\n\n~~~~python\n{path.read_text()}~~~~\n"
+        page = f"---\nhide: [toc]\n---\n\n# {path.name}\n\n~~~~python\n{path.read_text()}~~~~\n"
         files.append(File.generated(config, f"examples/{path.stem}.md", content=page))
     for path in sorted((ROOT / "examples").glob("*.ipynb")):
         page, pictures = _notebook(path)
+        page = f"---\nhide: [navigation]\n---\n\n{page}"
         files.append(File.generated(config, f"examples/{path.stem}.md", content=page))
         for name, content in pictures.items():
             files.append(File.generated(config, f"examples/{name}", content=content))

@@ -1,8 +1,8 @@
 """Opens every page of `site/` in a browser, at desktop and phone width, and keeps pictures of them.
 
-It fails where a page is wider than its window, a formula or a picture is missing, the search finds
-nothing, or what the copy buttons of a page in `COPIED` give does not run. The browser is an
-installed Chromium or Chrome.
+It fails where a page is wider than its window, code is cut off, a formula or a picture is missing,
+a long page has no table of contents that leads through it, the search finds nothing, or what the
+copy buttons of a page in `COPIED` give does not run. The browser is an installed Chromium or Chrome.
 
     python website/screenshots.py            # every page, to out/site
     python website/screenshots.py stages     # those with `stages` in their addresses
@@ -25,7 +25,7 @@ WIDTHS = {"desktop": 1280, "phone": 390}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 COPIED = ("", "coming_from_optax", "api/recipes")
 FAULTS = r"""
-() => {
+([desktop, first, listed]) => {
   const faults = [];
   const wide = document.documentElement.scrollWidth - window.innerWidth;
   if (wide > 0) faults.push(`${wide} pixels wider than the window`);
@@ -35,6 +35,17 @@ FAULTS = r"""
   for (const element of prose.querySelectorAll("pre, code, .katex")) element.remove();
   const left = prose.textContent.match(/\$\$|\\[()[\]]|\$[^$]*\\[a-z]+[^$]*\$/);
   if (left) faults.push(`a formula that is not rendered: ${left[0]}`);
+  for (const code of document.querySelectorAll("pre > code"))
+    if (code.scrollWidth > code.clientWidth + 1 && (desktop || first))
+      faults.push(`code is cut off: ${code.textContent.trim().slice(0, 40)}`);
+  const marks = [...document.querySelectorAll(".md-sidebar--secondary .md-nav__link")]
+    .map(link => document.getElementById(decodeURIComponent(link.hash.slice(1))))
+    .filter(mark => mark)
+    .map(mark => mark.getBoundingClientRect().top + window.scrollY);
+  const tops = [0, ...marks, document.documentElement.scrollHeight];
+  const gap = Math.max(...tops.slice(1).map((top, k) => top - tops[k]));
+  if (desktop && listed && tops.at(-1) > 6000 && gap > 3000)
+    faults.push(`${tops.at(-1)} pixels high, ${gap} of them without an entry in the table of contents`);
   return faults;
 }
 """
@@ -90,7 +101,8 @@ def main():
             tab = browser.new_page(viewport={"width": width, "height": 900})
             for page in pages:
                 tab.goto(f"{address}/{page}/")
-                faults += [f"{page} ({name}): {fault}" for fault in tab.evaluate(FAULTS)]
+                kind = [name == "desktop", not page.parts, page.parts[:1] != ("examples",)]
+                faults += [f"{page} ({name}): {fault}" for fault in tab.evaluate(FAULTS, kind)]
                 picture = str(page).replace("/", "-") if page.parts else "index"
                 tab.screenshot(path=args.out / f"{picture}-{name}.png", full_page=True)
             tab.goto(f"{address}/", wait_until="networkidle")
