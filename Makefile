@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .PHONY: help demo test test-peers test-accelerators test-accelerators-quick test-gpu lint format bench
-.PHONY: bench-lean bench-accelerators bench-gpu wheel test-wheel test-lowest docs docs-html
+.PHONY: bench-lean bench-accelerators bench-gpu wheel addresses build-wheel test-wheel test-lowest docs docs-html
 .PHONY: screenshots notebook clean
 
 help:
@@ -17,7 +17,7 @@ help:
 	@echo "make test-gpu  the kernels on the GPU at hand (installs JAX for CUDA)"
 	@echo "make test-lowest  the core's tests with the lowest jax and chex that pyproject.toml allows"
 	@echo "             (the newest: make test PYTHON=python3.13, since jax 0.11 and later need 3.12)"
-	@echo "make wheel   wheel and sdist, in dist/"
+	@echo "make wheel   wheel and sdist, in dist/; an error while OWNER stands for the repository's owner"
 	@echo "make test-wheel  install the wheel where there is nothing else, and take steps with it"
 	@echo "make docs    the site, in site/; a broken link or reference and a snippet that fails are errors"
 	@echo "make docs-html  the site alone, without running its snippets"
@@ -60,12 +60,19 @@ test-accelerators-quick:
 test-gpu: $(VENV)-cuda/.cuda
 	$(VENV)-cuda/bin/python -m pytest -q tests/gpu $(ARGS)
 
-wheel: $(VENV)/.dev
+# A release names its repository; one that is only tested need not.
+wheel: addresses build-wheel
+
+addresses:
+	@! grep -n OWNER pyproject.toml README.md CITATION.cff || { echo "make wheel: replace OWNER in these \
+	lines by the owner of the repository on GitHub. make test-wheel tests without."; exit 1; }
+
+build-wheel: $(VENV)/.dev
 	rm -rf dist
 	$(BIN)/python -m build --quiet
 	$(BIN)/python -m twine check --strict dist/*
 
-test-wheel: wheel
+test-wheel: build-wheel
 	$(BIN)/python -m pytest -q tests/package $(ARGS)
 
 # The formulas are rendered while the site is built, by KaTeX, which npm's registry must send once.

@@ -27,7 +27,9 @@ def why() -> str:
         traced(),
     ]
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join(["| what you gain | adamfn | others | evidence |", "|---|---|---|---|", *lines])
+    return "\n".join(
+        ["| what you gain | adamfn | others | evidence |", "|---|---|---|---|", *lines]
+    )
 
 
 def why_at_home() -> str:

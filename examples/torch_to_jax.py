@@ -175,7 +175,9 @@ def main(argv: list[str] | None = None) -> tuple[np.ndarray, list[float]]:
     """Takes over the run, prints and draws it; returns the losses of torch and adamfn."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", action="store_true", help="train in torch (needs torch)")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="where the picture goes")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out"), help="a folder, or a picture's name"
+    )
     arguments = parser.parse_args(argv)
     if arguments.record:
         with console.status("torch trains"):
@@ -192,8 +194,9 @@ def main(argv: list[str] | None = None) -> tuple[np.ndarray, list[float]]:
         here = f"{ours[step - TAKEN_OVER - 1]:.6f}" if after else "taken over after this"
         table.add_row(str(step), f"{theirs[step - 1]:.6f}", here)
     console.print(table)
-    draw(theirs, ours, arguments.out / "torch_to_jax.png")
-    console.print(f"Both losses are drawn to {arguments.out / 'torch_to_jax.png'}.")
+    picture = arguments.out if arguments.out.suffix else arguments.out / "torch_to_jax.png"
+    draw(theirs, ours, picture)
+    console.print(f"Both losses are drawn to {picture}.")
     return theirs, ours
 
 

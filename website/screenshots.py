@@ -1,8 +1,8 @@
 """Opens every page of `site/` in a browser, at desktop and phone width, and keeps pictures of them.
 
 It fails where a page is wider than its window, code is cut off, a formula or a picture is missing,
-a long page has no table of contents that leads through it, the search finds nothing, or what the
-copy buttons of a page in `COPIED` give does not run. The browser is an installed Chromium or Chrome.
+a long page has no table of contents that leads through it, the search finds nothing, or what copy
+buttons give does not run. The browser is an installed Chromium or Chrome.
 
     python website/screenshots.py            # every page, to out/site
     python website/screenshots.py stages     # those with `stages` in their addresses
@@ -45,7 +45,7 @@ FAULTS = r"""
   const tops = [0, ...marks, document.documentElement.scrollHeight];
   const gap = Math.max(...tops.slice(1).map((top, k) => top - tops[k]));
   if (desktop && listed && tops.at(-1) > 6000 && gap > 3000)
-    faults.push(`${tops.at(-1)} pixels high, ${gap} of them without an entry in the table of contents`);
+    faults.push(`${tops.at(-1)} pixels high, ${gap} of them without an entry in the contents`);
   return faults;
 }
 """

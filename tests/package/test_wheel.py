@@ -1,6 +1,7 @@
 """What `make wheel` built, installed where there is nothing else (`make test-wheel`)."""
 
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -15,6 +16,7 @@ PACKAGE = {
     for path in (ROOT / "adamfn").rglob("*")
     if path.is_file() and path.suffix not in (".pyc", ".so", ".cc", ".h")
 }
+VERSION = re.search(r'__version__ = "(.*)"', (ROOT / "adamfn" / "__init__.py").read_text())[1]
 LIBRARY = "adamfn/backends/cpu/adamfn_native.so"
 STEPS = """
 import json, sys
@@ -77,12 +79,16 @@ def test_the_wheel_is_for_this_platform_and_every_python():
     assert platform != "any"
 
 
-def test_an_index_shows_the_readme_without_links_into_the_repository():
+def test_an_index_shows_the_readme_with_links_to_the_repository():
     wheel = zipfile.ZipFile(built("*.whl"))
     (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     shown = wheel.read(name).decode()
     assert "## The chain and its formulas" in shown
-    assert "](" not in shown
+    links = re.findall(r"\]\(([^)]*)\)", shown)
+    assert links
+    assert all(link.startswith("https://") for link in links)
+    assert f"/v{VERSION}/docs/why.png)" in shown
+    assert "pip install adamfn\n" in shown
 
 
 def test_the_sdist_has_what_tests_and_documentation_need():
@@ -91,7 +97,7 @@ def test_the_sdist_has_what_tests_and_documentation_need():
     assert names >= PACKAGE
     assert {"pyproject.toml", "README.md", "LICENSE", "Makefile", "CHANGELOG.md"} <= names
     assert {"docs/stages.md", "examples/digits.py", "tests/test_stage.py"} <= names
-    assert {"mkdocs.yml", "website/hooks.py"} <= names
+    assert {"mkdocs.yml", "website/hooks.py", "conftest.py", ".ci/run"} <= names
     assert {"cmake/CMakeLists.txt", "adamfn/backends/cpu/handler.cc"} <= names
     assert LIBRARY not in names
 
