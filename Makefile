@@ -23,7 +23,7 @@ help:
 	@echo "make docs-html  the site alone, without running its snippets"
 	@echo "make screenshots  look at the site with an installed Chromium, at desktop and phone width, and"
 	@echo "             run what its copy buttons give"
-	@echo "make notebook  run the notebook of examples/, and keep its outputs in it"
+	@echo "make notebook  run the notebooks of examples/, and keep their outputs in them"
 	@echo "make lint    ruff and pyright"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make bench   measure exactness, tracing and a step's speed, beside optax and torch, and draw"

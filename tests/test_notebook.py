@@ -1,9 +1,12 @@
-"""The notebook runs, and prints what is committed with it."""
+"""The notebooks run, and print what is committed with them."""
 
 import contextlib
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,26 @@ def test_it_prints_what_is_committed(printed):
         expected = [float(number) for number in NUMBER.findall(committed(cell))]
         # Printed digits, of which the last may differ from machine to machine.
         assert found == pytest.approx(expected, rel=1e-5, abs=0.011 if "distance" in text else 2e-6)
+
+
+@pytest.mark.parametrize("name", ["a_torch_run_taken_over", "lean_transformer_on_a_mesh"])
+def test_it_prints_what_is_committed_in_a_process_with_its_devices(name):
+    path = NOTEBOOK.with_name(f"{name}.ipynb")
+    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    ran = subprocess.run(
+        [sys.executable, "-c", "\n".join("".join(cell["source"]) for cell in cells)],
+        env={**os.environ, "MPLBACKEND": "agg", "PYTHONPATH": str(NOTEBOOK.parent.parent)},
+        cwd=path.parent,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert ran.stdout == "".join(map(committed, cells))
+    assert [
+        number for number, cell in enumerate(cells, 1) if cell["execution_count"] != number
+    ] == []
+    drawn = [out for cell in cells for out in cell["outputs"] if "image/png" in out.get("data", {})]
+    assert len(drawn) == sum("plt.show()" in "".join(cell["source"]) for cell in cells)
 
 
 def test_its_losses_are_the_ones_beside_them():

@@ -1,4 +1,4 @@
-"""The pages of `docs/family/`: from the fields at the top of each, by one template.
+r"""The pages of `docs/family/`: from the fields at the top of each, by one template.
 
 A page's fields are its title, purpose, algorithm (KaTeX, with `\diff{...}` around what differs from
 Adam), b2, eps, rate, torch, optax, paper, and the optimizer as an expression of `moments`. Below
@@ -18,8 +18,8 @@ TEMPLATE = r"""# {title}
 
 ## Algorithm
 
-m and v begin at zero; g is the gradient at step t, p the parameter, $\alpha$ the learning rate. What differs from
-[Adam](adam.md) is in colour.
+m and v begin at zero; g is the gradient at step t, p the parameter, $\alpha$ the learning rate.
+What differs from [Adam](adam.md) is in colour.
 
 $$
 \begin{{aligned}}

@@ -67,7 +67,7 @@ def _notebook(path):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Leads links to examples to their pages, and draws those of `docs/family/` by their template."""
+    """Leads links to examples to their pages, and draws the pages of `docs/family/`."""
     if page.file.src_uri.startswith("family/"):
         markdown = family.page(markdown, page.meta)
     return re.sub(r"\]\(\.\./examples/(\w+)\.(?:py|ipynb)\)", r"](examples/\1.md)", markdown)
