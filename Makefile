@@ -64,7 +64,7 @@ test-gpu: $(VENV)-cuda/.cuda
 wheel: addresses build-wheel
 
 addresses:
-	@! grep -n OWNER pyproject.toml README.md CITATION.cff || { echo "make wheel: replace OWNER in these \
+	@! grep -n OWNER pyproject.toml README.md CITATION.cff docs/index.md || { echo "make wheel: replace OWNER in these \
 	lines by the owner of the repository on GitHub. make test-wheel tests without."; exit 1; }
 
 build-wheel: $(VENV)/.dev

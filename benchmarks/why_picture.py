@@ -28,7 +28,7 @@ def draw(path: Path) -> None:
     for panel, values, title in zip(
         panels,
         ([wide, wide, wide, lean], times),
-        ("optimizer state, bytes per parameter", "a step of 268M parameters\non an H100, ms"),
+        ("optimizer state,\nbytes per parameter", "a step of 268M parameters\non an H100, ms"),
         strict=True,
     ):
         bars = panel.barh(list(COLORS), values, color=COLORS.values())

@@ -44,7 +44,7 @@ FAULTS = r"""
     .map(mark => mark.getBoundingClientRect().top + window.scrollY);
   const tops = [0, ...marks, document.documentElement.scrollHeight];
   const gap = Math.max(...tops.slice(1).map((top, k) => top - tops[k]));
-  if (desktop && listed && tops.at(-1) > 6000 && gap > 3000)
+  if (desktop && listed && tops.at(-1) > 6000 && gap > 4000)
     faults.push(`${tops.at(-1)} pixels high, ${gap} of them without an entry in the contents`);
   return faults;
 }
