@@ -1,6 +1,6 @@
 """Pallas kernels: interpreted on CPU beside XLA's program, and lowered for GPU and TPU."""
 
-import sys
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
@@ -15,7 +15,8 @@ from programs import call_of
 import adamfn
 from adamfn import formats
 from adamfn.backends import chunks, kernels
-from adamfn.backends import gpu as triton
+from adamfn.backends.gpu import mosaic as gpu_mosaic
+from adamfn.backends.gpu import triton
 from adamfn.backends.tile import means_in
 from adamfn.backends.tpu import kernel as mosaic
 from adamfn.backends.xla import run_call
@@ -61,10 +62,10 @@ def counted(monkeypatch):
     """The shapes that kernels were made for from here on."""
     shapes, choose = [], kernels.kernel_for
 
-    def kernel_for(call, avals, platform, *, asked):
-        kernel = choose(call, avals, platform, asked=asked)
+    def kernel_for(*args, asked):
+        kernel = choose(*args, asked=asked)
         if kernel is not None:
-            shapes.append(avals[-1].shape)
+            shapes.append(args[2][-1].shape)
         return kernel
 
     monkeypatch.setattr(kernels, "kernel_for", kernel_for)
@@ -170,6 +171,8 @@ MEANS = [
         (triton, "4bit", (3, 2, 9, 300)),
         (triton, "8bit", (5000,)),
         (triton, "bfloat16", (77, 130)),
+        (gpu_mosaic, "8bit", (7, 768)),  # the second tile has two blocks that are left over
+        (gpu_mosaic, "4bit", (3, 2, 11, 384)),
         *MEANS,
     ],
 )
@@ -297,11 +300,13 @@ def test_kernels_divide_by_an_instruction_where_it_is_known(platform, lent):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "moments"), [*(pair[:2] for pair in MEANS[:1]), (triton, "4bit")]
+    ("kernel", "moments"),
+    [*(pair[:2] for pair in MEANS[:1]), (triton, "4bit"), (gpu_mosaic, "8bit")],
 )
 @pytest.mark.parametrize("taken", [True, False])
 def test_a_gate_skips_the_step(kernel, moments, taken):
-    p, g = np.float32(np.random.default_rng(0).standard_normal((2, 130, 300)))
+    shape = (2, 131, 320 if kernel is gpu_mosaic else 300)
+    p, g = np.float32(np.random.default_rng(0).standard_normal(shape))
     gate = adamfn.skip_outliers(["grad_norm"])
     call, operands = call_of(adamfn.chain(gate, adamfn.adamw(0.1, moments=moments)), g, p)
     operands[-2] = jnp.asarray(g) if taken else jnp.full_like(g, jnp.nan)
@@ -355,7 +360,7 @@ def test_chunks_are_the_whole_to_the_bit(monkeypatch, moments, shape):
     # As of a shard, which begins at an element of a leaf twice as wide.
     call = replace(call, strides=((*(2 * n for n in strides_of(shape)[:-1]), 1),))
     operands[2] = jnp.array([[0, 150]], jnp.uint32)
-    assert kernels.kernel_for(call, operands, "tpu", asked=True) is None
+    assert kernels.kernel_for((mosaic, triton), call, operands, "tpu", asked=True) is None
     assert chunks.can_run(call, operands)
     text = jax.jit(partial(chunks.run_leaf, call)).lower(*operands).as_text()
     assert "while" in text
@@ -398,16 +403,66 @@ def test_a_format_that_does_not_say_that_it_stores_rows_is_left_whole():
         assert "stablehlo.while" not in text
 
 
+def without_triton(monkeypatch):
+    find = kernels.find_spec
+    monkeypatch.setattr(kernels, "find_spec", lambda name: "triton" not in name and find(name))
+
+
 def test_a_jax_without_triton_has_its_other_kernels(monkeypatch):
-    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
-    monkeypatch.delattr("jax.experimental.pallas.triton")
-    for name in ("gpu", "kernels"):
-        monkeypatch.delitem(sys.modules, f"adamfn.backends.{name}")
-        monkeypatch.delattr(f"adamfn.backends.{name}")
+    without_triton(monkeypatch)
     params = jax.ShapeDtypeStruct((4096, 1024), jnp.float32)
     tx = adamfn.adam(moments="8bit")
-    assert "stablehlo.while" in lowered(tx, params, "cuda")  # in chunks
+    by_mosaic = gpu_mosaic.is_known()
+    text = lowered(tx, params, "cuda")
+    assert text.count("custom_call @mosaic_gpu") == by_mosaic
+    assert ("stablehlo.while" in text) != by_mosaic  # in chunks
+    assert "stablehlo.while" in lowered(tx, params, "rocm")
     assert "tpu_custom_call" in lowered(tx, params, "tpu")
+
+
+@pytest.mark.parametrize(("kind", "runs"), [("Tesla T4", "xla"), ("NVIDIA A100", "Triton")])
+def test_a_kernel_is_for_gpus_that_can_run_it(monkeypatch, kind, runs):
+    """XLA refuses Triton on a T4; LLVM ends the process where Mosaic's instructions are missing."""
+    monkeypatch.setitem(DEVICES, "cuda", {**DEVICES["cuda"], "device_kind": kind})
+    tx, params = adamfn.adam(moments="8bit"), jax.ShapeDtypeStruct((4096, 1024), jnp.float32)
+    tx = adamfn.with_backend(tx, "mosaic_gpu")
+    with jax.sharding.use_abstract_mesh(mesh_of("cuda")):
+        assert runs in str(adamfn.backend("gpu"))
+    text = lowered(tx, params, "cuda")
+    assert "mosaic_gpu" not in text
+    assert ("triton" in text) == (runs == "Triton")
+
+
+@pytest.mark.skipif(not gpu_mosaic.is_known(), reason="written for Mosaic GPU of jax 0.12")
+@pytest.mark.parametrize("moments", ["8bit", "4bit"])
+def test_mosaic_gpu_where_it_is_asked_for(moments):
+    """In place; for blocks that its warps do not divide, a second kernel takes the last ones."""
+    tx = adamfn.with_backend(adamfn.adamw(moments=moments), "mosaic_gpu")
+    for rows, kernels_of_it in ((64, 1), (63, 2)):
+        text = lowered(tx, jax.ShapeDtypeStruct((rows, 768), jnp.float32), "cuda")
+        assert text.count("custom_call @mosaic_gpu") == kernels_of_it
+    for shape in ((64, 300), (5003,)):  # a block that is not full: by Triton
+        text = lowered(tx, jax.ShapeDtypeStruct(shape, jnp.float32), "cuda")
+        assert "mosaic_gpu" not in text
+        assert "triton" in text
+
+
+def test_an_operation_that_no_kernel_knows_is_left_to_xla():
+    own = adamfn.from_stage(adamfn.Stage("psi", jax.lax.digamma))
+    tx = adamfn.chain(adamfn.scale_by_moments(moments="8bit"), own, adamfn.scale_by_lr(0.1))
+    for backend in ("auto", "mosaic_gpu"):
+        text = lowered(
+            adamfn.with_backend(tx, backend), jax.ShapeDtypeStruct((64, 768), jnp.float32), "cuda"
+        )
+        assert "triton" not in text
+        assert "mosaic_gpu" not in text
+
+
+def test_a_users_run_has_no_warnings_of_jax():
+    """Pallas' Triton is deprecated since jax 0.11."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lowered(adamfn.adam(moments="8bit"), jax.ShapeDtypeStruct((64, 768), jnp.float32), "cuda")
 
 
 def test_sharded_leaves_go_through_xla():
@@ -434,7 +489,7 @@ def test_vmap_and_jvp_go_through_the_reference():
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="'auto', 'xla', 'pallas'"):
+    with pytest.raises(ValueError, match="'auto', 'xla', 'pallas', 'mosaic_gpu'"):
         adamfn.with_backend(adamfn.adam(), "triton")
 
 

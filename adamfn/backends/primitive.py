@@ -1,5 +1,6 @@
 """A call of programs as a primitive of JAX, which each platform lowers in its own way."""
 
+import warnings
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
@@ -12,8 +13,9 @@ from adamfn.backends.xla import by_leaf, run_call
 from adamfn.core.program import Call
 from adamfn.core.varying import vary_together
 
-Backend = Literal["auto", "xla", "pallas"]
-"""What runs a program: the fastest known where it is lowered, plain XLA, or Pallas kernels."""
+Backend = Literal["auto", "xla", "pallas", "mosaic_gpu"]
+"""What runs a program: the fastest known where it is lowered, plain XLA, or Pallas kernels, on GPU
+those by Mosaic first."""
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
@@ -22,18 +24,18 @@ def bind_primitive(call: Call, backend: Backend, operands: list[Any]) -> list[ja
     """The results of a call.
 
     With `"auto"` it is lowered for CPU to native code if there is any, and for GPU and TPU to a
-    kernel if the moments' format needs one; with `"pallas"` to a kernel wherever there is one,
-    interpreted on CPU. Otherwise it is `run_call`: under `vmap` and `jvp`; in an exported program;
-    and where XLA is to partition it over the devices of a mesh, since XLA partitions its own
-    operations without a copy and cannot partition a custom call. Inside `jax.shard_map` every shard
-    is whole.
+    kernel if the moments' format needs one; with `"pallas"` or `"mosaic_gpu"` to a kernel wherever
+    there is one, interpreted on CPU. Otherwise it is `run_call`: under `vmap` and `jvp`; in an
+    exported program; and where XLA is to partition it over the devices of a mesh, since XLA
+    partitions its own operations without a copy and cannot partition a custom call. Inside
+    `jax.shard_map` every shard is whole.
 
     Results vary over every mesh axis that an operand varies over.
     """
     operands = vary_together(operands)
     if backend == "xla":
         return run_call(call, *operands)
-    results = _call_p.bind(*operands, call=call, pallas=backend == "pallas")
+    results = _call_p.bind(*operands, call=call, backend=backend)
     return cast("list[jax.Array]", results)
 
 
@@ -41,11 +43,11 @@ _call_p = Primitive("adamfn_call")
 _call_p.multiple_results = True
 
 
-def _impl(*operands: Any, call: Call, pallas: bool) -> list[jax.Array]:
+def _impl(*operands: Any, call: Call, backend: Backend = "auto") -> list[jax.Array]:
     return run_call(call, *operands)
 
 
-def _abstract_eval(*avals: Any, call: Call, pallas: bool) -> list[Any]:
+def _abstract_eval(*avals: Any, call: Call, backend: Backend) -> list[Any]:
     kept, leaves = avals[3:][: call.arrays_kept], avals[3 + call.arrays_kept :]
     grads, params = leaves[: call.leaves], leaves[call.leaves :]
     dtype = call.program.update_dtype
@@ -54,40 +56,52 @@ def _abstract_eval(*avals: Any, call: Call, pallas: bool) -> list[Any]:
 
 
 def _batch(
-    operands: Any, axes: Any, *, call: Call, pallas: bool
+    operands: Any, axes: Any, *, call: Call, backend: Backend
 ) -> tuple[list[jax.Array], list[int]]:
     results = jax.vmap(partial(run_call, call), in_axes=tuple(axes))(*operands)
     return results, [0] * len(results)
 
 
-def _jvp(primals: Any, tangents: Any, *, call: Call, pallas: bool) -> Any:
+def _jvp(primals: Any, tangents: Any, *, call: Call, backend: Backend) -> Any:
     tangents = tuple(ad.instantiate_zeros(tangent) for tangent in tangents)
     return jax.jvp(partial(run_call, call), primals, tangents)
 
 
-def _lower_for(platform: str, ctx: Any, *operands: Any, call: Call, pallas: bool) -> Any:
+def _lower_for(platform: str, ctx: Any, *operands: Any, call: Call, backend: Backend) -> Any:
     module = ctx.module_context
-    run = run_call
-    if _is_whole(module.axis_context) and not module.lowering_parameters.for_export:
-        if platform == "cpu" and not pallas:
-            if lowering.can_run(call, ctx.avals_in):
-                return lowering.lower(ctx, *operands, call=call)
-        else:
-            run = partial(_run_by_kernels, platform, pallas)
-    return mlir.lower_fun(partial(run, call), multiple_results=True)(ctx, *operands)
+    if module.lowering_parameters.for_export or not _is_whole(module.axis_context):
+        return _lower(ctx, *operands, call=call, backend=backend)
+    if platform == "cpu" and backend == "auto":
+        can_run = lowering.can_run(call, ctx.avals_in)
+        return (lowering.lower if can_run else _lower)(ctx, *operands, call=call)
+    from adamfn.backends.kernels import kernels_on  # slow to import
+
+    kernels = kernels_on(platform, backend, module.axis_context)
+    while True:
+        run = partial(_run_by_kernels, kernels, platform, backend != "auto", call)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The Pallas Triton", DeprecationWarning)
+                return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
+        except Exception:
+            # A compiler for GPU may not know an operation of a user's stage, or the device.
+            if platform not in ("cuda", "rocm") or not kernels:
+                raise
+            kernels = kernels[1:]
 
 
 def _run_by_kernels(
-    platform: str, asked: bool, call: Call, *operands: jax.Array
+    kernels: Any, platform: str, asked: bool, call: Call, *operands: jax.Array
 ) -> list[jax.Array]:
     """`run_call`, with a kernel for each leaf that has one, and other large leaves in chunks."""
-    from adamfn.backends import chunks, kernels  # slow to import
+    from adamfn.backends.chunks import can_run, run_leaf
+    from adamfn.backends.kernels import kernel_for
 
     def run_one(call: Call, *operands: jax.Array) -> list[jax.Array]:
-        kernel = kernels.kernel_for(call, operands, platform, asked=asked)
+        kernel = kernel_for(kernels, call, operands, platform, asked=asked)
         if kernel is not None:
             return kernel(*operands)
-        return (chunks.run_leaf if chunks.can_run(call, operands) else run_call)(call, *operands)
+        return (run_leaf if can_run(call, operands) else run_call)(call, *operands)
 
     if platform != "tpu" and call.leaves > 1:
         # XLA for GPU makes one kernel of several leaves if they read the same array. Without the

@@ -1,13 +1,11 @@
 """`backend`: what runs programs on this machine, and why."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from adamfn.backends.cpu import loader
 from adamfn.trees import shown
-
-_KERNELS = {"tpu": ("8 and 4 bits, factored and blockmean", "Mosaic")}
 
 
 class Runner(NamedTuple):
@@ -24,11 +22,13 @@ class Runner(NamedTuple):
         return f"{self.name} on {self.platform}: {self.reason}"
 
 
-def backend(platform: str | None = None) -> Runner:
+def backend(platform: Any = None) -> Runner:
     """Says what runs `update` and `step` of a chain, and why.
 
     Args:
-      platform: `"cpu"`, `"gpu"` or `"tpu"`; None for JAX's default.
+      platform: `"cpu"`, `"gpu"` or `"tpu"`, or a device, also of a topology to compile for; None
+        for JAX's default. Of several GPUs, `"gpu"` means the one that an abstract mesh in use
+        names, or the first at hand.
 
     Returns:
       A `Runner`; printed, it is a sentence.
@@ -41,7 +41,10 @@ def backend(platform: str | None = None) -> Runner:
     kernels on tpu: moments in 8 and 4 bits, factored and blockmean in one kernel a leaf, by Mosaic;
     XLA fuses the rest.
     """
-    platform = jax.default_backend() if platform is None else platform
+    device = platform if hasattr(platform, "device_kind") else None
+    platform = (
+        jax.default_backend() if platform is None else getattr(platform, "platform", platform)
+    )
     known = dict.fromkeys(("cpu", "gpu", "cuda", "rocm", "tpu", jax.default_backend()))
     if platform not in known:
         raise ValueError(
@@ -49,9 +52,7 @@ def backend(platform: str | None = None) -> Runner:
             " same for all transformations; adamfn.with_backend chooses one for a transformation."
         )
     if platform != "cpu":
-        kept, compiler = _KERNELS.get(platform, ("8 and 4 bits", "Triton"))
-        reason = f"moments in {kept} in one kernel a leaf, by {compiler}; XLA fuses the rest."
-        return Runner(platform, "kernels", reason)
+        return _on_accelerator(platform, device)
     native = loader.load()
     if native.reason is not None:
         return Runner(platform, "xla", native.reason)
@@ -61,3 +62,16 @@ def backend(platform: str | None = None) -> Runner:
         " through it, the rest through XLA."
     )
     return Runner(platform, "native", reason)
+
+
+def _on_accelerator(platform: str, device: Any) -> Runner:
+    from adamfn.backends.kernels import kernels_on  # slow to import
+
+    kept = "8 and 4 bits" if platform != "tpu" else "8 and 4 bits, factored and blockmean"
+    kernels = kernels_on({"gpu": "cuda"}.get(platform, platform), context=device)
+    if not kernels:
+        reason = "neither Triton nor Mosaic has kernels for this device and version of JAX."
+        return Runner(platform, "xla", reason)
+    compiler = {"triton": "Triton"}.get(kernels[0].__name__.rpartition(".")[2], "Mosaic")
+    reason = f"moments in {kept} in one kernel a leaf, by {compiler}; XLA fuses the rest."
+    return Runner(platform, "kernels", reason)

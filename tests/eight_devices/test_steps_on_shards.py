@@ -10,8 +10,9 @@ from jax.sharding import AxisType
 
 import adamfn
 from adamfn import formats
-from adamfn.backends import gpu as triton
 from adamfn.backends import kernels as pallas
+from adamfn.backends.gpu import mosaic as gpu_mosaic
+from adamfn.backends.gpu import triton
 from adamfn.backends.tpu import kernel as mosaic
 from adamfn.sharding import sharded, state_shardings, whole_blocks
 
@@ -119,10 +120,10 @@ def one_step(tx, params, grads):
     return adamfn.step(tx, grads, tx.init(params), params)
 
 
-@pytest.mark.parametrize("kernel", [mosaic, triton])
+@pytest.mark.parametrize("kernel", [mosaic, triton, gpu_mosaic])
 def test_kernels_run_on_shards(kernel, monkeypatch):
     """Interpreted: their noise is that of the element in the whole leaf, however it is cut."""
-    monkeypatch.setattr(pallas, "_KERNELS", {"cpu": (kernel,)})
+    monkeypatch.setattr(pallas, "kernels_on", lambda *_: (kernel,))
     shapes = {"columns": (16, 2048), "slabs": (3, 256, 128), "short": (3, 128, 128)}
     random, where = np.random.default_rng(0), on(P(None, "model"))
     params = {k: random.normal(size=shape).astype(np.float32) for k, shape in shapes.items()}

@@ -43,7 +43,7 @@ def check(tx, shape, dtype, draw=finite):
     draw = partial(draw, rng, shape, dtype)
     p = draw()
     call, operands = call_of(tx, p, p)
-    kernel = kernels.kernel_for(call, operands, "cuda", asked=True)
+    kernel = kernels.kernel_for(kernels.kernels_on("cuda"), call, operands, "cuda", asked=True)
     assert kernel is not None
     run, reference = jax.jit(kernel), jax.jit(partial(run_call, call))
     for count in (1, 2**31 - 1):
