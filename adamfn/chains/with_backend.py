@@ -12,9 +12,10 @@ def with_backend(tx: GradientTransformation, backend: Backend) -> GradientTransf
 
     Args:
       tx: a recipe, a chain of stages, or what `packed` made of one.
-      backend: `"auto"`, the fastest one on each platform; `"xla"`, no native code and no kernel; or
+      backend: `"auto"`, the fastest one on each platform; `"xla"`, no native code and no kernel;
         `"pallas"`, Pallas kernels even where XLA makes one kernel by itself, and interpreted (which
-        is slow) on CPU.
+        is slow) on CPU; or `"mosaic_gpu"`, these, on GPUs of compute capability 9.0 and later those
+        by Mosaic in place of Triton.
 
     Returns:
       A `GradientTransformation` with the same state. In a `chain` it is not fused with others.
