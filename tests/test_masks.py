@@ -104,7 +104,8 @@ def test_matching_searches_paths():
         "head/kernel",
         "layers/1/kernel",
     }
-    assert chosen(adamfn.masks.matching("KERNEL"), params) == set()
+    with pytest.raises(ValueError, match="matching: no leaf has 'KERNEL' in its path"):
+        adamfn.masks.matching("kernel", "KERNEL")(params)
     assert chosen(adamfn.masks.matching(), params) == set()
 
 
@@ -151,8 +152,78 @@ def test_arguments_of_paths():
     assert adamfn.masks.layerwise_decay(0.5)({}) == {}
 
 
-def test_names_are_a_list():
-    with pytest.raises(TypeError, match="but is 'bias'; expected names"):
-        adamfn.masks.matrices("bias")
-    with pytest.raises(TypeError, match="named is"):
-        adamfn.masks.named(3)
+PARAMS = {"layers": {"kernel": jnp.ones((2, 2, 2)), "bias": jnp.ones(2)}, "head": jnp.ones((2, 2))}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: adamfn.masks.matrices("bias"),
+        lambda: adamfn.masks.matrices(PARAMS),  # its keys are strings
+        lambda: adamfn.masks.matrices(stacked={"layers": 1}),
+        lambda: adamfn.masks.matrices(None),
+        lambda: adamfn.masks.named(3),
+        lambda: adamfn.masks.named(PARAMS),
+    ],
+)
+def test_names_are_a_list(make):
+    with pytest.raises(
+        TypeError, match=r"(but|stacked|named) is .*; expected names, a list of strings"
+    ):
+        make()
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        adamfn.masks.named("head", "kernle"),
+        adamfn.masks.matrices(["kernle"]),
+        adamfn.masks.matrices(["bias", "norm"], ["kernle"]),
+        adamfn.masks.matching("kernel$", "kernle"),
+    ],
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda mask: adamfn.adamw(mask=mask),
+        lambda mask: adamfn.chain(adamfn.scale_by_moments(), adamfn.clip_updates(stacked=mask)),
+        lambda mask: adamfn.add_corrected_decay(0.1, 0.1, 0.1, mask),
+        lambda mask: optax.adamw(0.1, mask=mask),
+    ],
+)
+def test_a_name_that_no_leaf_has_is_refused(make, mask):
+    with pytest.raises(ValueError, match=r"no leaf has 'kernle' in its path; .*'layers/kernel'"):
+        make(mask).init(PARAMS)
+
+
+def test_a_name_may_be_of_a_leaf_in_another_group():
+    groups = {"layers": "a", "head": "b"}
+    tx = optax.partition(
+        {group: adamfn.adamw(mask=adamfn.masks.named("head", "bias")) for group in "ab"}, groups
+    )
+    tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    frozen = {**PARAMS, "head": None}
+    assert chosen(adamfn.masks.named("head", "bias"), frozen) == {"layers/bias"}
+    assert adamfn.adamw(mask=adamfn.masks.named("head")).init({})
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (lambda path, leaf: leaf.ndim > 1, "missing 1 required positional argument: 'leaf'"),
+        (lambda leaf: leaf.ndim > 1, "'dict' object has no attribute 'ndim'"),
+        (lambda leaf: jnp.ndim(leaf) > 1, "False of the tree, and True of a leaf"),
+        (adamfn.masks.named, "named is .*; expected names"),
+        (adamfn.masks.matrices, "but is .*; expected names"),
+        ("head", "the mask at the root is 'head'; expected True or False"),
+        (
+            {"layers": True, "head": "yes"},
+            r"the mask at \['head'\] is 'yes'; expected True or False",
+        ),
+    ],
+)
+def test_what_is_no_mask_is_refused(mask, message):
+    with pytest.raises(TypeError, match=f"add_decayed_weights: .*{message}"):
+        adamfn.adamw(mask=mask).init(PARAMS)
+    with pytest.raises(ValueError, match="not that of the parameters, nor a prefix"):
+        adamfn.adamw(mask={"layers": True}).init(PARAMS)

@@ -69,7 +69,7 @@ def first_states(stages: Sequence[Stage], params: PyTree) -> list[PyTree]:
         kind = stage.states[0] if None not in stage.start.values() else stage.states[1]
         fields: dict[str, Any] = {}
         if kind is stage.state:
-            if callable(stage.mask) and jax.tree.leaves(params):
+            if stage.mask is not None and jax.tree.leaves(params):
                 broadcast_mask(stage.name, stage.mask, params)  # mistakes show before a step
             fields = first_fields(stage, params)
             fields |= {name: make() for name, make in stage.start.items() if make}

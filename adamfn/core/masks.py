@@ -5,14 +5,15 @@ bools; `layerwise_decay` returns one to a tree of factors.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamfn.trees import PyTree, path_name, shown, structure_name
+from adamfn.trees import PyTree, is_masked, path_name, shown, structure_name
 
 __all__ = ["layerwise_decay", "matching", "matrices", "named"]
 
@@ -21,8 +22,11 @@ Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree] | None
 the parameters; or None."""
 
 
+_USUAL = ("bias", "norm", "embed")
+
+
 def matrices(
-    but: Sequence[str] = ("bias", "norm", "embed"), stacked: Sequence[str] = ()
+    but: Sequence[str] = _USUAL, stacked: Sequence[str] = ()
 ) -> Callable[[PyTree], PyTree]:
     """A mask of the matrices of a model, which are usually decayed.
 
@@ -36,6 +40,7 @@ def matrices(
 
     Raises:
       TypeError: names are not a list of strings.
+      ValueError: at `init`, no leaf has one of the names; those of the default may be missing.
 
     >>> import adamfn
     >>> import jax.numpy as jnp
@@ -45,10 +50,20 @@ def matrices(
     {'embedding': False, 'head': True, 'layers': {'kernel': True, 'scale': False}}
     >>> tx = adamfn.adamw(weight_decay=0.1, mask=adamfn.masks.matrices(stacked=["layers"]))
     """
-    left_out, layered = _has(but, "but"), _has(stacked, "stacked")
-    return lambda params: jax.tree.map_with_path(
-        lambda path, leaf: jnp.ndim(leaf) - layered(path) >= 2 and not left_out(path), params
+    left_out, layered = (
+        _having("but", _names("but", but)),
+        _having("stacked", _names("stacked", stacked)),
     )
+
+    def mask(params: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda leaf, out, layers: jnp.ndim(leaf) - layers >= 2 and not out,
+            params,
+            left_out(params),
+            layered(params),
+        )
+
+    return mask
 
 
 def named(*names: str) -> Callable[[PyTree], PyTree]:
@@ -58,8 +73,7 @@ def named(*names: str) -> Callable[[PyTree], PyTree]:
     >>> adamfn.masks.named("layers")({"layers": {"kernel": 1.0}, "head": 1.0})
     {'head': False, 'layers': {'kernel': True}}
     """
-    has = _has(names, "named")
-    return lambda params: jax.tree.map_with_path(lambda path, leaf: has(path), params)
+    return _having("named", _names("named", names))
 
 
 def matching(*patterns: str) -> Callable[[PyTree], PyTree]:
@@ -68,17 +82,16 @@ def matching(*patterns: str) -> Callable[[PyTree], PyTree]:
     They are searched for anywhere in a path such as `layers/0/kernel`; `^` and `$` match its ends.
 
     Raises:
-      TypeError, ValueError: a pattern is not a string, or not a regular expression.
+      TypeError, ValueError: a pattern is not a string, or not a regular expression; at `init`, no
+        path matches it.
 
     >>> import adamfn
     >>> params = {"layers": [{"kernel": 1.0, "bias": 1.0}], "head": {"kernel": 1.0}}
     >>> adamfn.masks.matching(r"layers/\d+/kernel$")(params)
     {'head': {'kernel': False}, 'layers': [{'bias': False, 'kernel': True}]}
     """
-    found = [_compiled(pattern, "matching") for pattern in patterns]
-    return lambda params: jax.tree.map_with_path(
-        lambda path, leaf: any(pattern.search(path_name(path)) for pattern in found), params
-    )
+    found = {pattern: _compiled(pattern, "matching").search for pattern in patterns}
+    return _having("matching", found)
 
 
 def layerwise_decay(
@@ -112,8 +125,11 @@ def layerwise_decay(
     >>> by_layer = optax.stateless(lambda us, p: jax.tree.map(jnp.multiply, us, factors(p)))
     >>> tx = adamfn.chain(adamfn.adamw(1e-3), by_layer)
     """
-    pattern, under = _compiled(layers, "layers"), _has(below, "below")
-    stack = _has(stacked, "stacked")
+    pattern = _compiled(layers, "layers")
+    under, stack = (
+        _having("below", _names("below", below)),
+        _having("stacked", _names("stacked", stacked)),
+    )
     if pattern.groups != 1:
         raise ValueError(
             f"layers is {shown(layers)}; expected one group, of the index: 'layer_([0-9]+)'."
@@ -121,15 +137,15 @@ def layerwise_decay(
     if not (isinstance(decay, int | float) and decay > 0):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"decay is {shown(decay)}; expected a number above 0, such as 0.8.")
 
-    def place(path: Any, leaf: Any) -> Any:
+    def place(path: Any, leaf: Any, is_under: bool, is_stacked: bool) -> Any:
         """The index of the layer that a leaf is in, or of its rows; infinite above all layers."""
-        if stack(path) and jnp.ndim(leaf):
+        if is_stacked and jnp.ndim(leaf):
             return np.arange(jnp.shape(leaf)[0]).reshape(-1, *[1] * (jnp.ndim(leaf) - 1))
         found = pattern.search(path_name(path))
-        return int(found[1]) if found else -1 if under(path) else np.inf
+        return int(found[1]) if found else -1 if is_under else np.inf
 
     def factors(params: PyTree) -> PyTree:
-        places = jax.tree.map_with_path(place, params)
+        places = jax.tree.map_with_path(place, params, under(params), stack(params))
         indices = [np.max(x, initial=-1) for x in jax.tree.leaves(places) if np.all(x < np.inf)]
         if (top := max(indices, default=-1)) < 0 and jax.tree.leaves(params):
             first, *_ = jax.tree.leaves_with_path(params)
@@ -158,23 +174,64 @@ def _compiled(pattern: str, what: str) -> re.Pattern[str]:
         ) from error
 
 
-def _has(names: Sequence[str], what: str) -> Callable[[Any], bool]:
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"{what} is {shown(names)}; expected names, a list of strings.")
-    parts = [name.lower() for name in names]
-    return lambda path: any(part in path_name(path).lower() for part in parts)
+def _names(what: str, names: Sequence[str]) -> dict[str, Callable[[str], Any]]:
+    """For each name, whether a path has it."""
+    is_list = isinstance(names, list | tuple | set | frozenset)
+    if not is_list or not all(isinstance(name, str) for name in names):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"{what} is {shown(names)}; expected names, a list of strings. Call it without the"
+            " parameters, mask=adamfn.masks.matrices(): its result is given them."
+        )
+    return {name: partial(_has, name.lower()) for name in names}
+
+
+def _has(part: str, path: str) -> bool:
+    return part in path.lower()
+
+
+def _having(what: str, tests: Mapping[str, Callable[[str], Any]]) -> Callable[[PyTree], PyTree]:
+    """The mask of leaves whose path passes one of some tests. Each must be passed by some path."""
+
+    def mask(params: PyTree) -> PyTree:
+        leaves = jax.tree.leaves_with_path(params, is_leaf=is_masked)  # of other groups too
+        paths = [path_name(path) for path, _ in leaves]
+        for name, test in tests.items():
+            if paths and name not in _USUAL and not any(map(test, paths)):
+                raise ValueError(
+                    f"{what}: no leaf has {name!r} in its path; expected part of a path such as"
+                    f" {', '.join(map(repr, paths[:3]))}. Leave it out, or correct it."
+                )
+        return jax.tree.map_with_path(
+            lambda path, _: any(test(path_name(path)) for test in tests.values()), params
+        )
+
+    return mask
 
 
 def broadcast_mask(name: str, mask: Mask, params: PyTree) -> list[bool]:
     """Whether the mask of the stage with this name has each leaf of the parameters, in order."""
     # A function is a leaf; a module that can be called is a tree (optax issue 1007).
     if callable(mask) and jax.tree_util.all_leaves([mask]):
-        mask = mask(params)
+        try:
+            found = mask(params)
+            if found is False and any(map(mask, jax.tree.leaves(params))):  # jnp.ndim(tree) is 0
+                raise TypeError("it is False of the tree, and True of a leaf")
+            mask = found
+        except (AttributeError, TypeError) as error:
+            if str(error).startswith(name):
+                raise
+            raise TypeError(
+                f"{name}: its mask raised {type(error).__name__}: {error}. Expected a function of"
+                " the tree of all parameters that makes a tree of bools. Of one leaf:"
+                " lambda params: jax.tree.map(lambda p: p.ndim > 1, params); of its path too:"
+                " jax.tree.map_with_path."
+            ) from error
     for path, leaf in jax.tree.leaves_with_path(mask):
         if not isinstance(leaf, bool | np.bool_):
             raise TypeError(
                 f"{name}: the mask at {jax.tree_util.keystr(path) or 'the root'} is {shown(leaf)};"
-                " expected True or False, known when the step is traced."
+                " expected True or False, known when the step is traced. adamfn.masks.named('w')"
+                " makes a mask of names."
             )
     try:
         return [bool(yes) for yes in jax.tree.leaves(jax.tree.broadcast(mask, params))]
