@@ -30,6 +30,12 @@ def real_dtype(dtype: Any) -> jnp.dtype[Any]:
     return jnp.finfo(dtype).dtype
 
 
+def widened(x: jax.Array, real: Any) -> jax.Array:
+    """An array in a real dtype, or if it is complex in the complex dtype of that width."""
+    complex_of = jnp.complex64 if real == jnp.float32 else jnp.complex128
+    return x.astype(complex_of if jnp.iscomplexobj(x) else real)
+
+
 def check_inexact(tree: PyTree, name: str) -> None:
     """Raises a TypeError that names the first leaf that is not of floating-point numbers."""
     if not all(map(_is_inexact, jax.tree.leaves(tree))):

@@ -61,6 +61,17 @@ def test_hyperparameters_as_arrays(seed):
     assert reference.worst_error(run(tx, grads), reference.updates(grads)) < 5e-7
 
 
+@pytest.mark.parametrize("backend", ["auto", "xla"])
+@pytest.mark.parametrize("scale", [1e15, 1e18, 1e-11])
+def test_large_and_small_gradients(scale, backend):
+    # As long as their squares are in the range of float32. A step from zero is an update.
+    grads = np.float32(np.random.default_rng(2).standard_normal((STEPS, SIZE)) * scale)
+    tx = adamfn.with_backend(adamfn.adam(eps=1e-25), backend)
+    step = jax.jit(lambda g, state: adamfn.step(tx, g, state, jnp.zeros(SIZE)))
+    found = run(tx, grads, lambda g, state, _: step(g, state))
+    assert reference.worst_error(found, reference.updates(grads, eps=1e-25)) < 4e-7
+
+
 @pytest.mark.parametrize(
     ("hyperparameters", "tolerance"),
     [

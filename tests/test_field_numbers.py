@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +45,7 @@ def after_a_huge_gradient(tx, shape, huge, dtype=np.float32, steps=4):
     return params, state
 
 
-@pytest.mark.parametrize("huge", [1e20, 1e38, -3e38])
+@pytest.mark.parametrize("huge", [1e15, 1e19, 1e20, 1e38, -3e38])
 @pytest.mark.parametrize("name", MEMBERS)
 def test_a_huge_gradient_moves_its_element_as_in_exact_arithmetic(name, huge):
     # radam's first steps are as long as the gradient; without them it is its peers' equal.
@@ -82,6 +83,20 @@ def test_a_whole_leaf_of_huge_gradients(format):
         np.testing.assert_allclose(np.asarray(updates, np.float32), -1e-3, rtol=0.02)
 
 
+@pytest.mark.parametrize("format", adamfn.formats.FORMATS)
+def test_huge_gradients_have_not_outgrown_their_averages(format):
+    tx = adamfn.chain(
+        adamfn.scale_by_moments(moments=format),
+        adamfn.bias_correct(),
+        adamfn.clip_updates(),
+        adamfn.scale_by_lr(1.0),
+    )
+    params = jnp.ones((128, 128))
+    for size in (1e16, 1e30):
+        updates, _ = jax.jit(tx.update)(params * size, tx.init(params), params)
+        np.testing.assert_allclose(updates, -1, rtol=0.02)  # of 8 bits: half a code
+
+
 def test_a_huge_complex_gradient_keeps_its_direction():
     tx = adamfn.adam(1.0)
     g = jnp.array([3e38 - 3e38j, 1e20 + 1e10j, 1 + 1j])
@@ -104,17 +119,43 @@ def test_what_is_not_finite_stays_visible(backend):
         assert np.isfinite(params[1:]).all()
 
 
+@pytest.mark.parametrize("eps", [1e-30, 3.7e-37, 1e-38, 1e-45, 0.0])
+def test_an_element_without_a_gradient_stays_where_eps_vanishes(eps):
+    # sqrt(c2) eps, or eps itself, is below the smallest normal number: 0 / 0.
+    g, p = np.ones((16, 256), np.float32), jnp.ones((16, 256))
+    g[0] = 0
+    chains = [MEMBERS[name](learning_rate=0.1, eps=eps) for name in MEMBERS if name != "adamw"]
+    chains += [adamfn.adamw(0.1, eps=eps, weight_decay=0.0, moments=m) for m in ("8bit", "4bit")]
+    chains.append(adamfn.chain(adamfn.scale_by_moments(eps=eps), adamfn.clip_updates(eps=eps)))
+
+    def moved(g, p):
+        updates = [tx.update(g, tx.init(p), p)[0] for tx in chains]
+        return updates + [adamfn.step(tx, g, tx.init(p), p)[0] - p for tx in chains]
+
+    for u in jax.jit(moved)(g, p):
+        np.testing.assert_array_equal(u[0], 0)
+        assert np.all(np.isfinite(u) & (u != 0), where=g != 0)
+
+
 # The derivative of an update at a zero gradient was NaN for want of eps_root (jax pull 3091, optax
 # issue 882, facebookresearch/higher issue 125).
+SLOPED = MEMBERS | {
+    "clipped": lambda **own: adamfn.chain(adamfn.clip_by_global_norm(1e3), adamfn.adam(**own)),
+    "clipped far": lambda **own: adamfn.chain(adamfn.clip_by_global_norm(0.1), adamfn.adam(**own)),
+    "clip_updates": lambda learning_rate, eps: adamfn.chain(
+        adamfn.scale_by_moments(eps=eps),
+        adamfn.bias_correct(),
+        adamfn.clip_updates(eps=eps),
+        adamfn.scale_by_lr(learning_rate),
+    ),
+}
 
 
 @pytest.mark.unoptimized  # NaN, or a slope in double precision to 1e-5
-@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize("name", SLOPED)
 def test_hypergradients_at_a_zero_gradient(name):
     with jax.enable_x64(True):
-        # adamax divides by |g| + eps, and has a kink there, so its eps does what a root does.
-        own = {"eps": 1e-2} if name == "adamax" else {"eps_root": 1e-4}
-        tx = MEMBERS[name](learning_rate=1.0, **own)
+        tx = SLOPED[name](learning_rate=1.0, eps=1e-2)
         params = jnp.ones(3)
 
         def moved(g):
@@ -135,6 +176,45 @@ def test_hypergradients_at_a_zero_gradient(name):
     np.testing.assert_allclose(slope[0], by_differences, rtol=1e-5)
     assert slope[0] != 0
     np.testing.assert_array_equal(slope[1:], 0)
+
+
+@pytest.mark.unoptimized
+def test_hypergradients_of_an_angle_at_a_zero_gradient():
+    # It jumps there, from -a arctan(1 / b) to the opposite: no slope is right, but NaN is wrong.
+    for tx in (adamfn.scale_by_atan2_moments(), adamfn.scale_by_atan2_moments(b=0.0)):
+        for x64 in (False, True):
+            with jax.enable_x64(x64):
+                slope = jax.jit(jax.jacobian(lambda g, tx=tx: tx.update(g, tx.init(g))[0]))
+                np.testing.assert_array_equal(slope(jnp.zeros(2)), 0)
+
+
+@pytest.mark.unoptimized
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_hypergradients_through_a_step_that_is_skipped(bad):
+    inner = adamfn.chain(
+        adamfn.clip_by_global_norm(1.0),
+        adamfn.scale_by_moments(),
+        adamfn.bias_correct(),
+        adamfn.clip_updates(),
+        adamfn.scale_by_lr(0.1),
+    )
+    tx = adamfn.chain(adamfn.skip_outliers(["grad_norm", "loss"]), inner)
+    params = {"w": jnp.ones(3)}
+    for grads in ({"w": jnp.zeros(3)}, {"w": jnp.ones(3)}):
+        _, state = tx.update(grads, tx.init(params), params, loss=1.0)
+
+        def moved(grads, moments, params, loss, state=state):
+            state = state[0], (state[1][0], state[1][1]._replace(**moments), *state[1][2:])
+            params, after = adamfn.step(tx, grads, state, params, loss=loss)
+            return params, {name: getattr(after[1][1], name) for name in moments}
+
+        given = {"w": jnp.array([bad, 1.0, 0.0])}, {"mu": state[1][1].mu, "nu": state[1][1].nu}
+        results, pull = jax.vjp(jax.jit(moved), *given, params, 1.0)
+        of_grads, of_moments, of_params, of_loss = pull(results)
+        # Nothing moves: the gradients and the loss move nothing, all else moves as it is moved.
+        np.testing.assert_array_equal(of_grads["w"], 0)
+        assert of_loss == 0
+        chex.assert_trees_all_equal((of_params, of_moments), results)
 
 
 @pytest.mark.parametrize("name", sorted(MEMBERS.keys() - {"adamax"}))

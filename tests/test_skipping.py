@@ -75,6 +75,29 @@ def test_the_bound_is_of_one_side(last, skipped):
     assert state[0].skipped == skipped
 
 
+@pytest.mark.parametrize("scale", [1e-37, 1e-25, 1e-19, 1.0, 1e19, 1e20, 1e36, -1e20])
+def test_losses_of_any_size(scale):
+    # Squares of deviations overflow or vanish. Beside 1e4 they are lost in a sum of losses.
+    rng = np.random.default_rng(0)
+    shift = 1e4 if scale == 1 else 1.0
+    losses = np.float32(scale * (shift + 0.1 * rng.standard_normal(200)))
+    losses[60::7] += np.float32(np.abs(scale) * 0.1 * rng.uniform(2, 6, 20))
+    tx = adamfn.skip_outliers(["loss"], window=16, sigmas=2.5)
+
+    def step(state, loss):
+        return (state := tx.update({}, state, loss=loss)[1]), state.taken
+
+    _, taken = jax.jit(lambda losses: jax.lax.scan(step, tx.init({}), losses))(losses)
+    exact = losses.astype(np.float64) / abs(scale)
+    windows = [exact[max(k - 16, 0) : k] for k in range(200)]
+    expected = [
+        k < 19 or x <= window.mean() + 2.5 * window.std(ddof=1)
+        for k, (x, window) in enumerate(zip(exact, windows, strict=True))
+    ]
+    np.testing.assert_array_equal(taken, expected)
+    assert 5 < np.sum(~taken) < 40
+
+
 def test_the_first_steps_are_taken():
     tx = adamfn.chain(adamfn.skip_outliers(["loss"], window=40), adamfn.adam())
     _, state = train(tx, [*usual(18), 1e6])

@@ -50,7 +50,11 @@ class Step:
             found = jax.tree.leaves([self.scalars[place] for place in places])
             found += [] if self.gate is None else [self.gate]
             arrays = [jnp.asarray(scalar, dtype) for scalar in found]
-            self._vectors[places, dtype] = jnp.stack(arrays) if arrays else jnp.zeros((1,), dtype)
+            vector = jnp.stack(arrays) if arrays else jnp.zeros((1,), dtype)
+            if self.gate is not None:  # those of a skipped step may be NaN
+                skipped = np.array([1] * (len(arrays) - 1) + [0], dtype)
+                vector = jnp.where(self.gate, vector, skipped)
+            self._vectors[places, dtype] = vector
         return self._vectors[places, dtype]
 
     def indices(self, leaves: Sequence[Leaf]) -> Any:

@@ -41,15 +41,15 @@ def average(old: Array, new: Array, b: Decay) -> Array:
 
 
 def bounded(g: Array, largest: float | None = None) -> Array:
-    """The gradient, with finite values beyond a bound, 2^48 (in float64 2^480), set to that bound.
+    """The gradient, with finite values beyond 1.8e19 (in float64 1.3e154) set to that bound.
 
-    Their squares, or a format's sums of squares, would overflow, and the element would never
-    recover. Adam's ratio hardly changes: both moments then hold this gradient and little else.
-    Infinities and NaN stay visible.
+    Their squares would overflow, and the element would never recover. Adam's ratio hardly changes:
+    both moments then hold this gradient and little else. Infinities and NaN stay visible.
     """
     info = jnp.finfo(g.dtype)
-    largest = largest or (2.0**480 if info.bits == 64 else 2.0**48)
+    largest = largest or (2 - 2**-7) * (2.0**511 if info.bits == 64 else 2.0**63)
     if jnp.iscomplexobj(g):
+        largest /= 2  # a sum of two squares
         size = jnp.maximum(abs(g.real), abs(g.imag))
         over = (size > largest) & (size <= info.max)
         return g * jnp.where(over, largest / jnp.where(over, size, 1), 1)
@@ -71,9 +71,17 @@ def one_ahead(g: Array, mu: Array, at: Averages, factor: Array | None) -> Array:
     return mu if factor is None else mu * ((1 - share) * factor) + g * share
 
 
+def root_of(nu: Array) -> Array:
+    """The root of nu, of the smallest normal number at least.
+
+    An element that never had a gradient is then divided by no 0, and has a derivative.
+    """
+    return root(lax.max(nu, lax.full_like(nu, jnp.finfo(nu.dtype).tiny)))
+
+
 def over_root(m: Array, nu: Array, at: Averages) -> Array:
     """`m / (sqrt(nu + eps_root) + eps)`."""
-    return quotient(m, _plus(root(_plus(nu, at.eps_root)), at.eps))
+    return quotient(m, _plus(root_of(_plus(nu, at.eps_root)), at.eps))
 
 
 def unchanged(u: Array) -> Array:
@@ -133,7 +141,7 @@ def infinity_ratio(g: Array, mu: Array, nu: Array, at: Averages) -> Arrays:
     mu = average(mu, g, at.b1)
     # b2 nu as an average with 0: products with a rounded b2 would drift, the same way each step.
     nu = jnp.maximum(average(nu, jnp.zeros_like(nu), at.b2), jnp.abs(g) + at.eps)
-    return mu / nu, mu, nu
+    return mu / jnp.maximum(nu, jnp.finfo(nu.dtype).tiny), mu, nu
 
 
 def atan2_ratio(
@@ -141,7 +149,7 @@ def atan2_ratio(
 ) -> Arrays:
     """The formula of `scale_by_atan2_moments`."""
     _, mu, nu = averaged(g, mu, nu, at)
-    size = a * angle(jnp.abs(mu) * correction, b * jnp.sqrt(nu))
+    size = a * angle(jnp.abs(mu) * correction, b * root_of(nu))
     return size * jnp.sign(mu), mu, nu  # the sign of a complex number is its direction
 
 
@@ -160,11 +168,11 @@ def where_agreeing(u: Array, g: Array, floor: Array, first: int = 0) -> Array:
     return jnp.where(agrees, u / jnp.maximum(share, floor), 0)
 
 
-def clip_outgrown(u: Array, g: Array, nu: Array, c: Array, least: Array, first: int = 0) -> Array:
-    """The formula of `clip_updates`, with c the root of c2: not elementwise."""
+def clip_outgrown(u: Array, g: Array, nu: Array, c2: Array, least: Array, first: int = 0) -> Array:
+    """The formula of `clip_updates`: not elementwise."""
     # The square of a ratio, not a ratio of squares: those may overflow.
-    ratio = jnp.abs(g) / jnp.sqrt(jnp.maximum(nu, least))
-    return u / jnp.maximum(jnp.sqrt(_mean(ratio * ratio, first)) * c, 1)
+    ratio = jnp.abs(bounded(g)) / root_of(jnp.maximum(nu, least))
+    return u / jnp.sqrt(jnp.maximum(_mean(ratio * ratio, first) * c2, 1))
 
 
 where_agreeing_by_layer = partial(where_agreeing, first=1)
@@ -178,10 +186,13 @@ def angle(opposite: Array, adjacent: Array) -> Array:
     is right to 3e-7, and on CPU some ten times as fast as `jnp.arctan2`.
     """
     if opposite.dtype != jnp.float32:
-        return jnp.arctan2(opposite, adjacent)
+        both_zero = (opposite == 0) & (adjacent == 0)  # where it has no derivative
+        return jnp.arctan2(opposite, jnp.where(both_zero, 1, adjacent))
     shorter, longer = jnp.minimum(opposite, adjacent), jnp.maximum(opposite, adjacent)
     # Both infinite or both zero: pi / 4 and 0, as XLA has it.
-    t = jnp.where(shorter == longer, jnp.where(longer > 0, 1.0, 0.0), shorter / longer)
+    equal = shorter == longer
+    ratio = shorter / jnp.where(equal, 1, longer)
+    t = jnp.where(equal, jnp.where(longer > 0, 1.0, 0.0), ratio)
     steep = t > math.tan(math.pi / 8)
     x = jnp.where(steep, (t - 1) / (t + 1), t)
     z = x * x

@@ -18,9 +18,10 @@ from adamfn.core import formulas
 from adamfn.core.leaf import Kept, decode, encode
 from adamfn.core.weights import Weights
 from adamfn.formats import Format
+from adamfn.formats.format import answer
 from adamfn.formats.indices import indices_of, strides_of
 from adamfn.formats.noise import Seed, Seeds, noise_at
-from adamfn.trees import describe
+from adamfn.trees import describe, widened
 
 
 class Part(NamedTuple):
@@ -102,14 +103,23 @@ class Program:
             uint32 of u's shape; None for a whole leaf.
           given: the state of the leaf for each of the parts in `given`, then the gradient.
         """
-        u = _widened(u, self.dtype)
-        weights, stored = self.weights, None if p is None else _widened(p, self.dtype)
+        taken = scalars[-1] > 0 if self.gated else None
+
+        def seen(g: jax.Array) -> jax.Array:
+            # 0 in a skipped step, where it may be NaN: so would be derivatives, zero times NaN.
+            g = widened(g, self.dtype)
+            return g if taken is None else jnp.where(taken, g, 0)
+
+        u = seen(u)
+        weights, stored = self.weights, None if p is None else widened(p, self.dtype)
         weight = stored if weights is None else weights.decode(stored, *kept[-1])  # pyright: ignore[reportArgumentType]
         known: dict[str, Any] = {"params": weight, "grads": u}
         for (_, part), row in zip(self.given, given, strict=False):  # the gradient may follow
             known |= zip(part.keeps, part_decoded(part, row, self.dtype), strict=True)
         if self.given_grads:
-            known["grads"] = _widened(given[-1], self.dtype)
+            known["grads"] = seen(given[-1])
+            for _, part in self.given:
+                known["grads"] = _limited(part, known["grads"])
 
         def random_bits(seed: Callable[[], Seed]) -> jax.Array:
             return noise_at(seed(), indices_of(u.shape) if indices is None else indices)
@@ -124,7 +134,7 @@ class Program:
                 next_kept.append(_like(new, old))
                 continue
             if "mu" in part.keeps:
-                known["grads"] = u
+                known["grads"] = u = _limited(part, u)
             if "noise" in part.reads:
                 known["noise"] = random_bits(seeds.weights)
             live = part_decoded(part, old, self.dtype)
@@ -137,9 +147,7 @@ class Program:
                 continue
             row = encode(part.format, new, random_bits(seeds.moments))
             next_kept.append(row if self.elementwise else _unchanged_rows(row, old, new, live))
-        if self.gated:
-            # A select: the values of a step that is skipped may be NaN.
-            taken = scalars[-1] > 0
+        if taken is not None:
             u = jnp.where(taken, u, 0)
             next_kept = jax.tree.map(partial(jnp.where, taken), next_kept, list(kept))
         results = [] if self.update_dtype is None else [u.astype(self.update_dtype)]
@@ -178,8 +186,14 @@ class Call:
 def part_decoded(part: Part, row: Kept, dtype: Any) -> list[jax.Array]:
     """The arrays that a part keeps, as its formula reads them."""
     if part.format is None:
-        return [_widened(x, dtype) for x in row]
+        return [widened(x, dtype) for x in row]
     return decode(part.format, row)
+
+
+def _limited(part: Part, g: jax.Array) -> jax.Array:
+    """The gradient, bounded as the format of the part asks for."""
+    largest = answer(part.format, "largest")
+    return formulas.bounded(g, largest) if largest else g
 
 
 def _like(new: Sequence[jax.Array], old: Kept) -> Kept:
@@ -197,11 +211,6 @@ def _unchanged_rows(
         row,
         old,
     )
-
-
-def _widened(x: jax.Array, real: Any) -> jax.Array:
-    complex_of = jnp.complex64 if real == jnp.float32 else jnp.complex128
-    return x.astype(complex_of if jnp.iscomplexobj(x) else real)
 
 
 def _promoting(*arrays: jax.Array) -> Any:

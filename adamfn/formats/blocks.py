@@ -89,6 +89,7 @@ class InBlocks(BaseFormat):
 
     block: int = 256
     stores_rows = True
+    largest = None
     kernel_block = property(lambda self: self.block)
 
     def __post_init__(self) -> None:

@@ -96,6 +96,7 @@ class Pair(BaseFormat):
     stores_rows = property(lambda self: all(self._both("stores_rows")))
     block = property(lambda self: _common([x for x in self._both("block") if x != 0] or [0]))
     native_code = property(lambda self: _common(self._both("native_code")))
+    largest = property(lambda self: min(filter(None, self._both("largest")), default=None))
 
     @property
     def factors(self) -> Any:
@@ -144,6 +145,7 @@ class Exact(BaseFormat):
 
     block = 0
     stores_rows = True
+    largest = None
 
     def encode(self, x: Array, bits: Array | None) -> Encoded:
         return Encoded(x)
@@ -174,6 +176,7 @@ class Rounded(BaseFormat):
     least: int = 4096
     block = kernel_block = 0
     stores_rows = True
+    largest = None
     native_code = property(lambda self: 1 if self.stochastic else 2)
 
     def encode(self, x: Array, bits: Array | None) -> Encoded:

@@ -52,6 +52,8 @@ class BaseFormat:
       stores_rows: whether each row of the last axis is stored independently of the others.
       kernel_block: the largest block in a kernel; 0 if elementwise, None if no kernel has it.
       native_code: its number in the C++ code; None if that does not have it.
+      largest: gradients beyond are clamped to it, as sums of their squares would overflow; None if
+        it takes no sums.
       factors: None, or for scales of mu and means of nu, a function of these means that returns
         arrays whose product broadcasts to nu.
     """
@@ -60,6 +62,7 @@ class BaseFormat:
     stores_rows: Any = False
     kernel_block: Any = None
     native_code: Any = None
+    largest: Any = 2.0**48
     factors: Any = None
 
     def resized(self, block: int) -> Any:
@@ -95,7 +98,13 @@ class InTile(NamedTuple):
         return self.format.decode_blocks(stored)
 
 
-_OF_FLOAT32 = {"block": 0, "stores_rows": True, "kernel_block": 0, "native_code": 0}
+_OF_FLOAT32 = {
+    "block": 0,
+    "stores_rows": True,
+    "kernel_block": 0,
+    "native_code": 0,
+    "largest": None,
+}
 
 
 def answer(format: Any, name: str) -> Any:

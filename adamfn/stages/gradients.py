@@ -13,7 +13,7 @@ from adamfn.core.averages import increment
 from adamfn.core.formulas import multiply, unchanged
 from adamfn.core.hyperparameters import ScalarOrSchedule, scalar, scheduled, value_at
 from adamfn.core.stage import Scalars, Stage, exported_state
-from adamfn.trees import describe, shown, wide_dtype
+from adamfn.trees import describe, real_dtype, shown, wide_dtype, widened
 
 
 @exported_state
@@ -121,7 +121,7 @@ def skip_outliers(
     def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
         found = jnp.stack([_watched(name, extra, state.recent.dtype) for name in names])
         finite = jnp.all(jnp.isfinite(found))
-        usual = jnp.all(found <= _bound(state.recent, state.seen, sigmas))
+        usual = jnp.all(_are_usual(found, state.recent, state.seen, sigmas))
         taken = finite & (usual | (state.seen + 1 < waits))
         entered = state.recent.at[:, state.seen % window].set(found)
         return (), {
@@ -161,24 +161,72 @@ def _watched(name: str, extra: Mapping[str, Any], dtype: Any) -> jax.Array:
     return jnp.asarray(value, dtype)
 
 
-def _bound(recent: jax.Array, seen: jax.Array, sigmas: chex.Numeric) -> jax.Array:
-    """The largest usual value of each row of recent values, of which the first may be unseen."""
+def _are_usual(
+    found: jax.Array, recent: jax.Array, seen: jax.Array, sigmas: chex.Numeric
+) -> jax.Array:
+    """Whether each value is within the bound of its row of recent ones, some of them unseen yet.
+
+    Values are in units of the row's largest exponent, so that no square overflows or vanishes, and
+    relative to one of them, as a small deviation is lost in the sum of large values.
+    """
+    largest = jnp.max(jnp.abs(recent), axis=1)
+    largest = jnp.where(largest > 0, largest, 1)
+    unit = largest / (2 * jnp.frexp(largest)[0])  # a power of two, which rounds nothing
+    first = recent[:, 0] / unit
     known = jnp.arange(recent.shape[1]) < seen
     number = jnp.minimum(seen, recent.shape[1]).astype(recent.dtype)
-    mean = jnp.sum(recent, axis=1, where=known) / jnp.maximum(number, 1)
-    squares = jnp.square(recent - mean[:, None])
+    shifted = recent / unit[:, None] - first[:, None]
+    mean = jnp.sum(shifted, axis=1, where=known) / jnp.maximum(number, 1)
+    squares = jnp.square(shifted - mean[:, None])
     variance = jnp.sum(squares, axis=1, where=known) / jnp.maximum(number - 1, 1)
-    return mean + sigmas * jnp.sqrt(variance)
+    return found / unit - first <= mean + sigmas * jnp.sqrt(variance)
 
 
 def _grad_norm(extra: Mapping[str, Any]) -> jax.Array:
     """The norm of all gradients: the extra argument `grad_norm`, or else computed."""
     given = extra.get("grad_norm")
-    return _global_norm(extra["grads"]) if given is None else jnp.asarray(given)
+    return jax.jit(_global_norm)(extra["grads"]) if given is None else jnp.asarray(given)
 
 
-@jax.jit
+@jax.custom_jvp
 def _global_norm(grads: Sequence[jax.Array]) -> jax.Array:
-    wide = [g.astype(wide_dtype(g.dtype)) for g in grads]
-    squares = [jnp.sum(jnp.real(g * jnp.conj(g))) for g in wide]
-    return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
+    """The norm, as long as it is in the range of its dtype: squares may overflow or vanish."""
+    parts = _real_parts(grads)
+    info = jnp.finfo(parts[0].dtype if parts else jnp.float32)
+    scale = 2.0**80 if info.bits == 32 else 2.0**640
+
+    def root(numbers: Sequence[jax.Array]) -> jax.Array:
+        squares = [jnp.sum(jnp.square(x)) for x in numbers]
+        return jnp.sqrt(sum(squares, start=jnp.zeros((), info.dtype)))
+
+    usual = root(parts)
+    is_usual = (usual > info.tiny**0.5 * 2.0**33) & (usual < jnp.inf)
+
+    def other() -> jax.Array:
+        # Selected, as XLA would make (x * scale)^2 a product with scale^2.
+        large = [jnp.where(jnp.abs(x) <= 1, 0, x / scale) for x in parts]
+        small = [jnp.where(jnp.abs(x) >= 1, 0, x * scale) for x in parts]
+        return jnp.where(usual > 1, root(large) * scale, root(small) / scale)
+
+    # XLA takes the three sums in one pass, except on CPU; on GPU a condition would stop the host.
+    return jax.lax.platform_dependent(
+        cpu=lambda: jax.lax.cond(is_usual, lambda: usual, other),
+        default=lambda: jnp.where(is_usual, usual, other()),
+    )
+
+
+@_global_norm.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    norm = _global_norm(*primals)
+    known = (norm > 0) & (norm < jnp.inf)  # elsewhere 0, without which a skipped step gives NaN
+    size = jnp.where(known, norm, 1)
+    pairs = zip(_real_parts(*primals), _real_parts(*tangents), strict=True)
+    parts = [jnp.sum(jnp.where(known, x / size, 0) * dx) for x, dx in pairs]
+    return norm, jnp.where(known, sum(parts, start=jnp.zeros_like(norm)), 0)
+
+
+def _real_parts(grads: Sequence[jax.Array]) -> list[jax.Array]:
+    """All numbers of the gradients, real, in the widest of their dtypes and float32 at least."""
+    dtypes = [real_dtype(wide_dtype(g.dtype)) for g in grads]
+    wide = [widened(g, max(dtypes, key=lambda dtype: dtype.itemsize)) for g in grads]
+    return [x for g in wide for x in ((g.real, g.imag) if jnp.iscomplexobj(g) else (g,))]

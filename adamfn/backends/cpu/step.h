@@ -17,15 +17,18 @@ inline float Average(float old, float fresh, float complement, float rate) {
   return (fast ? fresh : old) + (fast ? -rate : complement) * (fresh - old);
 }
 
-// A finite g larger than 2^48 becomes that, with its sign.
+// A finite g beyond 1.8e19 becomes that, with its sign: its square would overflow.
 inline float Bounded(float g) {
-  constexpr int32_t kLargest = (127 + 48) << 23, kLeastNegative = 0x00800000;
+  constexpr int32_t kLargest = 0x5F7F0000, kLeastNegative = 0x00800000;
   const uint32_t bits = BitsOf(g);
   // Raised, infinity and NaN are negative.
   const int32_t raised = static_cast<int32_t>((bits & 0x7FFFFFFF) + kLeastNegative);
   const int32_t held = std::min(raised, kLargest + kLeastNegative);
   return FloatOf((static_cast<uint32_t>(held) - kLeastNegative) | (bits & 0x80000000));
 }
+
+// The root of nu, of the smallest normal number at least. In this order it is NaN where nu is.
+inline float Root(float nu) { return std::sqrt(std::max(nu, 0x1p-126f)); }
 
 // atan2(opposite, adjacent) of numbers at least 0; 0 where both are: core/angle.py.
 [[gnu::always_inline]] inline float Angle(float opposite, float adjacent) {
@@ -52,13 +55,13 @@ enum class Decay { kNone, kAlike, kCautious };
 template <Form kForm>
 [[gnu::always_inline]] inline float Update(const Scalars& c, float g, float mu, float nu) {
   if (kForm == Form::kAngle) {
-    const float angle = Angle(std::fabs(mu) * c[kCorrection], c[kRootFactor] * std::sqrt(nu));
+    const float angle = Angle(std::fabs(mu) * c[kCorrection], c[kRootFactor] * Root(nu));
     return std::copysign(c[kAngleFactor] * angle, mu);
   }
   const float m = kForm == Form::kNesterov
                       ? mu * ((1 - c[kComplement1]) * c[kAhead]) + g * c[kComplement1]
                       : mu;
-  return m / (std::sqrt(nu + c[kEpsRoot]) + c[kEps]) * c[kCorrection];
+  return m / (Root(nu + c[kEpsRoot]) + c[kEps]) * c[kCorrection];
 }
 
 // Moves p by the update, or writes the update to u.
