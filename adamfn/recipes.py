@@ -55,7 +55,7 @@ def adam(
       b1: decay of the gradients' average, in [0, 1); a number or a scalar array.
       b2: decay of the squares' average, likewise.
       eps: added to the root, at least 0, in units of the gradient.
-      eps_root: added under the root. Above 0, updates can be differentiated at zero gradients.
+      eps_root: added under the root.
       mu_dtype: optax's argument: with bfloat16, m is rounded to the nearest bfloat16 and v stays
         float32. None and float32 change nothing. `moments` stores both in fewer bytes.
       nesterov: look one step ahead, in Dozat's form (as optax's `nadam`).

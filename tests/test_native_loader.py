@@ -88,6 +88,21 @@ def test_without_the_library_there_is_one_warning_and_xla(copy):
     assert "C++ compiler" in said
 
 
+def test_without_the_library_one_of_several_processes_refuses(monkeypatch):
+    # Its steps would differ in last bits from those of processes that have it.
+    monkeypatch.setattr(loader, "_native", loader.Native(None, "not built"))
+    monkeypatch.setattr(jax, "process_count", lambda *_: 2)
+    params = jnp.ones(5)
+    for wrapped in (adamfn.adam(0.5), adamfn.adam(0.5, moments="bfloat16")):
+        step = jax.jit(lambda p, s, tx=wrapped: adamfn.step(tx, p, s, p)[0])
+        with pytest.raises(
+            RuntimeError, match=r"process 0 of 2 has no native code: not built.*xla"
+        ):
+            step(params, wrapped.init(params))
+    xla = adamfn.with_backend(adamfn.adam(0.5), "xla")
+    assert jnp.allclose(adamfn.step(xla, params, xla.init(params), params)[0], 0.5)
+
+
 def test_a_library_that_cannot_be_loaded(copy):
     (copy / "adamfn/backends/cpu/adamfn_native.so").write_bytes(b"of another system")
     assert "OSError" in python(f"import sys; sys.path.insert(0, {str(copy)!r})", STEP, ONE_WARNING)

@@ -189,6 +189,32 @@ def test_32_bits_are_float32_to_the_bit_operation_by_operation():
     np.testing.assert_array_equal(adamfn.whole_weights(params, state), wide)
 
 
+def test_32_bits_by_xla_are_float32_but_for_a_rounding_of_each_step():
+    # In one program XLA takes a product and its sum in one rounding or in two.
+    rounded = adamfn.with_backend(decayed(adamfn.round_weights(32)), "xla")
+    plain = adamfn.with_backend(decayed(), "xla")
+
+    @jax.jit
+    def both(g, params, state):
+        whole = adamfn.whole_weights(params, state)
+        updates, after = rounded.update(g, state, params)
+        params = adamfn.apply_updates(params, updates)
+        exact, _ = plain.update(g.astype(jnp.float32), state[:1], whole)
+        return (
+            params,
+            after,
+            adamfn.apply_updates(whole, exact),
+            adamfn.whole_weights(params, after),
+        )
+
+    params = jnp.asarray(START)
+    state = rounded.init(params)
+    for k in range(20):
+        params, state, expected, found = both(random_gradient(k), params, state)
+        unit = np.spacing(np.maximum(np.abs(expected), np.float32(1e-2)))  # or of the update
+        assert np.all(np.abs(found - expected) <= unit)
+
+
 @pytest.mark.parametrize("moments", ["float32", "bfloat16", "8bit"])
 @pytest.mark.parametrize("bits", BITS)
 def test_native_code_is_xlas_program_and_step_is_update_and_apply_updates(bits, moments):

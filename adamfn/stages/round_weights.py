@@ -35,7 +35,7 @@ def round_weights(
     |------|-------------------------------------|-------|---------------------------------------|
     | 16   | its bfloat16                        | 2     | right on average, noisy               |
     | 24   | and a correction of 8 bits          | 3     | noise 256 times smaller               |
-    | 32   | and a correction of 16 bits         | 4     | float32 to the bit, without noise     |
+    | 32   | and a correction of 16 bits         | 4     | all of float32's, without noise       |
 
     Updates are float32, `new - old`, and land exactly on the new bfloat16 in any `apply_updates`.
     The other stages of the chain see the weight with its correction. Float32 and wider leaves pass

@@ -38,6 +38,13 @@ def load() -> Native:
             _native = _register(first_use=True)
         except Exception as error:
             _native = Native(None, f"{type(error).__name__}: {error}")
+    if _native.reason is not None and jax.process_count() > 1:
+        raise RuntimeError(
+            f"adamfn: process {jax.process_index()} of {jax.process_count()} has no native code:"
+            f" {_native.reason}. XLA's steps differ from it in the last bits, so copies of a model"
+            " would drift apart. Reinstall adamfn where there is a C++ compiler, such as g++, or"
+            " pass adamfn.with_backend(tx, 'xla') in all processes."
+        )
     if _native.reason is not None and next(_calls) == 0:
         warnings.warn(
             "adamfn: steps run through XLA on CPU, not in native code, and take about twice as"
