@@ -109,6 +109,7 @@ _OF_FLOAT32 = {
 
 def answer(format: Any, name: str) -> Any:
     """An attribute or bound method of `BaseFormat`, for a format, a codec, or None for float32."""
+    format = format.format if isinstance(format, InTile) else format
     if format is None and name in _OF_FLOAT32:
         return _OF_FLOAT32[name]
     for owner in type(format).__mro__ if isinstance(format, BaseFormat) else ():
