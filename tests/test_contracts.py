@@ -146,6 +146,7 @@ EXPORTED = {
     "schedule": adamfn.adam(lambda count: 0.1 / count),
     "pallas": adamfn.with_backend(adamfn.adamw(1e-2), "pallas"),
 }
+HAVE_KERNELS = ("8bit", "4bit", "factored", "blockmean", "pallas")
 
 
 @pytest.mark.parametrize(
@@ -160,6 +161,11 @@ def test_an_exported_step_is_the_jitted_one(name, platforms):
     exported = export.export(step, platforms=platforms)(params, state, X)
     again = export.deserialize(exported.serialize())
     assert again.platforms == (platforms or ("cpu",))
+    # A step for TPU keeps its kernel; native code is not there where CPU's program is loaded.
+    assert ("tpu_custom_call" in exported.mlir_module()) == (
+        name in HAVE_KERNELS and not not platforms
+    )
+    assert "@adamfn_step_v" not in exported.mlir_module()
     found, expected = again.call(params, state, X), step(params, state, X)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):

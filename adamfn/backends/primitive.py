@@ -25,10 +25,10 @@ def bind_primitive(call: Call, backend: Backend, operands: list[Any]) -> list[ja
 
     With `"auto"` it is lowered for CPU to native code if there is any, and for GPU and TPU to a
     kernel if the moments' format needs one; with `"pallas"` or `"mosaic_gpu"` to a kernel wherever
-    there is one, interpreted on CPU. Otherwise it is `run_call`: under `vmap` and `jvp`; in an
-    exported program; and where XLA is to partition it over the devices of a mesh, since XLA
-    partitions its own operations without a copy and cannot partition a custom call. Inside
-    `jax.shard_map` every shard is whole.
+    there is one, interpreted on CPU. Otherwise it is `run_call`: under `vmap` and `jvp`; in a
+    program exported for CPU or GPU; and where XLA is to partition it over the devices of a mesh,
+    since XLA partitions its own operations without a copy and cannot partition a custom call.
+    Inside `jax.shard_map` every shard is whole.
 
     Results vary over every mesh axis that an operand varies over.
     """
@@ -69,7 +69,9 @@ def _jvp(primals: Any, tangents: Any, *, call: Call, backend: Backend) -> Any:
 
 def _lower_for(platform: str, ctx: Any, *operands: Any, call: Call, backend: Backend) -> Any:
     module = ctx.module_context
-    if module.lowering_parameters.for_export or not _is_whole(module.axis_context):
+    # Of what a serialized program may hold, only TPU's kernels stay what they are.
+    exported = module.lowering_parameters.for_export and platform != "tpu"
+    if exported or not _is_whole(module.axis_context):
         return _lower(ctx, *operands, call=call, backend=backend)
     if platform == "cpu" and backend == "auto":
         can_run = lowering.can_run(call, ctx.avals_in)
