@@ -163,7 +163,7 @@ def test_an_exported_step_is_the_jitted_one(name, platforms):
     assert again.platforms == (platforms or ("cpu",))
     # A step for TPU keeps its kernel; native code is not there where CPU's program is loaded.
     assert ("tpu_custom_call" in exported.mlir_module()) == (
-        name in HAVE_KERNELS and not not platforms
+        name in HAVE_KERNELS and bool(platforms)
     )
     assert "@adamfn_step_v" not in exported.mlir_module()
     found, expected = again.call(params, state, X), step(params, state, X)
