@@ -14,7 +14,7 @@ from programs import call_of
 
 import adamfn
 from adamfn import formats
-from adamfn.backends import chunks, kernels
+from adamfn.backends import chunks, kernels, passes
 from adamfn.backends.gpu import mosaic as gpu_mosaic
 from adamfn.backends.gpu import triton
 from adamfn.backends.tile import means_in
@@ -173,6 +173,8 @@ MEANS = [
         (triton, "bfloat16", (77, 130)),
         (gpu_mosaic, "8bit", (7, 768)),  # the second tile has two blocks that are left over
         (gpu_mosaic, "4bit", (3, 2, 11, 384)),
+        (passes, "8bit", (15, 320)),
+        (passes, "4bit", (3, 2, 11, 384)),
         *MEANS,
     ],
 )
@@ -415,8 +417,8 @@ def test_a_jax_without_triton_has_its_other_kernels(monkeypatch):
     by_mosaic = gpu_mosaic.is_known()
     text = lowered(tx, params, "cuda")
     assert text.count("custom_call @mosaic_gpu") == by_mosaic
-    assert ("stablehlo.while" in text) != by_mosaic  # in chunks
-    assert "stablehlo.while" in lowered(tx, params, "rocm")
+    assert ("stablehlo.reduce" in text) != by_mosaic  # by XLA, in passes
+    assert "stablehlo.reduce" in lowered(tx, params, "rocm")
     assert "tpu_custom_call" in lowered(tx, params, "tpu")
 
 
@@ -431,6 +433,7 @@ def test_a_kernel_is_for_gpus_that_can_run_it(monkeypatch, kind, runs):
     text = lowered(tx, params, "cuda")
     assert "mosaic_gpu" not in text
     assert ("triton" in text) == (runs == "Triton")
+    assert ("stablehlo.reduce" in text) == (runs == "xla")
 
 
 @pytest.mark.skipif(not gpu_mosaic.is_known(), reason="written for Mosaic GPU of jax 0.12")

@@ -1,4 +1,4 @@
-"""Which Pallas kernels run the programs of leaves: by Mosaic on TPU, by Triton or Mosaic on GPU."""
+"""Which kernels run the programs of leaves: by Mosaic on TPU, by Triton, Mosaic or XLA on GPU."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from adamfn.backends import passes
 from adamfn.backends.gpu.device import capability
 from adamfn.backends.tile import common_block
 from adamfn.backends.tpu import kernel as mosaic
@@ -38,9 +39,10 @@ def kernels_on(platform: str, backend: str = "auto", context: Any = None) -> Ker
         from adamfn.backends.gpu import mosaic as mosaic_gpu
 
         by_mosaic += [mosaic_gpu] * (platform == "cpu" or mosaic_gpu.is_known())
+    by_xla = [passes] if platform != "cpu" else []
     if backend == "mosaic_gpu":
-        return (*by_mosaic, *by_triton)
-    return (*([mosaic] if platform == "cpu" else []), *by_triton, *by_mosaic)
+        return (*by_mosaic, *by_triton, *by_xla)
+    return (*([mosaic] if platform == "cpu" else []), *by_triton, *by_mosaic, *by_xla)
 
 
 def kernel_for(

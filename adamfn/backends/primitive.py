@@ -96,14 +96,14 @@ def _run_by_kernels(
     kernels: Any, platform: str, asked: bool, call: Call, *operands: jax.Array
 ) -> list[jax.Array]:
     """`run_call`, with a kernel for each leaf that has one, and other large leaves in chunks."""
-    from adamfn.backends.chunks import can_run, run_leaf
+    from adamfn.backends import chunks
     from adamfn.backends.kernels import kernel_for
 
     def run_one(call: Call, *operands: jax.Array) -> list[jax.Array]:
         kernel = kernel_for(kernels, call, operands, platform, asked=asked)
         if kernel is not None:
             return kernel(*operands)
-        return (run_leaf if can_run(call, operands) else run_call)(call, *operands)
+        return (chunks.run_leaf if chunks.can_run(call, operands) else run_call)(call, *operands)
 
     if platform != "tpu" and call.leaves > 1:
         # XLA for GPU makes one kernel of several leaves if they read the same array. Without the

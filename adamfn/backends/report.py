@@ -69,9 +69,9 @@ def _on_accelerator(platform: str, device: Any) -> Runner:
 
     kept = "8 and 4 bits" if platform != "tpu" else "8 and 4 bits, factored and blockmean"
     kernels = kernels_on({"gpu": "cuda"}.get(platform, platform), context=device)
-    if not kernels:
+    compiler = {"triton": "Triton", "passes": ""}.get(kernels[0].__name__.split(".")[-1], "Mosaic")
+    if not compiler:
         reason = "neither Triton nor Mosaic has kernels for this device and version of JAX."
         return Runner(platform, "xla", reason)
-    compiler = {"triton": "Triton"}.get(kernels[0].__name__.rpartition(".")[2], "Mosaic")
     reason = f"moments in {kept} in one kernel a leaf, by {compiler}; XLA fuses the rest."
     return Runner(platform, "kernels", reason)
