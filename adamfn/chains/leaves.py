@@ -128,18 +128,20 @@ def leaves_of(
             leaf.kept.append(row)
             leaf.active.append(active)
     counts = [getattr(state, "count", None) for state in states]
+    reads = request.moves or any("params" in stage.reads for stage in stages)
     for leaf in leaves:
         if not isinstance(leaf.grad, Tracer):
-            _check_devices(stages[0].name, leaf, counts)
+            param = leaf.param if reads else None
+            _check_devices(stages[0].name, leaf, param, counts)
         leaf.shards = split_of(leaf, request.shards)
     check_corrections(stages[-1], len(stages) - 1, leaves)
     return leaves
 
 
-def _check_devices(name: str, leaf: Leaf, counts: Sequence[Any]) -> None:
+def _check_devices(name: str, leaf: Leaf, param: Any, counts: Sequence[Any]) -> None:
     """Outside `jit`, checks that the arrays of a leaf are on the same devices."""
     found: dict[Any, str] = {}
-    arrays = {"gradient": leaf.grad, "parameter": leaf.param, "state": (leaf.kept, counts)}
+    arrays = {"gradient": leaf.grad, "parameter": param, "state": (leaf.kept, counts)}
     for what, tree in arrays.items():
         for x in jax.tree.leaves(tree):
             if not isinstance(x, Tracer) and getattr(x, "committed", False):

@@ -159,3 +159,6 @@ def test_a_state_on_one_device_and_parameters_on_a_mesh_are_named(how):
         call(params, (count_alone, *moved[1:]), params)
     call(params, moved, params)
     call(params, tx.init(drawn(0)), params)  # arrays that may be moved are
+    if how == "update":  # parameters that nothing reads may be anywhere
+        grads, adam = jax.device_put(drawn(0), jax.devices()[1]), adamfn.adam()
+        adam.update(grads, adam.init(grads), params)
