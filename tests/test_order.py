@@ -105,7 +105,7 @@ def test_a_correction_takes_its_decays_from_the_moments_before_it():
         expected = adamfn.chain(between, adamfn.bias_correct(**decays))
         half = adamfn.chain(between, adamfn.bias_correct(b2=decays["b2"]))
         for tx in (found, half):
-            updates = tx.update(g, tx.init(g), g)[0]
+            updates = tx.update(g, tx.init(g), g, decays="of others")[0]
             np.testing.assert_array_equal(updates, expected.update(g, expected.init(g), g)[0])
     tx = adamfn.chain(optax.chain(adamfn.scale_by_moments()), adamfn.bias_correct())
     np.testing.assert_allclose(tx.update(g, tx.init(g))[0], [1, -1], rtol=1e-6)  # the defaults

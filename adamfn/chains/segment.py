@@ -64,7 +64,7 @@ def step_at(
 ) -> Step:
     """The scalars of the stages at a step, what their states remember of it, and its gate."""
     step, gates = Step(stages, states, count, backend), list[jax.Array]()
-    extra = {"decays": None, **extra}
+    extra = {**extra, "decays": None}
     for stage, state in zip(stages, states, strict=True):
         match stage.scalars(count, state, extra):
             case (tuple() | list() as own, Mapping() as new):
