@@ -105,9 +105,10 @@ class Wrapped(Chain):
 
     fuses = False
 
-    def __init__(self, inner: Chain) -> None:
+    def __init__(self, inner: Chain, **changes: Any) -> None:
         super().__init__(inner.structure)
         self.inner = inner
+        self._changes = changes  # of the requests to the chain inside
 
     @property
     def takes(self) -> frozenset[str] | None:
@@ -124,7 +125,7 @@ class Wrapped(Chain):
 
     def adjusted(self, request: Request, updates: PyTree) -> Request:
         """What is asked of the chain inside."""
-        return request
+        return request._replace(**self._changes)
 
 
 def chain_of(tx: Any) -> Chain | None:
@@ -223,18 +224,18 @@ def flat_states(structure: Structure, state: PyTree) -> list[PyTree]:
     Raises:
       ValueError: the state has another number of parts.
     """
-    if type(structure) is not tuple:
+    if _is_element(structure):
         return [state]
-    parts = cast("tuple[Any, ...]", structure)
-    if isinstance(state, tuple) and len(state) == len(parts):  # pyright: ignore[reportUnknownArgumentType]
-        pairs = zip(parts, cast("tuple[PyTree, ...]", state), strict=True)
-        return [flat for part, inner in pairs for flat in flat_states(part, inner)]
     is_tuple = isinstance(state, tuple)
-    found = f"a tuple of {len(state)}" if is_tuple else f"a {type(state).__name__}"  # pyright: ignore[reportUnknownArgumentType]
-    raise ValueError(
-        f"chain: found {found} as the state, expected a tuple of {len(parts)}, one part for each"
-        f" transformation. {way_out(None if is_tuple else state, 'chain')}"
-    )
+    states = cast("tuple[PyTree, ...]", state if is_tuple else ())
+    if not is_tuple or len(states) != len(structure):
+        found = f"a tuple of {len(states)}" if is_tuple else f"a {type(state).__name__}"
+        raise ValueError(
+            f"chain: found {found} as the state, expected a tuple of {len(structure)}, one part for"
+            f" each transformation. {way_out(None if is_tuple else state, 'chain')}"
+        )
+    pairs = zip(structure, states, strict=True)
+    return [flat for part, inner in pairs for flat in flat_states(part, inner)]
 
 
 def _structure_of(tx: Transformation) -> Structure:

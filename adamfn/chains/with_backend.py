@@ -1,10 +1,9 @@
 """`with_backend`: a transformation that a given backend runs."""
 
 from adamfn.backends.primitive import BACKENDS, Backend
-from adamfn.chains.chain import Chain, Wrapped, chain_of
-from adamfn.chains.leaves import Request
+from adamfn.chains.chain import Wrapped, chain_of
 from adamfn.chains.transform import GradientTransformation, check_transformation
-from adamfn.trees import PyTree, shown
+from adamfn.trees import shown
 
 
 def with_backend(tx: GradientTransformation, backend: Backend) -> GradientTransformation:
@@ -32,13 +31,4 @@ def with_backend(tx: GradientTransformation, backend: Backend) -> GradientTransf
     inner = chain_of(tx)
     if inner is None:
         raise ValueError(f"with_backend: found {shown(tx)}; expected a transformation of adamfn's.")
-    return _WithBackend(inner, backend).transformation
-
-
-class _WithBackend(Wrapped):
-    def __init__(self, inner: Chain, backend: Backend) -> None:
-        super().__init__(inner)
-        self._backend: Backend = backend
-
-    def adjusted(self, request: Request, updates: PyTree) -> Request:
-        return request._replace(backend=self._backend)
+    return Wrapped(inner, backend=backend).transformation
