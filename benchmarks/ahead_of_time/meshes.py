@@ -36,7 +36,8 @@ def cost_on_mesh(
     Raises:
       ValueError, TypeError: as `adamfn.sharding.state_shardings`.
     """
-    placed = state_shardings(candidate, params, shardings, zero_axis)
+    tx = adamfn.GradientTransformation(candidate.init, candidate.step)  # which only inits here
+    placed = state_shardings(tx, params, shardings, zero_axis)
     state = on(placed, jax.eval_shape(candidate.init, params))
     given = dict(jax.tree.leaves_with_path(shardings))
 

@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 import adamfn
 from adamfn import formats
 from adamfn.backends import kernels as pallas
+from adamfn.backends import passes
 from adamfn.backends.gpu import mosaic as gpu_mosaic
 from adamfn.backends.gpu import triton
 from adamfn.backends.tpu import kernel as mosaic
@@ -120,7 +121,7 @@ def one_step(tx, params, grads):
     return adamfn.step(tx, grads, tx.init(params), params)
 
 
-@pytest.mark.parametrize("kernel", [mosaic, triton, gpu_mosaic])
+@pytest.mark.parametrize("kernel", [mosaic, triton, gpu_mosaic, passes])
 def test_kernels_run_on_shards(kernel, monkeypatch):
     """Interpreted: their noise is that of the element in the whole leaf, however it is cut."""
     monkeypatch.setattr(pallas, "kernels_on", lambda *_: (kernel,))
