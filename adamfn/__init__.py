@@ -10,6 +10,8 @@ from adamfn.chains.with_backend import with_backend
 from adamfn.core import masks
 from adamfn.core.stage import EmptyState, Stage
 from adamfn.recipes import adam, adamax, adamw, amsgrad, lazy_adam, nadam, radam, scale_by_adam
+from adamfn.stages.ademamix import ademamix, scale_by_ademamix
+from adamfn.stages.adopt import adopt, scale_by_adopt
 from adamfn.stages.gradients import clip_by_global_norm, skip_outliers
 from adamfn.stages.moments import (
     bias_correct,
@@ -38,6 +40,8 @@ __all__ = [
     "adamw",
     "add_corrected_decay",
     "add_decayed_weights",
+    "ademamix",
+    "adopt",
     "amsgrad",
     "apply_updates",
     "backend",
@@ -58,6 +62,8 @@ __all__ = [
     "repack",
     "round_weights",
     "scale_by_adam",
+    "scale_by_ademamix",
+    "scale_by_adopt",
     "scale_by_atan2_moments",
     "scale_by_infinity_moments",
     "scale_by_lazy_moments",

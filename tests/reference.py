@@ -47,7 +47,8 @@ def worst_error(found, expected):
     """The largest error of an update, relative to the largest update of its step."""
     found, expected = np.asarray(found), np.asarray(expected)
     axes = tuple(range(1, expected.ndim))
-    return np.max(np.max(np.abs(found - expected), axes) / np.max(np.abs(expected), axes))
+    largest = np.max(np.abs(expected), axes)
+    return np.max(np.max(np.abs(found - expected), axes) / np.where(largest == 0, 1, largest))
 
 
 def amsgrad(grads, learning_rate=1e-3, b1=0.9, b2=0.999, eps=1e-8):
@@ -102,6 +103,26 @@ def lazy_adam(grads, learning_rate=1e-3, b1=0.9, b2=0.999, eps=1e-8):
             scale = np.sqrt(1 - b2**t) / (1 - b1**t)
             u[row] = -learning_rate * scale * m[row] / (np.sqrt(v[row]) + eps)
         yield u
+
+
+def ademamix(grads, learning_rate=1e-3, b1=0.9, b2=0.999, eps=1e-8, b3=0.9999, alpha=5.0):
+    m = slow = v = 0.0
+    for t, g in _steps(grads):
+        m, slow = b1 * m + (1 - b1) * g, b3 * slow + (1 - b3) * g
+        v = b2 * v + (1 - b2) * np.abs(g) ** 2
+        numerator = m / (1 - b1**t) + alpha * slow
+        yield -learning_rate * numerator / (np.sqrt(v / (1 - b2**t)) + eps)
+
+
+def adopt(grads, learning_rate=1e-3, b1=0.9, b2=0.9999, eps=1e-6):
+    """Its first gradient only fills v."""
+    m = v = 0.0
+    for t, g in _steps(grads):
+        if t > 1:
+            x = g / np.maximum(np.sqrt(v), eps)
+            m = b1 * m + (1 - b1) * x / np.maximum(1, np.abs(x) / (t - 1) ** 0.25)
+        v = np.abs(g) ** 2 if t == 1 else b2 * v + (1 - b2) * np.abs(g) ** 2
+        yield -learning_rate * m + 0 * g
 
 
 def _steps(grads):

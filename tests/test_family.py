@@ -1,4 +1,4 @@
-"""AMSGrad, NAdam, RAdam, Adamax and lazy Adam against their formulas in float64."""
+"""The members of the family against their formulas in float64, and optax."""
 
 from functools import cache
 
@@ -11,13 +11,15 @@ import reference
 
 import adamfn
 
-MEMBERS = ["amsgrad", "nadam", "radam", "adamax", "lazy_adam"]
+MEMBERS = ["amsgrad", "nadam", "radam", "adamax", "lazy_adam", "ademamix", "adopt"]
 STAGES = {
     "amsgrad": adamfn.scale_by_max_moments,
     "nadam": adamfn.scale_by_nesterov_moments,
     "radam": adamfn.scale_by_rectified_moments,
     "adamax": adamfn.scale_by_infinity_moments,
     "lazy_adam": adamfn.scale_by_lazy_moments,
+    "ademamix": adamfn.scale_by_ademamix,
+    "adopt": adamfn.scale_by_adopt,
 }
 LAST = 2**31 - 1
 
@@ -204,10 +206,12 @@ def test_traced_hyperparameters(member):
 
     @jax.jit
     def with_traced(b1, b2, eps):
-        return run_in_a_loop(getattr(adamfn, member)(1e-3, b1, b2, eps), grads)
+        return run_in_a_loop(getattr(adamfn, member)(1e-3, b1, b2, eps=eps), grads)
 
     hyperparameters = (np.float32(0.9), np.float32(0.99), np.float32(1e-6))
-    expected = getattr(reference, member)(grads, 1e-3, *map(float, hyperparameters))
+    expected = getattr(reference, member)(
+        grads, 1e-3, **dict(zip(("b1", "b2", "eps"), map(float, hyperparameters), strict=True))
+    )
     error = reference.worst_error(with_traced(*hyperparameters), np.stack(list(expected)))
     assert error < 8e-7
 
@@ -257,3 +261,39 @@ def test_schedules_decay_and_masks_go_round_any_member(member):
     assert np.all(np.isfinite(updates["a"]))
     assert optax.tree.get(state, "mu")["a"].shape == (2, 2)
     assert optax.tree.get(state, "learning_rate") == 1.0
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("use_clipping", [False, True])
+def test_adopt_is_optaxs(nesterov, use_clipping):
+    grads = gradients(20, 8)
+    kwargs = {"nesterov": nesterov, "use_clipping": use_clipping, "eps": 1e-4}
+    found, expected = (f(1e-3, **kwargs) for f in (adamfn.adopt, optax.contrib.adopt))
+    # optax's average, b m + (1 - b) x, rounds more than ours: 4e-7.
+    assert reference.worst_error(run(found, grads), run(expected, grads)) < 1e-6
+
+
+def test_ademamix_is_optaxs():
+    grads = gradients(20, 9)
+    schedules = {"alpha": lambda t: 0.3 * t, "b3": lambda t: 1 - 0.1 / (1 + t)}
+    for more in ({}, {"b3": 0.99, "eps": 1e-4, "eps_root": 1e-6}, schedules):
+        tx, params = adamfn.ademamix(1e-3, **more), grads[0]
+        found = run(tx, grads)
+        theirs = optax.contrib.ademamix(1e-3, **more)
+        state, expected = theirs.init(params), []
+        for g in grads:
+            updates, state = compiled(theirs.update)(g, state, params)
+            expected.append(np.asarray(updates))
+        # optax corrects by a 1 - b2^t of float32: 1.0e-5 in the first steps.
+        assert reference.worst_error(found, np.stack(expected)) < 1.2e-5
+    decayed = adamfn.ademamix(1.0, weight_decay=0.5, mask={"a": True, "b": False})
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = decayed.update(zeros, decayed.init(params), params)
+    assert [updates[k][0] for k in "ab"] == [-0.5, 0]
+
+
+def test_no_correction_belongs_after_members_that_correct_themselves():
+    for stage in (adamfn.scale_by_ademamix(), adamfn.scale_by_adopt()):
+        with pytest.raises(ValueError, match=r"bias_correct stands after .*Leave it out"):
+            adamfn.chain(stage, adamfn.bias_correct())

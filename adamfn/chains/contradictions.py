@@ -24,6 +24,8 @@ _NOT_AFTER = {
     " or leave out independent=True: the rate then multiplies the decay, as in AdamW.",
     ("scale_by_atan2_moments", "bias_correct"): "whose averages are corrected inside the angle."
     " Leave it out.",
+    ("scale_by_ademamix", "bias_correct"): "whose averages are corrected there. Leave it out.",
+    ("scale_by_adopt", "bias_correct"): "whose averages need no correction. Leave it out.",
     ("scale_by_infinity_moments", "clip_updates"): "which has no average of squares to compare"
     " with. Leave it out.",
 }

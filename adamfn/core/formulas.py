@@ -61,8 +61,11 @@ def bounded(g: Array, largest: float | None = None) -> Array:
 def averaged(g: Array, mu: Array, nu: Array, at: Averages) -> tuple[Array, Array, Array]:
     """The bounded gradient, and both averages after it: of g and of |g|^2."""
     g = bounded(g)
-    square = jnp.real(g * jnp.conj(g)) if jnp.iscomplexobj(g) else lax.mul(g, g)
-    return g, average(mu, g, at.b1), average(nu, square, at.b2)
+    return g, average(mu, g, at.b1), average(nu, _square(g), at.b2)
+
+
+def _square(g: Array) -> Array:
+    return jnp.real(g * jnp.conj(g)) if jnp.iscomplexobj(g) else lax.mul(g, g)
 
 
 def one_ahead(g: Array, mu: Array, at: Averages, factor: Array | None) -> Array:
@@ -151,6 +154,36 @@ def atan2_ratio(
     _, mu, nu = averaged(g, mu, nu, at)
     size = a * angle(jnp.abs(mu) * correction, b * root_of(nu))
     return size * jnp.sign(mu), mu, nu  # the sign of a complex number is its direction
+
+
+def mixed_ratio(
+    g: Array, mu: Array, nu: Array, mu_slow: Array, at: Averages, b3: Decay, of_both: Arrays
+) -> Arrays:
+    """The formula of `scale_by_ademamix`."""
+    g, mu, nu = averaged(g, mu, nu, at)
+    mu_slow = average(mu_slow, g, b3)
+    return over_root(of_both[0] * mu + of_both[1] * mu_slow, nu, at), mu, nu, mu_slow
+
+
+def normalized_average(
+    g: Array,
+    mu: Array,
+    nu: Array,
+    at: Averages,
+    started: Array,
+    bound: Array | None,
+    ahead: Decay | None,
+) -> Arrays:
+    """The formula of `scale_by_adopt`. It keeps m times the root of v, as formats store mu."""
+    g, old_root = bounded(g), root(nu)
+    x = quotient(g, jnp.maximum(old_root, at.eps))
+    if bound is not None:
+        size = jnp.abs(x)
+        x = jnp.where(size > bound, x * (bound / jnp.where(size > bound, size, 1)), x)
+    x = jnp.where(started > 0, x, 0)
+    m = average(quotient(mu, jnp.where(old_root > 0, old_root, 1)), x, at.b1)
+    nu = jnp.where(started > 0, average(nu, _square(g), at.b2), _square(g))
+    return m if ahead is None else average(m, x, ahead), m * root(nu), nu
 
 
 def lazy_ratio(g: Array, mu: Array, nu: Array, at: Averages) -> Arrays:

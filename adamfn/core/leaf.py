@@ -185,36 +185,49 @@ def check_corrections(stage: Stage, place: int, leaves: Sequence[Leaf]) -> None:
             )
 
 
-def decode(format: Format, kept: Kept) -> list[jax.Array]:
-    """The moments of a leaf: mu, nu and any more."""
+def decode(format: Format, fields: Sequence[str], kept: Kept) -> list[jax.Array]:
+    """The moments of a leaf: mu, nu and any more.
+
+    A further one whose name begins with mu is stored like mu, beside the same nu; others like nu.
+    """
     mu, nu, *more, (scales, *more_scales) = kept
     moments = [*format.decode(Stored(mu, nu, scales))]
-    for codes, own in zip(more, more_scales, strict=True):
-        nothing = jax.tree.map(jnp.zeros_like, mu)
-        moments.append(format.decode(Stored(nothing, codes, own))[1])
+    for name, codes, own in zip(fields[2:], more, more_scales, strict=True):
+        if name.startswith("mu"):
+            stored = Stored(None, codes, own) if mu is None else Stored(codes, nu, own)
+            moments.append(format.decode(stored)[0])
+        else:
+            nothing = jax.tree.map(jnp.zeros_like, mu)
+            moments.append(format.decode(Stored(nothing, codes, own))[1])
     return moments
 
 
-def encode(format: Format, moments: Sequence[jax.Array], noise: Any) -> Kept:
+def encode(format: Format, fields: Sequence[str], moments: Sequence[Any], noise: Any) -> Kept:
     """The inverse of `decode`, rounded with noise."""
     mu, nu, *more = moments
     stored = format.encode(mu, nu, noise)
-    # Further moments go to the nearest: noise would make a maximum climb.
-    others = [format.encode(jnp.zeros_like(x), x, None) for x in more]
-    scales = (stored.scales, *(other.scales for other in others))
-    return stored.mu, stored.nu, *(other.nu for other in others), scales
+    codes, scales = [stored.mu, stored.nu], [stored.scales]
+    for name, x in zip(fields[2:], more, strict=True):
+        if name.startswith("mu"):
+            other = format.encode(x, nu, noise)
+            codes.append(other.nu if other.mu is None else other.mu)
+        else:  # to the nearest: noise would make a maximum climb
+            other = format.encode(jnp.zeros_like(x), x, None)
+            codes.append(other.nu)
+        scales.append(other.scales)
+    return *codes, tuple(scales)
 
 
 def _spec(stage: Stage, format: Format, leaf: Any) -> Kept:
-    return _spec_of(len(stage.keeps), format, np.shape(leaf))
+    return _spec_of(tuple(stage.keeps), format, np.shape(leaf))
 
 
 @cache
-def _spec_of(moments: int, format: Format, shape: tuple[int, ...]) -> Kept:
+def _spec_of(fields: tuple[str, ...], format: Format, shape: tuple[int, ...]) -> Kept:
     """The shapes and dtypes of a leaf's state in a format."""
-    moment = jax.ShapeDtypeStruct(shape, jnp.float32)
+    moments = [jax.ShapeDtypeStruct(shape, jnp.float32)] * len(fields)
     noise = jax.ShapeDtypeStruct(shape, jnp.uint32)
-    return jax.eval_shape(lambda x, noise: encode(format, [x] * moments, noise), moment, noise)
+    return jax.eval_shape(partial(encode, format, fields), moments, noise)
 
 
 def _fits(stage: Stage, part: str, leaf: Any, x: Any) -> bool:

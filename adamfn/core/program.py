@@ -145,7 +145,7 @@ class Program:
             if part.format is None:
                 next_kept.append(_like(new, old))
                 continue
-            row = encode(part.format, new, random_bits(seeds.moments))
+            row = encode(part.format, part.keeps, new, random_bits(seeds.moments))
             next_kept.append(row if self.elementwise else _unchanged_rows(row, old, new, live))
         if taken is not None:
             u = jnp.where(taken, u, 0)
@@ -187,7 +187,7 @@ def part_decoded(part: Part, row: Kept, dtype: Any) -> list[jax.Array]:
     """The arrays that a part keeps, as its formula reads them."""
     if part.format is None:
         return [widened(x, dtype) for x in row]
-    return decode(part.format, row)
+    return decode(part.format, part.keeps, row)
 
 
 def _limited(part: Part, g: jax.Array) -> jax.Array:

@@ -67,8 +67,8 @@ def _converted(node: Any, moments: Moments, to: Moments) -> Any:
     leaves, treedef = jax.tree.flatten_with_path(shapes)
     rows: list[Any] = []
     for row, old, new in zip(kept, before, after, strict=True):
-        exact = row if old is None else decode(old, row)
-        rows.append(tuple(exact) if new is None else encode(new, exact, None))
+        exact = row if old is None else decode(old, [*keeps], row)
+        rows.append(tuple(exact) if new is None else encode(new, [*keeps], exact, None))
     fields = as_fields(replace(stage, moments=to), rows, treedef, [path for path, _ in leaves])
     return node._replace(**fields)
 

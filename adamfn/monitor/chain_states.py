@@ -55,6 +55,10 @@ def rate_of(states: States, around: PyTree) -> Any:
     return found[0] if len(found) == 1 else None
 
 
+_OTHER_DIVISORS = (formulas.atan2_ratio, formulas.mixed_ratio, formulas.normalized_average)
+"""Formulas whose update is not mu over the root of nu, after a correction."""
+
+
 def moments_of(states: States, leaves: Mapping[str, Any]) -> dict[str, Moments]:
     """The moments in a chain's states, by the paths of their leaves."""
     found: dict[str, Moments] = {}
@@ -64,8 +68,10 @@ def moments_of(states: States, leaves: Mapping[str, Any]) -> dict[str, Moments]:
             tree, fields = {name: leaves[name]}, {field: {name: x} for field, x in parts.items()}
             (format,) = formats = choose_formats(stage.moments, tree)
             (row,) = kept_by_leaf(stage, state._replace(**fields), tree, formats)
-            mu, nu, *more = row if format is None else decode(format, row)
-            quotient = _quotient(stage, state, count_of(states), mu, (more or [nu])[0])
+            moments = row if format is None else decode(format, [*stage.keeps], row)
+            mu, nu = moments[:2]
+            largest = dict(zip(stage.keeps, moments, strict=False)).get("nu_max", nu)
+            quotient = _quotient(stage, state, count_of(states), mu, largest)
             ends = answer(format, "ends")(*row[:2]) if format else {}
             found[name] = Moments(mu, nu, *quotient, ends)
     return found
@@ -73,7 +79,7 @@ def moments_of(states: States, leaves: Mapping[str, Any]) -> dict[str, Moments]:
 
 def _quotient(stage: Stage, state: Any, count: jax.Array, mu: Any, nu: Any) -> tuple[Any, Any]:
     """The corrected mu over the corrected root of nu, and where eps is most of the divisor."""
-    if stage.formula.__module__ != formulas.__name__ or stage.formula is formulas.atan2_ratio:
+    if stage.formula.__module__ != formulas.__name__ or stage.formula in _OTHER_DIVISORS:
         return None, None
     count = jnp.maximum(count, 1)
     at = stage.scalars(count, state, {})[0][0]

@@ -1,0 +1,108 @@
+"""ADOPT: gradients are normalized before they are averaged."""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+from jax.typing import DTypeLike
+
+from adamfn.chains.chain import chain
+from adamfn.chains.transform import GradientTransformation
+from adamfn.core import formulas
+from adamfn.core.averages import NO_DECAY, Averages
+from adamfn.core.hyperparameters import ScalarOrSchedule, value_at
+from adamfn.core.naming import explained
+from adamfn.core.stage import Scalars
+from adamfn.formats import Moments, with_mu_dtype
+from adamfn.stages.moments import from_moments
+from adamfn.stages.rates import scale_by_lr
+
+
+def _fourth_root(count: chex.Array) -> chex.Array:
+    return count**0.25
+
+
+@explained
+def adopt(
+    learning_rate: ScalarOrSchedule = 1e-3,
+    b1: chex.Numeric = 0.9,
+    b2: chex.Numeric = 0.9999,
+    eps: chex.Numeric = 1e-6,
+    mu_dtype: DTypeLike | None = None,
+    *,
+    nesterov: bool = False,
+    use_clipping: bool = True,
+    clip_value_fn: Callable[[chex.Array], chex.Numeric] = _fourth_root,
+    moments: Moments = "float32",
+    seed: chex.Numeric | None = None,
+) -> GradientTransformation:
+    r"""ADOPT, by Taniguchi et al. (2024, arXiv 2411.02853): Adam that converges with any b2.
+
+    $$ u = -\alpha\, m $$
+
+    m and the arguments are as in `scale_by_adopt`. The first step only fills v, and moves nothing.
+    For decoupled decay, chain `scale_by_adopt`, `add_decayed_weights` and `scale_by_lr`.
+
+    >>> import adamfn, jax.numpy as jnp
+    >>> tx = adamfn.adopt(learning_rate=0.1, b1=0.0)
+    >>> state = tx.init(jnp.zeros(2))
+    >>> for _ in range(2):
+    ...     updates, state = tx.update(jnp.array([3.0, -5.0]), state)
+    >>> print(updates)
+    [-0.1  0.1]
+    """
+    ratio = scale_by_adopt(
+        b1, b2, eps, mu_dtype, nesterov=nesterov, use_clipping=use_clipping,
+        clip_value_fn=clip_value_fn, moments=moments, seed=seed,
+    )  # fmt: skip
+    return chain(ratio, scale_by_lr(learning_rate))
+
+
+def scale_by_adopt(
+    b1: chex.Numeric = 0.9,
+    b2: chex.Numeric = 0.9999,
+    eps: chex.Numeric = 1e-6,
+    mu_dtype: DTypeLike | None = None,
+    *,
+    nesterov: bool = False,
+    use_clipping: bool = True,
+    clip_value_fn: Callable[[chex.Array], chex.Numeric] = _fourth_root,
+    moments: Moments = "float32",
+    seed: chex.Numeric | None = None,
+) -> GradientTransformation:
+    r"""Averages gradients that are divided by the root of the average of earlier squares.
+
+    With $v_0 = g_0^2$ and $m_0 = 0$ from the first step, whose update is 0, at the others:
+
+    $$ x = \operatorname{clip}\!\Big(\frac{g}{\max(\sqrt v, \epsilon)},\; c\Big), \qquad
+    m \leftarrow m + (1 - b_1)(x - m), \qquad v \leftarrow v + (1 - b_2)(|g|^2 - v), \qquad u = m $$
+
+    v does not know g yet where it divides it, so the two are independent: hence the convergence.
+    No `bias_correct` belongs after this stage. The state's mu is $m \sqrt v$, in the gradients'
+    units, in which formats store it. Source: arXiv 2411.02853, algorithms 1 and 2; as
+    `optax.contrib.scale_by_adopt`.
+
+    Args: as in `adam`, and
+      nesterov: look one step ahead: $u = b_1 m + (1 - b_1) x$.
+      use_clipping: whether x is clipped.
+      clip_value_fn: c, a function of the steps taken so far: their fourth root.
+
+    >>> import adamfn, jax.numpy as jnp
+    >>> tx = adamfn.scale_by_adopt(b1=0.5)
+    >>> state = tx.init(jnp.zeros(2))
+    >>> for g in ([3.0, -5.0], [3.0, -50.0]):
+    ...     updates, state = tx.update(jnp.array(g), state)
+    >>> print(updates)  # half of x, which is at most 1 at this step
+    [ 0.5 -0.5]
+    """
+    averages = Averages.of(b1, b2, eps)
+
+    def scalars(count: jax.Array, *_: Any) -> Scalars:
+        bound = value_at("clip_value_fn", clip_value_fn, count - 1) if use_clipping else None
+        return (averages, count > 1, bound, averages.b1 if nesterov else None), {}
+
+    name, moments = "scale_by_adopt", with_mu_dtype(moments, mu_dtype)
+    return from_moments(
+        name, formulas.normalized_average, moments, scalars, decays=(NO_DECAY, NO_DECAY), seed=seed
+    )
