@@ -274,6 +274,7 @@ def lowered(tx, params, platform):
 def test_every_recipe_and_a_stage_of_ones_own_has_a_kernel(moments):
     params = jax.ShapeDtypeStruct((200, 768), jnp.float32)
     recipes = [adamfn.adam, adamfn.adamw, adamfn.amsgrad, adamfn.nadam, adamfn.radam, adamfn.adamax]
+    recipes += [adamfn.ademamix, adamfn.adopt]
     on_gpu = moments in ("8bit", "4bit")
     for make in (*(partial(recipe, 0.1) for recipe in recipes), with_a_stage_of_ones_own):
         tx = make(moments=moments)

@@ -100,7 +100,7 @@ def scale_by_ademamix(
     def scalars(count: jax.Array, *_: Any) -> Scalars:
         slow = fixed or decay("b3", value_at("b3", b3, count - 1))
         share, root_of_c2 = value_at("alpha", weight, count - 1), jnp.sqrt(averages.b2.bias(count))
-        return (averages.at(count), slow, (averages.correction(count), share * root_of_c2)), {}
+        return (averages.at_step(count), slow, (averages.correction(count), share * root_of_c2)), {}
 
     more = {"keeps": PAIR | {"mu_slow": zeros}, "state": ScaleByAdemamixState}
     moments = with_mu_dtype(moments, mu_dtype)
