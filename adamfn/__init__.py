@@ -12,6 +12,7 @@ from adamfn.core.stage import EmptyState, Stage
 from adamfn.recipes import adam, adamax, adamw, amsgrad, lazy_adam, nadam, radam, scale_by_adam
 from adamfn.stages.ademamix import ademamix, scale_by_ademamix
 from adamfn.stages.adopt import adopt, scale_by_adopt
+from adamfn.stages.average_weights import average_weights, averaged_weights
 from adamfn.stages.gradients import clip_by_global_norm, skip_outliers
 from adamfn.stages.moments import (
     bias_correct,
@@ -44,6 +45,8 @@ __all__ = [
     "adopt",
     "amsgrad",
     "apply_updates",
+    "average_weights",
+    "averaged_weights",
     "backend",
     "bias_correct",
     "cautious_updates",

@@ -63,12 +63,14 @@ def check_order(parts: Sequence[Any], unwrapped: Sequence[Any]) -> None:
                 f"{rate if before.name == 'scale_by_lr' else ''} Put it first; to clip updates,"
                 " optax.clip_by_global_norm may stand anywhere."
             )
-        if isinstance(part.formula, Weights) and place != len(unwrapped) - 1:
-            after = unwrapped[place + 1]
-            raise ValueError(
-                f"chain: {part.name} stands before {getattr(after, 'name', after)!s}. It decides"
-                " where the weights land, so nothing may change the updates after it. Put it last."
-            )
+        lands = isinstance(part.formula, Weights) or "new_params" in part.reads
+        for after in unwrapped[place + 1 :] if lands else ():
+            if "new_params" not in getattr(after, "reads", ()) or "new_params" in part.reads:
+                raise ValueError(
+                    f"chain: {part.name} stands before {getattr(after, 'name', after)!s}. It needs"
+                    " to know where the weights land, so nothing may change the updates after it."
+                    " Put it last."
+                )
     stages = [part for part in unwrapped if isinstance(part, Stage)]
     for place, stage in enumerate(stages):
         for before in stages[:place]:

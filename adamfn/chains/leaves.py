@@ -134,7 +134,8 @@ def leaves_of(
             param = leaf.param if reads else None
             _check_devices(stages[0].name, leaf, param, counts)
         leaf.shards = split_of(leaf, request.shards)
-    check_corrections(stages[-1], len(stages) - 1, leaves)
+    for place, stage in enumerate(stages):
+        check_corrections(stage, place, leaves)
     return leaves
 
 
@@ -197,7 +198,7 @@ def way_out(state: Any, owner: str) -> str:
 def _params_of(stages: Sequence[Stage], updates: PyTree, request: Request) -> list[Any]:
     """The parameter of every leaf; None if nothing reads them."""
     params, moves = request.params, request.moves
-    readers = [stage.name for stage in stages if "params" in stage.reads]
+    readers = [stage.name for stage in stages if {"params", "new_params"} & {*stage.reads}]
     name, number = (readers or [stages[0].name])[0], len(jax.tree.leaves(updates))
     if params is None:
         if updates is not None and (readers or moves):

@@ -98,10 +98,14 @@ def segments_of(stages: Sequence[Stage]) -> list[range]:
     """The places of the stages of each segment of a run.
 
     A segment begins at the moments if a stage of a later segment reads the gradient that they were
-    given: that gradient is then in memory.
+    given: that gradient is then in memory. The last begins where weights are rounded or averaged,
+    for XLA alone averages them.
     """
     whole = [place for place, stage in enumerate(stages) if not stage.elementwise]
     cuts = {0, len(stages), *whole, *(place + 1 for place in whole)}
+    for place, stage in enumerate(stages):
+        if "new_params" in stage.reads and len(stages) > 1:
+            cuts.add(place - isinstance(stages[place - 1].formula, Weights))
     for place, stage in enumerate(stages):
         moments = [k for k in range(place) if "mu" in stages[k].keeps]
         if "grads" in stage.reads and moments and any(moments[-1] < k <= place for k in whole):
@@ -121,7 +125,7 @@ def program_of(step: Step, segment: range, leaf: Leaf, request: Request) -> Prog
     }
     own = {k: part for k, part in parts.items() if k in segment}
     # Moments, and the gradient that they were given, may come from an earlier segment.
-    known, given, given_grads = {"params", "noise"}, dict[int, Part](), False
+    known, given, given_grads = {"params", "new_params", "noise"}, dict[int, Part](), False
     for place, part in own.items():
         for name in sorted({*part.reads} - known):
             # The gradient is worth reading beside an update only after a stage that averages it.
@@ -144,7 +148,7 @@ def program_of(step: Step, segment: range, leaf: Leaf, request: Request) -> Prog
         with jax.numpy_dtype_promotion("standard"):  # complex64 of complex64 and float32
             update_dtype = jnp.promote_types(leaf.grad.dtype, leaf.dtype)
     elif request.updates:
-        rounds = own and isinstance([*own.values()][-1].formula, Weights)
+        rounds = any(isinstance(part.formula, Weights) for part in own.values())
         update_dtype = leaf.dtype if rounds else update_dtype_of(leaf.grad, leaf.param)
     return Program(
         tuple(own.values()),

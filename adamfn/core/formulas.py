@@ -102,6 +102,11 @@ def add_agreeing_multiple(u: Array, p: Array, rate: Array) -> Array:
     return u + jnp.where(_inner(u, p) >= 0, rate, 0) * p
 
 
+def average_of_new(u: Array, new: Array, old_average: Array, share: Array) -> Arrays:
+    """The formula of `average_weights`."""
+    return u, lax.add(old_average, multiply(lax.sub(new, old_average), share))
+
+
 def ratio(g: Array, mu: Array, nu: Array, at: Averages, ahead: Array | None) -> Arrays:
     """The formula of `scale_by_moments`."""
     g, mu, nu = averaged(g, mu, nu, at)

@@ -62,18 +62,19 @@ class Program:
     @property
     def fused(self) -> bool:
         """Whether backends other than XLA may run it."""
-        return self.elementwise and not self.given and not self.given_grads
+        elsewhere = any("new_params" in part.reads for part in self.parts)
+        return self.elementwise and not (self.given or self.given_grads or elsewhere)
 
     @property
     def weights(self) -> Weights | None:
         """The format of a bfloat16 parameter that has lower bits; None for a parameter as it is."""
-        formula = self.parts[-1].formula if self.parts else None
-        return formula if isinstance(formula, Weights) else None
+        found = (part.formula for part in self.parts if isinstance(part.formula, Weights))
+        return next(found, None)
 
     @property
     def reads_params(self) -> bool:
         """Whether it is given the parameter."""
-        return self.moves or any("params" in part.reads for part in self.parts)
+        return self.moves or any({"params", "new_params"} & {*part.reads} for part in self.parts)
 
     @property
     def known(self) -> bool:
@@ -112,7 +113,10 @@ class Program:
 
         u = seen(u)
         weights, stored = self.weights, None if p is None else widened(p, self.dtype)
-        weight = stored if weights is None else weights.decode(stored, *kept[-1])  # pyright: ignore[reportArgumentType]
+        weight = stored
+        for part, row in zip(self.parts, kept, strict=True):
+            if isinstance(part.formula, Weights):
+                weight = part.formula.decode(stored, *row)  # pyright: ignore[reportArgumentType]
         known: dict[str, Any] = {"params": weight, "grads": u}
         for (_, part), row in zip(self.given, given, strict=False):  # the gradient may follow
             known |= zip(part.keeps, part_decoded(part, row, self.dtype), strict=True)
@@ -132,7 +136,10 @@ class Program:
             if part.formula is weights and weights is not None:
                 u, *new = weights(u, weight, stored, random_bits(seeds.weights), *old)  # pyright: ignore[reportArgumentType]
                 next_kept.append(_like(new, old))
+                known["new_params"] = weights.decode(self._landed(u, p), *new)
                 continue
+            if "new_params" in part.reads and weights is None:
+                known["new_params"] = self._landed(u, p)
             if "mu" in part.keeps:
                 known["grads"] = u = _limited(part, u)
             if "noise" in part.reads:
@@ -154,6 +161,11 @@ class Program:
         if self.moves:
             results.append((stored + u).astype(p.dtype))  # pyright: ignore[reportOptionalOperand, reportOptionalMemberAccess]
         return next_kept, results
+
+    def _landed(self, u: jax.Array, p: Any) -> jax.Array:
+        """The parameter after the step, as this program or `apply_updates` rounds it."""
+        u = u if self.moves else widened(u.astype(self.update_dtype), self.dtype)
+        return widened((widened(p, self.dtype) + u).astype(p.dtype), self.dtype)
 
 
 @dataclass(frozen=True)

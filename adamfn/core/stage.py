@@ -22,7 +22,7 @@ from adamfn.trees import PyTree, exported, real_dtype, shown, wide_dtype
 Scalars: TypeAlias = tuple[Sequence[PyTree], Mapping[str, chex.Numeric]]
 """The scalars of a formula at one step, and the values that the state remembers of that step."""
 
-_READS = ("params", "grads", "mu", "nu", "noise")
+_READS = ("params", "new_params", "grads", "mu", "nu", "noise")
 _SPECIAL = {"count", "scales"}
 
 T = TypeVar("T", bound=type[Any])
@@ -67,7 +67,8 @@ class Stage:
       formula: the formula for one leaf, a function of a module:
         `(u, *reads, *keeps, *scalars) -> (u, *keeps)`, or `-> u` if it keeps nothing. Arrays
         are float32 at least, and complex for complex leaves.
-      reads: arrays that it needs besides the updates u: `"params"`; `"grads"`, the gradient as the
+      reads: arrays that it needs besides the updates u: `"params"`; `"new_params"`, the
+        parameters after this step, for the last stage of a chain; `"grads"`, the gradient as the
         stage of moments before it was given it (or as it entered the run, if the stages before it
         keep other averages); `"mu"` and `"nu"`, the moments after this step; `"noise"`, a random
         uint32 for each element.
@@ -110,7 +111,7 @@ class Stage:
 
     name: str
     formula: Callable[..., Any]
-    reads: Sequence[Literal["params", "grads", "mu", "nu", "noise"]] = ()
+    reads: Sequence[Literal["params", "new_params", "grads", "mu", "nu", "noise"]] = ()
     keeps: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict[str, Any])
     scalars: Callable[[jax.Array, Any, Mapping[str, Any]], Scalars] = no_scalars
     start: Mapping[str, Callable[[], jax.Array] | None] = field(default_factory=dict[str, Any])

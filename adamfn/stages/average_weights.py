@@ -1,0 +1,103 @@
+"""An average of the weights over the steps, as the last stage of a chain."""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from adamfn.chains.chain import from_stage
+from adamfn.chains.transform import GradientTransformation
+from adamfn.core import averages, formulas
+from adamfn.core.stage import Scalars, Stage, exported_state
+from adamfn.trees import PyTree, describe, path_name, wide_dtype
+
+
+@exported_state
+class AverageWeightsState(NamedTuple):
+    """State of `average_weights`."""
+
+    count: chex.Array
+    """Steps taken: int32 scalar."""
+    average: PyTree
+    """The average of the weights after each step, in the parameters' tree and shapes, float32 at
+    least; the parameters before the first."""
+
+
+def average_weights(decay: chex.Numeric = 0.999) -> GradientTransformation:
+    r"""Keeps an exponential moving average of the weights: the last stage of a chain.
+
+    With the weights $\theta$ after this step, as they are rounded, at step t:
+
+    $$ a \leftarrow a + \frac{1 - d}{1 - d^t} (\theta - a) $$
+
+    This is the average from zero, corrected for its beginning as in Adam: after one step it is the
+    weights. decay, d, is a number in [0, 1) or a scalar array. Updates pass unchanged. `update`
+    needs `params`, and `apply_updates` comes after it. After `round_weights`, $\theta$ has the
+    bits that bfloat16 cannot hold. Evaluate the parameters that `averaged_weights` returns. Source:
+    Polyak and Juditsky, Acceleration of Stochastic Approximation by Averaging, 1992, with Adam's
+    weights (Kingma and Ba, section 7.2).
+
+    >>> import adamfn, jax.numpy as jnp
+    >>> tx = adamfn.chain(adamfn.adam(0.5), adamfn.average_weights(0.5))
+    >>> params = jnp.zeros(1)
+    >>> state = tx.init(params)
+    >>> for _ in range(2):
+    ...     params, state = adamfn.step(tx, jnp.ones(1), state, params)
+    >>> print(adamfn.averaged_weights(params, state).round(4))  # of -0.5 and -1
+    [-0.8333]
+    """
+    average = averages.decay("decay", decay)
+
+    def scalars(count: jax.Array, *_: Any) -> Scalars:
+        return (average.complement / average.bias(count),), {}
+
+    def first(leaf: Any) -> jax.Array:
+        return jnp.array(leaf, wide_dtype(jnp.result_type(leaf)))
+
+    name, formula, state = "average_weights", formulas.average_of_new, AverageWeightsState
+    keeps = {"average": first}
+    return from_stage(Stage(name, formula, ("new_params",), keeps, scalars=scalars, state=state))
+
+
+def averaged_weights(params: PyTree, state: PyTree) -> PyTree:
+    """The average of the weights that `average_weights` keeps, with the parameters' dtypes.
+
+    The state is that of a chain with it, in wrappers or not. Leaves that no such stage has seen,
+    as frozen ones, are returned as they are. For the average of bfloat16 weights in float32, pass
+    `whole_weights(params, state)` as the parameters.
+
+    Raises:
+      ValueError: the state has no average of these parameters; names the leaf.
+
+    >>> import adamfn, jax.numpy as jnp
+    >>> params = {"w": jnp.ones(2)}
+    >>> tx = adamfn.chain(adamfn.adam(), adamfn.average_weights())
+    >>> print(adamfn.averaged_weights(params, tx.init(params))["w"])
+    [1. 1.]
+    """
+    nodes = [node for node in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(node)]
+    found = {k: x for node in nodes for k, x in jax.tree.leaves_with_path(node.average)}
+
+    def averaged(path: Any, p: Any) -> Any:
+        average = found.get(path)
+        if average is None:
+            return p
+        if average.shape != jnp.shape(p):
+            raise ValueError(
+                f"averaged_weights: at {path_name(path) or 'the root'} the weight is {describe(p)}"
+                f" and its average {describe(average)}; expected one shape, those of one run."
+            )
+        return average.astype(jnp.result_type(p))
+
+    paths = {path for path, _ in jax.tree.leaves_with_path(params)}
+    if paths and not paths & {*found}:
+        raise ValueError(
+            "averaged_weights: the state has no average of these parameters; expected that of a"
+            " chain with average_weights. Of a packed chain, pass adamfn.repack(tx, state, params)."
+        )
+    return jax.tree.map_with_path(averaged, params)
+
+
+def _is_state(node: Any) -> bool:
+    return "average" in getattr(node, "_fields", ())
