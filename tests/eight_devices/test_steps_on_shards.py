@@ -100,11 +100,17 @@ def test_codes_equal_one_devices(moments, way, zero_axis):
     check_equal(run(placed, state, grads), expected)
 
 
-@pytest.mark.parametrize(("moments", "bits"), [("bfloat16", 16), ("8bit", 24), ("8bit", 32)])
-def test_weights_of_16_bits_too(moments, bits):
+@pytest.mark.parametrize(
+    ("moments", "bits", "averages"),
+    [("bfloat16", 16, False), ("8bit", 24, False), ("8bit", 32, True)],
+)
+def test_weights_of_16_bits_too(moments, bits, averages):
+    """With a second average of gradients, and one of the weights, or without."""
     params, grads = drawn(jnp.bfloat16)
-    tx = adamfn.adamw(1e-4, moments=moments, seed=1)
-    tx = adamfn.chain(tx, adamfn.round_weights(bits, seed=2))
+    recipe = adamfn.ademamix if averages else adamfn.adamw
+    last = [adamfn.average_weights()] if averages else []
+    tx = recipe(1e-4, moments=moments, seed=1)
+    tx = adamfn.chain(tx, adamfn.round_weights(bits, seed=2), *last)
     run = functools.partial(train, "step")
     expected = jax.jit(functools.partial(run, tx))(params, tx.init(params), grads)
     on_mesh, laid = sharded(tx, WHERE, "data"), state_shardings(tx, params, WHERE, "data")
