@@ -4,6 +4,8 @@ r"""Adam and its kin: chains that read as their formulas.
 stages say more, and name the papers in full.
 """
 
+from typing import Any
+
 import chex
 from jax.typing import DTypeLike
 
@@ -25,6 +27,13 @@ from adamfn.stages.variants import (
     scale_by_nesterov_moments,
     scale_by_rectified_moments,
 )
+
+
+def _adam(
+    b1: Any, b2: Any, eps: Any, eps_root: Any, nesterov: bool, moments: Moments, seed: Any
+) -> list[GradientTransformation]:
+    more: Any = {"eps_root": eps_root, "moments": moments, "seed": seed}
+    return [scale_by_moments(b1, b2, eps, nesterov=nesterov, **more), bias_correct(b1, b2)]
 
 
 @explained
@@ -62,8 +71,7 @@ def adam(
       moments: how the moments are stored, as in `scale_by_moments`.
       seed: of the rounding of lean moments, likewise.
 
-    >>> import adamfn, jax
-    >>> import jax.numpy as jnp
+    >>> import adamfn, jax, jax.numpy as jnp
     >>> tx = adamfn.adam(learning_rate=0.1)
     >>> params = {"w": jnp.array([1.0, -2.0])}
     >>> grads = jax.grad(lambda p: jnp.sum(p["w"] ** 2))(params)
@@ -71,11 +79,8 @@ def adam(
     >>> print(adamfn.apply_updates(params, updates)["w"])
     [ 0.9 -1.9]
     """
-    moments = with_mu_dtype(moments, mu_dtype)
-    ratio = scale_by_moments(
-        b1, b2, eps, eps_root=eps_root, nesterov=nesterov, moments=moments, seed=seed
-    )
-    return chain(ratio, bias_correct(b1, b2), scale_by_lr(learning_rate))
+    stored = with_mu_dtype(moments, mu_dtype)
+    return chain(*_adam(b1, b2, eps, eps_root, nesterov, stored, seed), scale_by_lr(learning_rate))
 
 
 @explained
@@ -94,18 +99,12 @@ def scale_by_adam(
 
     $$ u = \hat m / (\sqrt{\hat v + \epsilon_\text{root}} + \epsilon) $$
 
-    It is `chain(scale_by_moments(...), bias_correct(...))`.
-
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.chain(adamfn.scale_by_adam(), adamfn.scale_by_lr(0.1))
     >>> print(tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))[0])
     [-0.1  0.1]
     """
-    moments = with_mu_dtype(moments, mu_dtype)
-    ratio = scale_by_moments(
-        b1, b2, eps, eps_root=eps_root, nesterov=nesterov, moments=moments, seed=seed
-    )
-    return chain(ratio, bias_correct(b1, b2))
+    return chain(*_adam(b1, b2, eps, eps_root, nesterov, with_mu_dtype(moments, mu_dtype), seed))
 
 
 @explained
@@ -138,14 +137,11 @@ def adamw(
     >>> print(tx.update(jnp.array([0.0]), tx.init(params), params)[0])
     [-0.1]
     """
-    moments = with_mu_dtype(moments, mu_dtype)
-    ratio = scale_by_moments(
-        b1, b2, eps, eps_root=eps_root, nesterov=nesterov, moments=moments, seed=seed
-    )
+    parts = _adam(b1, b2, eps, eps_root, nesterov, with_mu_dtype(moments, mu_dtype), seed)
     if mask is not None and weight_decay_mask is not None:
         raise TypeError("adamw: found both mask= and weight_decay_mask=; expected one of them.")
     decay = add_decayed_weights(weight_decay, weight_decay_mask if mask is None else mask)
-    return chain(ratio, bias_correct(b1, b2), decay, scale_by_lr(learning_rate))
+    return chain(*parts, decay, scale_by_lr(learning_rate))
 
 
 @explained
@@ -242,10 +238,8 @@ def radam(
     >>> print(tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))[0].round(4))
     [-0.75  1.25]
     """
-    hyperparameters = {"eps_root": eps_root, "threshold": threshold}
-    ratio = scale_by_rectified_moments(
-        b1, b2, eps, **hyperparameters, nesterov=nesterov, moments=moments, seed=seed
-    )
+    more: Any = {"eps_root": eps_root, "threshold": threshold, "moments": moments, "seed": seed}
+    ratio = scale_by_rectified_moments(b1, b2, eps, nesterov=nesterov, **more)
     return chain(ratio, bias_correct(b1, b2), scale_by_lr(learning_rate))
 
 

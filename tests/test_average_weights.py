@@ -164,5 +164,5 @@ def test_what_it_refuses():
         tx.update(params, tx.init(params))
     with pytest.raises(ValueError, match="the state has no average of these parameters"):
         adamfn.averaged_weights(params, adamfn.adam().init(params))
-    with pytest.raises(ValueError, match=r"at w the weight is float32\[3\] and its average float"):
+    with pytest.raises(ValueError, match="no average of these parameters and their shapes"):
         adamfn.averaged_weights({"w": jnp.ones(3)}, tx.init(params))

@@ -81,10 +81,10 @@ def matching(*patterns: str) -> Callable[[PyTree], PyTree]:
 
     They are searched for anywhere in a path such as `layers/0/kernel`; `^` and `$` match its ends.
 
-    Raises:
-      TypeError, ValueError: a pattern is not a string, or not a regular expression; at `init`, no
-        path matches it.
-
+    pattern = _compiled(layers, "layers")
+    under = _having("below", _names("below", below))
+    stack = _having("stacked", _names("stacked", stacked))
+    if pattern.groups != 1 or not decay > 0:
     >>> import adamfn
     >>> params = {"layers": [{"kernel": 1.0, "bias": 1.0}], "head": {"kernel": 1.0}}
     >>> adamfn.masks.matching(r"layers/\d+/kernel$")(params)
@@ -109,13 +109,9 @@ def layerwise_decay(
 
     Args:
       decay: the factor from a layer to the one below it, above 0.
-      layers: a regular expression, found in paths, whose group is the layer's index. Leaves
-        in which it is not found are above the layers, or `below`.
-      below: names, as in `matrices`, of leaves below the layers.
+      layers: a regular expression, found in paths, whose group is the layer's index.
+      below: names, as in `matrices`, of leaves below the layers; others are above.
       stacked: names of parts that hold layers along their first axis; a factor is then an array.
-
-    Raises:
-      TypeError, ValueError: an argument is not what it says; the parameters have no such layer.
 
     >>> import adamfn, jax, jax.numpy as jnp, optax
     >>> factors = adamfn.masks.layerwise_decay(0.5)
@@ -126,16 +122,13 @@ def layerwise_decay(
     >>> tx = adamfn.chain(adamfn.adamw(1e-3), by_layer)
     """
     pattern = _compiled(layers, "layers")
-    under, stack = (
-        _having("below", _names("below", below)),
-        _having("stacked", _names("stacked", stacked)),
-    )
-    if pattern.groups != 1:
+    under = _having("below", _names("below", below))
+    stack = _having("stacked", _names("stacked", stacked))
+    if pattern.groups != 1 or not decay > 0:
         raise ValueError(
-            f"layers is {shown(layers)}; expected one group, of the index: 'layer_([0-9]+)'."
+            f"layerwise_decay: decay is {shown(decay)} and layers {shown(layers)}; expected a"
+            " number above 0, and one group, of the index: 'layer_([0-9]+)'."
         )
-    if not (isinstance(decay, int | float) and decay > 0):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"decay is {shown(decay)}; expected a number above 0, such as 0.8.")
 
     def place(path: Any, leaf: Any, is_under: bool, is_stacked: bool) -> Any:
         """The index of the layer that a leaf is in, or of its rows; infinite above all layers."""

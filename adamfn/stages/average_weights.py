@@ -10,7 +10,7 @@ from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core import averages, formulas
 from adamfn.core.stage import Scalars, Stage, exported_state
-from adamfn.trees import PyTree, describe, path_name, wide_dtype
+from adamfn.trees import PyTree, wide_dtype
 
 
 @exported_state
@@ -67,9 +67,6 @@ def averaged_weights(params: PyTree, state: PyTree) -> PyTree:
     as frozen ones, are returned as they are. For the average of bfloat16 weights in float32, pass
     `whole_weights(params, state)` as the parameters.
 
-    Raises:
-      ValueError: the state has no average of these parameters; names the leaf.
-
     >>> import adamfn, jax.numpy as jnp
     >>> params = {"w": jnp.ones(2)}
     >>> tx = adamfn.chain(adamfn.adam(), adamfn.average_weights())
@@ -79,24 +76,19 @@ def averaged_weights(params: PyTree, state: PyTree) -> PyTree:
     nodes = [node for node in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(node)]
     found = {k: x for node in nodes for k, x in jax.tree.leaves_with_path(node.average)}
 
-    def averaged(path: Any, p: Any) -> Any:
-        average = found.get(path)
-        if average is None:
-            return p
-        if average.shape != jnp.shape(p):
-            raise ValueError(
-                f"averaged_weights: at {path_name(path) or 'the root'} the weight is {describe(p)}"
-                f" and its average {describe(average)}; expected one shape, those of one run."
-            )
-        return average.astype(jnp.result_type(p))
-
-    paths = {path for path, _ in jax.tree.leaves_with_path(params)}
-    if paths and not paths & {*found}:
+    leaves, treedef = jax.tree.flatten_with_path(params)
+    paths = {path for path, _ in leaves}
+    if (paths and not paths & {*found}) or any(
+        path in found and found[path].shape != jnp.shape(p) for path, p in leaves
+    ):
         raise ValueError(
-            "averaged_weights: the state has no average of these parameters; expected that of a"
-            " chain with average_weights. Of a packed chain, pass adamfn.repack(tx, state, params)."
+            "averaged_weights: the state has no average of these parameters and their shapes;"
+            " expected that of a chain with average_weights. Of a packed chain, pass"
+            " adamfn.repack(tx, state, params)."
         )
-    return jax.tree.map_with_path(averaged, params)
+    return treedef.unflatten(
+        [found[path].astype(jnp.result_type(p)) if path in found else p for path, p in leaves]
+    )
 
 
 def _is_state(node: Any) -> bool:
