@@ -179,16 +179,17 @@ def normalized_average(
     bound: Array | None,
     ahead: Decay | None,
 ) -> Arrays:
-    """The formula of `scale_by_adopt`. It keeps m times the root of v, as formats store mu."""
-    g, old_root = bounded(g), root(nu)
-    x = quotient(g, jnp.maximum(old_root, at.eps))
+    """The formula of `scale_by_adopt`. It keeps m in the gradient's units, as formats store mu."""
+    g, divisor = bounded(g), jnp.maximum(root(nu), at.eps)
+    divisor = jnp.where(divisor > 0, divisor, 1)
+    x = quotient(g, divisor)
     if bound is not None:
         size = jnp.abs(x)
         x = jnp.where(size > bound, x * (bound / jnp.where(size > bound, size, 1)), x)
     x = jnp.where(started > 0, x, 0)
-    m = average(quotient(mu, jnp.where(old_root > 0, old_root, 1)), x, at.b1)
+    m = average(quotient(mu, divisor), x, at.b1)
     nu = jnp.where(started > 0, average(nu, _square(g), at.b2), _square(g))
-    return m if ahead is None else average(m, x, ahead), m * root(nu), nu
+    return m if ahead is None else average(m, x, ahead), m * jnp.maximum(root(nu), at.eps), nu
 
 
 def lazy_ratio(g: Array, mu: Array, nu: Array, at: Averages) -> Arrays:

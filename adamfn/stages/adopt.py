@@ -79,9 +79,9 @@ def scale_by_adopt(
     m \leftarrow m + (1 - b_1)(x - m), \qquad v \leftarrow v + (1 - b_2)(|g|^2 - v), \qquad u = m $$
 
     v does not know g yet where it divides it, so the two are independent: hence the convergence.
-    No `bias_correct` belongs after this stage. The state's mu is $m \sqrt v$, in the gradients'
-    units, in which formats store it. Source: arXiv 2411.02853, algorithms 1 and 2; as
-    `optax.contrib.scale_by_adopt`.
+    No `bias_correct` belongs after this stage. The state's mu is $m \max(\sqrt v, \epsilon)$,
+    in the gradients' units, in which formats store it. Source: arXiv 2411.02853, algorithms 1 and
+    2; as `optax.contrib.scale_by_adopt`.
 
     Args: as in `adam`, and
       nesterov: look one step ahead: $u = b_1 m + (1 - b_1) x$.
