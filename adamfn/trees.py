@@ -11,6 +11,8 @@ from jax import export
 PyTree: TypeAlias = Any
 """Any nest of containers that JAX knows, with arrays at its leaves."""
 
+_INCONCLUSIVE: Any = getattr(jax.errors, "InconclusiveDimensionOperation", Exception)  # jax 0.8
+
 _T = TypeVar("_T", bound=type[Any])
 
 
@@ -81,6 +83,14 @@ def as_array(leaf: Any) -> Any:
     """A leaf as JAX has it: a number or an array of NumPy's as an array of JAX's."""
     foreign = isinstance(leaf, np.ndarray | np.generic | float | complex)
     return jnp.asarray(leaf) if foreign else leaf
+
+
+def at_least(size: Any, bound: Any) -> bool:
+    """Whether a size is known to be at least a bound: a symbolic one of `jax.export` may not be."""
+    try:
+        return bool(size >= bound)
+    except _INCONCLUSIVE:
+        return False
 
 
 def has_shape_of(a: Any, b: Any) -> bool:

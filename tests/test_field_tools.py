@@ -211,6 +211,27 @@ def test_twenty_updates_in_equinox():
     assert_ends_alike(model.weights, by_hand(tx))
 
 
+def test_wrappers_step_a_module_with_leaves_that_are_not_trained():
+    class Model(eqx.Module):
+        weight: jax.Array
+        activation: object = jax.nn.relu
+
+    def everywhere(label):
+        return lambda tree: jax.tree.map(lambda _: label, tree)
+
+    model = Model(jnp.ones(2))
+    grads = eqx.filter(model, eqx.is_inexact_array)
+    for tx in (
+        optax.MultiSteps(adamfn.adam(0.5), 1),
+        optax.masked(adamfn.adam(0.5), everywhere(True)),
+        optax.partition({"all": adamfn.adam(0.5)}, everywhere("all")),
+        optax.inject_hyperparams(adamfn.adamw)(0.5, weight_decay=0.0),
+    ):
+        moved, _ = adamfn.step(tx, grads, tx.init(grads), model)
+        np.testing.assert_allclose(moved.weight, 0.5, rtol=1e-6)
+        assert moved.activation is jax.nn.relu
+
+
 # Files
 
 

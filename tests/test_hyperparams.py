@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import adamfn
 from adamfn.core.hyperparameters import scalar, scheduled, value_at
@@ -70,6 +71,26 @@ def test_schedules_come_back_as_they_are():
     assert value_at("learning_rate", 0.25, jnp.int32(3)) == 0.25
     assert value_at("learning_rate", lambda count: np.float32(2), jnp.int32(3)) == 2
     assert value_at("learning_rate", lambda count: 2, jnp.int32(3)) == 2
+
+
+class Variable:
+    """Keras's and flax's: an array to JAX, and not a function, though it can be called."""
+
+    def __jax_array__(self):
+        return jnp.float32(0.5)
+
+    def __call__(self):
+        raise AssertionError
+
+
+def test_variables_are_arrays():
+    for value in (Variable(), nnx.Variable(jnp.float32(0.5))):
+        assert scheduled("learning_rate", value) == 0.5
+        assert scalar("b1", value, below=1) == 0.5
+        assert value_at("learning_rate", lambda count, own=value: own, jnp.int32(3)) == 0.5
+        tx, ones = adamfn.adam(value), jnp.ones(1)
+        for rate in ({}, {"learning_rate": value}):
+            assert abs(tx.update(ones, tx.init(ones), **rate)[0] + 0.5) < 1e-6
 
 
 def test_static_numbers_are_not_rounded_before_use():

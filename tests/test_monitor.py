@@ -358,3 +358,16 @@ def test_ticks_of_pictures_are_whole_steps():
         run.append(seen)
     ticks = monitor.picture(run).axes[1].get_xticks()
     assert all(tick == round(tick) for tick in ticks)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64", "complex64"])
+def test_figures_are_float32_under_x64_and_strict_promotion(dtype):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        params, grads = jnp.ones((2, 3), dtype), jnp.full((2, 3), 0.5, dtype)
+        tx = adamfn.adamw(0.25, weight_decay=0.0)
+        looked = functools.partial(monitor.step, tx, layers={"w": 0})
+        *_, seen = jax.jit(looked)({"w": grads}, tx.init({"w": params}), {"w": params})
+    assert seen.values.dtype == jnp.float32
+    figures = seen.leaves["w"]
+    for name, value in {"gradient": 0.5, "weight": 1, "update": 0.25, "signal": 1}.items():
+        np.testing.assert_allclose(figures[name], [value, value], rtol=1e-6)

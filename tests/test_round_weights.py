@@ -476,3 +476,15 @@ def test_a_state_of_other_parameters():
 def test_it_cannot_be_packed():
     with pytest.raises(ValueError, match="packed: round_weights keeps bits of each weight"):
         adamfn.packed(rounding(24))
+
+
+@pytest.mark.parametrize("moments", ["float32", "8bit"])
+@pytest.mark.parametrize("bits", BITS)
+def test_float64_gradients(bits, moments):
+    """NumPy's gradients, with x64: the weights' words have 32 bits."""
+    tx, params = rounding(bits, 0.5, moments), jnp.full(MANY, 1.5, BFLOAT16)
+    state = tx.init(params)
+    with jax.enable_x64(True):
+        updates, after = tx.update(np.full(MANY, 0.25), state, params)
+    np.testing.assert_allclose(np.asarray(updates), -0.5, rtol=1e-6)
+    chex.assert_trees_all_equal_dtypes(after, state)

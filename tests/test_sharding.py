@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 import adamfn
 from adamfn import formats
@@ -376,6 +376,18 @@ def test_a_memory_that_the_backend_lacks_is_an_error():
     real = jax.NamedSharding(jax.make_mesh((1,), ("data",)), P())
     with pytest.raises(ValueError, match=r"kinds: .*device.*Got memory kind: hbm"):
         state_shardings(adamfn.adam(), PARAMS, real, memory_kind="hbm")
+
+
+@pytest.mark.parametrize("moments", formats.FORMATS)
+def test_a_state_of_parameters_that_an_abstract_mesh_types(moments):
+    """Without a mesh in force, as JAX 0.12 needs one to make an array that is split."""
+    mesh = AbstractMesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    split = jax.NamedSharding(mesh, P("data", None))
+    params = jax.ShapeDtypeStruct((512, 1024), jnp.float32, sharding=split)
+    state = jax.eval_shape(adamfn.adam(moments=moments).init, params)[0]
+    for x in jax.tree.leaves((state.mu, state.nu, state.scales)):
+        expected = split.spec if x.shape[0] == 512 else P(None, None)
+        assert (x.sharding.spec if x.sharding else P(None, None)) == expected
 
 
 def test_nothing_is_computed():

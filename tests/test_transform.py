@@ -1,5 +1,6 @@
 """chain, apply_updates, and what every stage keeps: structure, shapes and dtypes."""
 
+import warnings
 from itertools import permutations
 
 import chex
@@ -197,6 +198,26 @@ def test_apply_updates_leaves_alone_what_has_no_update():
     assert moved["n"] is params["n"]
     assert moved["f"] is len
     assert moved["none"] is None
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_apply_updates_of_float8(dtype):
+    """JAX promotes no float8 by itself."""
+    one, half = jnp.ones(1, dtype), jnp.full(1, 0.5, dtype)
+    for params, updates in ((one, half), (one, jnp.full(1, 0.5)), (jnp.ones(1, "bfloat16"), half)):
+        moved = adamfn.apply_updates(params, updates)
+        assert moved.dtype == params.dtype
+        assert moved.astype(jnp.float32) == 1.5
+
+
+@pytest.mark.parametrize("recipe", [adamfn.adam, adamfn.adamw, adamfn.lazy_adam])
+def test_parameters_that_numpy_made(recipe):
+    """In float64, which JAX has only with x64, and of which it warns."""
+    params, grads, tx = np.full(3, 2.0), jnp.array([1.0, -1.0, 2.0]), recipe(0.5)
+    state = tx.init(params)
+    with warnings.catch_warnings(action="error"):
+        found, expected = (tx.update(grads, state, own)[0] for own in (params, jnp.asarray(params)))
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])

@@ -20,6 +20,7 @@ from adamfn.core.program import Call, Program
 from adamfn.core.stage import Stage
 from adamfn.core.varying import axes_of
 from adamfn.formats.noise import mixed
+from adamfn.trees import at_least
 
 LARGE = 2**18
 """Leaves from here on are called alone: they outweigh the microseconds of a call."""
@@ -49,8 +50,9 @@ class Step:
         if (places, dtype) not in self._vectors:
             found = jax.tree.leaves([self.scalars[place] for place in places])
             found += [] if self.gate is None else [self.gate]
-            arrays = [jnp.asarray(scalar, dtype) for scalar in found]
-            vector = jnp.stack(arrays) if arrays else jnp.zeros((1,), dtype)
+            arrays = [jnp.atleast_1d(jnp.asarray(scalar, dtype)) for scalar in found]
+            # Not stacked: under vmap, JAX stacks no scalars that explicit axes split differently.
+            vector = jnp.concatenate(arrays or [jnp.zeros((1,), dtype)])
             if self.gate is not None:  # those of a skipped step may be NaN
                 skipped = np.array([1] * (len(arrays) - 1) + [0], dtype)
                 vector = jnp.where(self.gate, vector, skipped)
@@ -83,7 +85,7 @@ def together(step: Step, leaves: Sequence[Leaf], segment: range) -> Iterator[lis
         # Outside jit, the arrays of one call must be on the same devices.
         device = None if isinstance(u, Tracer) else getattr(u, "sharding", None)
         # Inside shard_map, all results of a call vary over each axis that an operand varies over.
-        alone = leaf.index if u.size >= LARGE or not program.fused else None
+        alone = leaf.index if at_least(u.size, LARGE) or not program.fused else None
         arrays = jax.tree.leaves((u, p, leaf.kept)) if is_manual and alone is None else []
         varies = frozenset(map(axes_of, arrays))
         # Equal programs are one object here, and a hash of them takes long.
@@ -91,7 +93,7 @@ def together(step: Step, leaves: Sequence[Leaf], segment: range) -> Iterator[lis
         alike.setdefault(key, []).append(leaf)
     for own in alike.values():
         # Leaves of one shape beside one another: calls of one signature are traced once.
-        own.sort(key=lambda leaf: leaf.grad.shape)
+        own.sort(key=lambda leaf: str(leaf.grad.shape))
         yield from (own[start : start + most] for start in range(0, len(own), most))
 
 

@@ -120,8 +120,10 @@ def leaves_of(
     pairs = zip(jax.tree.leaves_with_path(updates), ps, strict=True)
     leaves = [Leaf(path, index, as_array(u), p) for index, ((path, u), p) in enumerate(pairs)]
     masks = masks_of(stages, updates, request.params)
+    # A format holds a parameter, as at `init`, whatever dtype its gradient has.
+    held = jax.tree.structure(updates).unflatten([leaf.held for leaf in leaves])
     for stage, state, mask in zip(stages, states, masks, strict=True):
-        formats = choose_formats(stage.moments, updates)
+        formats = choose_formats(stage.moments, held)
         kept = kept_by_leaf(stage, state, updates, formats)
         for leaf, format, row, active in zip(leaves, formats, kept, mask, strict=True):
             leaf.formats.append(format)
@@ -208,7 +210,7 @@ def _params_of(stages: Sequence[Stage], updates: PyTree, request: Request) -> li
             )
         return [None] * number
     if not (readers or moves):  # read for their dtype alone
-        leaves = jax.tree.leaves(params)
+        leaves = [*map(as_array, jax.tree.leaves(params))]
         return leaves if len(leaves) == number else [None] * number
     way_out = "Pass the parameters that the gradients are of."
     leaves = matching_leaves(f"{name}: updates", updates, "params", params, way_out)

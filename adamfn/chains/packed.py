@@ -24,6 +24,7 @@ from adamfn.core.weights import Weights
 from adamfn.trees import (
     PyTree,
     as_array,
+    at_least,
     check_inexact,
     describe,
     exported,
@@ -182,7 +183,7 @@ class _Layout:
         for index, (leaf, *changed) in enumerate(zip(self._leaves, *masks, strict=True)):
             dtype = jnp.result_type(leaf)
             real = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 32
-            if real and jnp.size(leaf) < below:
+            if real and at_least(below - 1, jnp.size(leaf)):
                 alike.setdefault(tuple(changed), []).append(index)
         self._runs = [
             own[i : i + _LEAVES] for own in alike.values() for i in range(0, len(own), _LEAVES)

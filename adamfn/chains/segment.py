@@ -6,6 +6,7 @@ the scalars and the gate are those of the run.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from itertools import pairwise, starmap
 from typing import Any
 
@@ -90,7 +91,7 @@ def step_at(
                     " skip; expected the stages that it is to hold in the same adamfn.chain."
                     " optax.chain, and parts of other libraries, end a run."
                 )
-    step.gate = jnp.all(jnp.stack(gates)) if gates else None
+    step.gate = reduce(jnp.logical_and, gates) if gates else None
     return step
 
 
@@ -142,18 +143,19 @@ def program_of(step: Step, segment: range, leaf: Leaf, request: Request) -> Prog
         given_grads |= "grads" in part.reads and "mu" not in known and segment.start > 0
         known |= {*part.keeps}
     last = segment.stop == len(step.stages)
+    rounds = last and any(isinstance(part.formula, Weights) for part in own.values())
+    dtype = jnp.dtype(jnp.float32) if rounds else leaf.dtype  # the weights' words have 32 bits
     update_dtype = None
     if not last:
         # Nothing is rounded between two segments.
         with jax.numpy_dtype_promotion("standard"):  # complex64 of complex64 and float32
             update_dtype = jnp.promote_types(leaf.grad.dtype, leaf.dtype)
     elif request.updates:
-        rounds = any(isinstance(part.formula, Weights) for part in own.values())
-        update_dtype = leaf.dtype if rounds else update_dtype_of(leaf.grad, leaf.param)
+        update_dtype = dtype if rounds else update_dtype_of(leaf.grad, leaf.param)
     return Program(
         tuple(own.values()),
         jax.tree.structure(tuple(step.scalars[k] for k in own)),
-        leaf.dtype,
+        dtype,
         last and request.moves,
         update_dtype,
         step.gate is not None,

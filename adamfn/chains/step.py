@@ -69,12 +69,12 @@ def step(
         raise TypeError("step: found no params; expected step(tx, grads, state, params).")
     check_call("step(tx, grads, state, params)", grads, state, params)
     check_extra(tx, extra, "step")
-    chain = chain_of(tx)
+    chain, trained = chain_of(tx), where_updated(params, grads)
     if chain is None:
-        updates, state = tx.update(grads, state, params, **extra)
+        updates, state = tx.update(grads, state, trained, **extra)
         params = apply_updates(params, updates)
     else:
-        request = Request(where_updated(params, grads), extra, updates=return_updates, moves=True)
+        request = Request(trained, extra, updates=return_updates, moves=True)
         updates, moved, state = chain.advance(grads, state, request)
         params = merged(params, moved)
     return (params, state, updates) if return_updates else (params, state)

@@ -12,7 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from adamfn.trees import PyTree, as_array, check_inexact, check_values, matching_leaves, shown
+from adamfn.trees import (
+    PyTree,
+    as_array,
+    check_inexact,
+    check_values,
+    matching_leaves,
+    shown,
+    wide_dtype,
+)
 
 _SUMS = 16
 
@@ -173,7 +181,7 @@ def _add(params: list[jax.Array], updates: list[jax.Array]) -> list[jax.Array]:
 def wide_sum(param: jax.Array, update: jax.Array) -> jax.Array:
     """The sum in float32, or in the wider of the two dtypes."""
     with jax.numpy_dtype_promotion("standard"):  # the two may differ, whatever the user's own may
-        wide = jnp.promote_types(jnp.promote_types(param.dtype, update.dtype), jnp.float32)
+        wide = jnp.promote_types(wide_dtype(param.dtype), wide_dtype(update.dtype))
     return param.astype(wide) + update.astype(wide)
 
 

@@ -27,6 +27,7 @@ def scalar(name: str, value: Any, *, below: float = math.inf, narrow: bool = Fal
     An array is never fetched: only its shape and dtype are checked, float32 at least unless
     `narrow`. Raises TypeError, or ValueError for a number out of range or NaN.
     """
+    value = _unboxed(value)
     if isinstance(value, jax.Array):
         return _scalar_array(name, value, narrow)
     if isinstance(value, np.ndarray | np.generic) and jnp.issubdtype(value.dtype, jnp.floating):
@@ -50,6 +51,7 @@ def scalar(name: str, value: Any, *, below: float = math.inf, narrow: bool = Fal
 
 def scheduled(name: str, value: Any) -> ScalarOrSchedule:
     """Checks a hyperparameter as `scalar`, of any width; it may also be a function of the count."""
+    value = _unboxed(value)
     if not callable(value):
         return scalar(name, value, narrow=True)
     try:
@@ -69,7 +71,7 @@ def value_at(name: str, value: ScalarOrSchedule, count: chex.Array) -> chex.Nume
     """The value of a hyperparameter from `scheduled` after `count` steps, checked as `scalar`."""
     if not callable(value):
         return value
-    result: Any = value(count)
+    result = _unboxed(value(count))
     if isinstance(result, int | float):
         return scalar(name, result)
     kinds = jnp.floating, jnp.integer
@@ -90,6 +92,11 @@ def check_seed(seed: Any) -> None:
         raise ValueError(
             f"seed is {shown(seed)}; expected an integer in [0, 2^32), or an array of one."
         )
+
+
+def _unboxed(value: Any) -> Any:
+    """A variable of Keras or flax, which can be called too, as the array that it holds now."""
+    return jnp.asarray(value) if hasattr(type(value), "__jax_array__") else value
 
 
 def _scalar_array(name: str, value: jax.Array, narrow: bool) -> jax.Array:

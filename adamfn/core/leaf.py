@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamfn.core.placement import Shards, zeros_beside
+from adamfn.core.placement import Shards, on_mesh_of, zeros_beside
 from adamfn.core.stage import Stage
 from adamfn.core.weights import Weights
 from adamfn.formats import Format, Stored, choose_formats
@@ -79,6 +79,12 @@ class Leaf:
         return max(inexact, key=lambda dtype: dtype.itemsize)
 
     @property
+    def held(self) -> Any:
+        """The parameter, by whose dtype a format is chosen, or else the gradient."""
+        known = self.param is not None and has_shape_of(self.param, self.grad)
+        return self.param if known else self.grad
+
+    @property
     def name(self) -> str:
         """Its path, as messages name it."""
         return path_name(self.path) or "the root"
@@ -88,9 +94,10 @@ def first_fields(stage: Stage, params: PyTree) -> dict[str, PyTree]:
     """The arrays that a stage keeps before the first step, by the fields of its state."""
 
     def first(leaf: Any, format: Format | None) -> Kept:
-        if format is None:
-            return tuple(begin(leaf) for begin in stage.keeps.values())
-        return jax.tree.map(lambda part: zeros_beside(leaf, part), _spec(stage, format, leaf))
+        with on_mesh_of(leaf):
+            if format is None:
+                return tuple(begin(leaf) for begin in stage.keeps.values())
+            return jax.tree.map(lambda part: zeros_beside(leaf, part), _spec(stage, format, leaf))
 
     leaves, treedef = jax.tree.flatten_with_path(params)
     formats = choose_formats(stage.moments, params)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -130,6 +131,13 @@ def split_together(arrays: PyTree, update: jax.Array, kept: PyTree) -> PyTree:
     """Arrays of one leaf, those of its shape split like what is kept of it, or else its update."""
     like = next(x for x in jax.tree.leaves((kept, update)) if x.shape == update.shape)
     return jax.tree.map(lambda x: split_like(x, like) if x.shape == like.shape else x, arrays)
+
+
+def on_mesh_of(leaf: Any) -> AbstractContextManager[Any]:
+    """The mesh of a traced array's explicit axes, which JAX 0.12 does not split new arrays over."""
+    mesh: Any = jax.typeof(leaf).sharding.mesh if isinstance(leaf, Tracer) else None
+    known = mesh is None or mesh.empty or not jax.sharding.get_abstract_mesh().empty
+    return nullcontext() if known else jax.sharding.use_abstract_mesh(mesh)
 
 
 def zeros_beside(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:

@@ -33,7 +33,8 @@ def indices_of(
     indices = jnp.full(tuple(shape), jnp.asarray(first).astype(jnp.uint32))
     for axis, stride in enumerate(strides_of(shape) if strides is None else strides):
         along = jax.lax.broadcasted_iota(jnp.uint32, tuple(shape), axis)
-        indices += along * jnp.uint32(stride % 2**32)
+        known = stride % 2**32 if isinstance(stride, int) else stride  # or symbolic, in an export
+        indices += along * jnp.asarray(known).astype(jnp.uint32)
     return indices
 
 

@@ -74,7 +74,7 @@ class Factored(_Means):
         return jnp.where(mean == 0, 0, rows / jnp.where(mean == 0, 1, mean)), columns
 
     def holds(self, shape: tuple[int, ...]) -> bool:
-        return sum(n >= 128 for n in shape) >= 2
+        return all(isinstance(n, int) for n in shape) and sum(n >= 128 for n in shape) >= 2
 
 
 @dataclass(frozen=True)

@@ -116,4 +116,4 @@ def _unpacked(node: Any, leaves: Mapping[str, Any]) -> PyTree:
     fields = jax.tree.leaves(node, is_leaf=lambda part: isinstance(part, Packed))
     packed = next(field for field in fields if isinstance(field, Packed))
     paths, treedef = jax.tree.flatten_with_path(packed.leaves, is_leaf=lambda leaf: leaf is None)
-    return treedef.unflatten([leaves[path_name(path)] for path, _ in paths])
+    return treedef.unflatten([leaves.get(path_name(path)) for path, _ in paths])

@@ -111,12 +111,15 @@ def observe(
             moved = whole_weights(apply_updates(params, updates), after)
             weights = _by_path("params", whole_weights(params, state))
             us = {path: w - weights[path] for path, w in _by_path("params", moved).items()}
-        chains = [(moments_of(own, gs), rate_of(own, after)) for own in states_of(ours, after, gs)]
+        states = states_of(ours, after, ps)
+        with jax.numpy_dtype_promotion("standard"):  # of float32 figures and float64 leaves
+            chains = [(moments_of(own, ps), rate_of(own, after)) for own in states]
         found: dict[tuple[str, str], jax.Array] = {}
         for path, g in gs.items():
             moments, rate = next((own for own in chains if path in own[0]), chains[0])
             u = us.get(path, jnp.zeros_like(g))  # None moves nothing
-            figures = measure(g, u, weights[path], moments.get(path), rate, axes.get(path))
+            with jax.numpy_dtype_promotion("standard"):
+                figures = measure(g, u, weights[path], moments.get(path), rate, axes.get(path))
             found |= {(path, name): x for name, x in figures.items()}
         return dict(sorted(found.items()))  # as eval_shape returns it
 
@@ -128,7 +131,7 @@ def observe(
             jax.sharding.reshard(x, jax.P()) if any(jax.typeof(x).sharding.spec) else x
             for x in figures
         ]
-        values = jnp.concatenate([jnp.zeros(0), *map(jnp.atleast_1d, figures)])
+        values = jnp.concatenate([jnp.zeros(0, jnp.float32), *map(jnp.atleast_1d, figures)])
         # Both branches vary over the mesh axes that a gradient varies over.
         return jnp.asarray(number, jnp.int32), vary_together([values, *gs.values()])[0]
 
@@ -136,7 +139,7 @@ def observe(
     number, values = jax.lax.cond(
         (count % min(every, 2**31 - 1) == 0) & (count >= 0) & jnp.asarray(when, bool),
         lambda: result(increment(count), look().values()),
-        lambda: result(0, [jnp.zeros(x.shape) for x in shapes.values()]),
+        lambda: result(0, [jnp.zeros(x.shape, jnp.float32) for x in shapes.values()]),
     )
     return Observation(number, values, places)
 

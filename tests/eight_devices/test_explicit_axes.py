@@ -118,3 +118,44 @@ def test_a_block_that_is_cut_is_refused():
             ValueError, match=r"at the root .* 128 elements of its last axis, .* of 256\. "
         ):
             jax.jit(functools.partial(adamfn.step, tx))(params, state, params)
+
+
+def eight_bit(rate):
+    return adamfn.adamw(rate, moments="8bit")
+
+
+def with_statistics(rate):
+    cautious = adamfn.scale_by_moments(), adamfn.cautious_updates(), adamfn.scale_by_lr(rate)
+    return adamfn.chain(adamfn.clip_by_global_norm(1.0), *cautious)
+
+
+def with_two_gates(rate):
+    gates = adamfn.skip_outliers(["grad_norm"]), adamfn.skip_outliers(["loss"])
+    return adamfn.chain(*gates, adamfn.adam(rate))
+
+
+@pytest.mark.parametrize("make", [eight_bit, with_statistics, with_two_gates])
+def test_a_population_with_a_rate_for_each_member(make):
+    """Members along one axis of the mesh, each of them split over the other."""
+
+    def two_steps(rate, params, grads):
+        tx, extra = make(rate), {"loss": 1.0} if make is with_two_gates else {}
+        state = tx.init(params)
+        for _ in range(2):
+            params, state = adamfn.step(tx, grads, state, params, **extra)
+        return params, state
+
+    random = np.random.default_rng(1)
+    params, grads = (random.normal(size=(4, 64, 512)).astype(np.float32) for _ in range(2))
+    rates = np.array([0.01, 0.02, 0.03, 0.04], np.float32)
+    train = jax.jit(jax.vmap(two_steps))
+    expected = train(rates, params, grads)
+    mesh = jax.make_mesh((4, 2), ("members", "model"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        split = jax.NamedSharding(mesh, P("members", None, "model"))
+        rates = jax.device_put(rates, jax.NamedSharding(mesh, P("members")))
+        found = train(rates, *jax.device_put((params, grads), split))
+    assert found[0].sharding.is_equivalent_to(split, 3)
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        # Sums over devices are of another order; codes are equal.
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-6)
