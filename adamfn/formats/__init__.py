@@ -36,7 +36,7 @@ FORMATS: dict[str, Format] = {
 Moments: TypeAlias = str | Format | DTypeLike | Callable[[str, Any], Any] | None
 """How moments are stored: a format's name, a format, `jnp.float32` or `jnp.bfloat16`, None for
 float32, or a function that chooses one of these by each leaf's path, such as `layers/0/kernel`, and
-shape. It is given the path, and the parameter, or at an `update` without parameters its gradient."""
+shape. It is given the path and the parameter, or, where `update` got none, its gradient."""
 
 
 def get(name_or_format: Any) -> Format:
