@@ -93,6 +93,11 @@ def at_least(size: Any, bound: Any) -> bool:
         return False
 
 
+def is_known(size: Any) -> bool:
+    """Whether a size is a number, and not a symbolic one of `jax.export`."""
+    return isinstance(size, int)
+
+
 def has_shape_of(a: Any, b: Any) -> bool:
     """Whether two leaves have one shape."""
     return getattr(a, "shape", ()) == getattr(b, "shape", ())  # a Python number has none

@@ -1,5 +1,7 @@
 """skip_outliers: what is not taken, and what stays as it was."""
 
+import math
+
 import chex
 import jax
 import jax.export
@@ -226,3 +228,20 @@ def test_a_loss_that_is_no_scalar_is_refused(loss, found):
     tx, params = adamfn.skip_outliers(["loss"]), jnp.ones(2)
     with pytest.raises(TypeError, match=f"skip_outliers: loss is .*{found}.*; expected a real"):
         tx.update(params, tx.init(params), loss=loss)
+
+
+@pytest.mark.parametrize("dtypes", [("float16", "float32"), ("bfloat16", "bfloat16")])
+def test_only_steps_that_are_not_finite(dtypes):
+    """Where updates are wider than gradients, which `optax.apply_if_finite` refuses."""
+    rounds = [adamfn.round_weights(24)] if dtypes[1] == "bfloat16" else []
+    watch = adamfn.skip_outliers(["grad_norm"], sigmas=math.inf)
+    tx = adamfn.chain(watch, adamfn.adam(2.0**-12), *rounds)
+    params = jnp.ones((4, 8), dtypes[1])
+    state, step = tx.init(params), jax.jit(lambda g, s, p: adamfn.step(tx, g, s, p))
+    for k in range(100):
+        size = {7: np.nan, 70: np.inf, 90: 1000.0}.get(k, 1.0)
+        params, state = step(jnp.full((4, 8), size, dtypes[0]), state, params)
+    assert (int(state[0].skipped), int(state[1][0].count)) == (2, 98)
+    # Constant gradients move a weight by the rate; the outlier and its memory by less than it does.
+    whole = adamfn.whole_weights(params, state)
+    assert jnp.all(abs(whole - (1 - 90 * 2.0**-12)) < 8 * 2.0**-12)

@@ -186,9 +186,11 @@ def check_corrections(stage: Stage, place: int, leaves: Sequence[Leaf]) -> None:
             found, wanted = ("no", "bfloat16") if active else ("a", "float32 or wider")
             raise ValueError(
                 f"{stage.name}: at {leaf.name} the state has {found} correction, and the parameter"
-                f" is {wanted}; expected corrections of bfloat16 parameters alone. Make the state"
-                " with init of these parameters, and carry weights over with adamfn.whole_weights"
-                " and adamfn.narrow_weights."
+                f" is {wanted}; expected corrections of bfloat16 parameters alone. If it was"
+                " bfloat16 before the last step, apply updates with adamfn.step, or"
+                " adamfn.apply_updates: Equinox's makes it float32. Else make the state with init"
+                " of these parameters, and carry weights over with adamfn.whole_weights and"
+                " adamfn.narrow_weights."
             )
 
 

@@ -135,30 +135,42 @@ def split_together(arrays: PyTree, update: jax.Array, kept: PyTree) -> PyTree:
 
 def on_mesh_of(leaf: Any) -> AbstractContextManager[Any]:
     """The mesh of a traced array's explicit axes, which JAX 0.12 does not split new arrays over."""
-    mesh: Any = jax.typeof(leaf).sharding.mesh if isinstance(leaf, Tracer) else None
-    known = mesh is None or mesh.empty or not jax.sharding.get_abstract_mesh().empty
-    return nullcontext() if known else jax.sharding.use_abstract_mesh(mesh)
+    mesh = jax.typeof(leaf).sharding.mesh
+    missing = isinstance(leaf, Tracer) and jax.sharding.get_abstract_mesh().empty
+    return jax.sharding.use_abstract_mesh(mesh) if missing and not mesh.empty else nullcontext()
 
 
 def zeros_beside(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
     """Zeros of another shape and dtype beside a parameter, split as it is if this cuts no block."""
     if like.shape == jnp.shape(leaf):
         return jnp.zeros_like(leaf, like.dtype)
-    traced = isinstance(leaf, Tracer)
+    traced, fits = isinstance(leaf, Tracer), len(like.shape) == jnp.ndim(leaf)
     # The type of a traced array says which explicit axes of a mesh split it.
     device = jax.typeof(leaf).sharding if traced else getattr(leaf, "sharding", None)
     if not traced and not getattr(leaf, "committed", False):
         device = None
     elif isinstance(device, NamedSharding):
         whole = axes_of_spec(device.spec, leaf.ndim)
-        fits = len(like.shape) == leaf.ndim
         axes = axes_beside(like.shape, leaf.shape, whole, device.mesh) if fits else ()
+        if traced and fits and not any(whole) and all(map(_divides, like.shape, leaf.shape)):
+            return _zeros_from(leaf, like)
         split = NamedSharding(device.mesh, spec_of(axes), memory_kind=device.memory_kind)
         device = split if any(axes) or not traced else None
     elif device is not None and len(device.device_set) > 1:
         device = None  # a sharding of this one shape
     zeros = jnp.zeros(like.shape, like.dtype, device=device)
     return vary_together([zeros, leaf])[0] if traced else zeros
+
+
+def _zeros_from(leaf: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros that XLA splits as it splits a traced leaf, which no type says: made from elements."""
+    blocks = [k for m, n in zip(like.shape, leaf.shape, strict=True) for k in (m, n // m)]
+    first_of_each = leaf.reshape(blocks)[(slice(None), 0) * leaf.ndim]
+    return jnp.where(jnp.isnan(first_of_each), 0, 0).astype(like.dtype)
+
+
+def _divides(m: Any, n: Any) -> bool:
+    return m > 0 and n % m == 0
 
 
 def _name(path: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 from jax import Array
 
-from adamfn.trees import at_least
+from adamfn.trees import at_least, is_known
 
 MeshAxes = tuple[tuple[str, ...], ...]
 """For each axis of a leaf, the mesh axes that split it; empty for a whole leaf."""
@@ -131,5 +131,5 @@ def is_narrow(dtype: Any) -> bool:
 
 def is_large(shape: tuple[int, ...], last: int = 1) -> bool:
     """Whether a leaf has 4096 elements, and `last` along its last axis; others stay in float32."""
-    fits = last == 1 or (isinstance(shape[-1], int) and shape[-1] >= last)  # blocks of known sizes
+    fits = last == 1 or (is_known(shape[-1]) and shape[-1] >= last)  # blocks of known sizes
     return fits and at_least(math.prod(shape), 4096)

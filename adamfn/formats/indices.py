@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from adamfn.trees import is_known
+
 Runs = tuple[tuple[int, int], ...]
 """Lengths and strides of axes, from the outermost; contiguous axes are merged."""
 
@@ -33,7 +35,7 @@ def indices_of(
     indices = jnp.full(tuple(shape), jnp.asarray(first).astype(jnp.uint32))
     for axis, stride in enumerate(strides_of(shape) if strides is None else strides):
         along = jax.lax.broadcasted_iota(jnp.uint32, tuple(shape), axis)
-        known = stride % 2**32 if isinstance(stride, int) else stride  # or symbolic, in an export
+        known = stride % 2**32 if is_known(stride) else stride
         indices += along * jnp.asarray(known).astype(jnp.uint32)
     return indices
 

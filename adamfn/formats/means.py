@@ -14,7 +14,7 @@ from jax import Array
 
 from adamfn.formats.codecs import Encoded
 from adamfn.formats.format import BaseFormat, MeshAxes, is_large
-from adamfn.trees import exported, shown
+from adamfn.trees import exported, is_known, shown
 
 
 class _Means(BaseFormat):
@@ -74,7 +74,7 @@ class Factored(_Means):
         return jnp.where(mean == 0, 0, rows / jnp.where(mean == 0, 1, mean)), columns
 
     def holds(self, shape: tuple[int, ...]) -> bool:
-        return all(isinstance(n, int) for n in shape) and sum(n >= 128 for n in shape) >= 2
+        return all(map(is_known, shape)) and sum(n >= 128 for n in shape) >= 2
 
 
 @dataclass(frozen=True)

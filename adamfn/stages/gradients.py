@@ -1,5 +1,6 @@
 """Stages that look at all gradients before any average: clipping by their norm, and skipping."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -89,7 +90,9 @@ def skip_outliers(
     stages of the chain keep their states: moments, counts, and with them corrections and schedules.
     Until the window has seen half of its steps, and 20 at least, every finite step is taken. Finite
     values enter the window on skipped steps too, so that a lasting change becomes the new mean.
-    `state[0].skipped` counts the skipped steps.
+    `state[0].skipped` counts the skipped steps. With `sigmas=math.inf` only steps that are not
+    finite are skipped. So they are by `optax.apply_if_finite`, but not where updates are wider than
+    gradients, as those of `round_weights` are, and of float16 gradients of wider parameters.
 
     It comes first in a chain. Other libraries' transformations may only stand before it: they would
     not be skipped. So `update` refuses it where no stage follows that it could hold, as inside
@@ -116,13 +119,14 @@ def skip_outliers(
         )
     if not isinstance(window, int) or window < 2:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"window is {shown(window)}; expected a number of steps, at least 2.")
-    sigmas, waits = scalar("sigmas", sigmas), max(20, window // 2)
+    all_finite = isinstance(sigmas, float) and sigmas == math.inf
+    sigmas, waits = 0.0 if all_finite else scalar("sigmas", sigmas), max(20, window // 2)
 
     def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
         found = jnp.stack([_watched(name, extra, state.recent.dtype) for name in names])
         finite = jnp.all(jnp.isfinite(found))
         usual = jnp.all(_are_usual(found, state.recent, state.seen, sigmas))
-        taken = finite & (usual | (state.seen + 1 < waits))
+        taken = finite & (usual | all_finite | (state.seen + 1 < waits))
         entered = state.recent.at[:, state.seen % window].set(found)
         return (), {
             "seen": jnp.where(finite, increment(state.seen), state.seen),

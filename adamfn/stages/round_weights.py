@@ -37,7 +37,9 @@ def round_weights(
     | 24   | and a correction of 8 bits          | 3     | noise 256 times smaller               |
     | 32   | and a correction of 16 bits         | 4     | all of float32's, without noise       |
 
-    Updates are float32, `new - old`, and land exactly on the new bfloat16 in any `apply_updates`.
+    Updates are float32, `new - old`, and land exactly on the new bfloat16 in `adamfn.step` and in
+    optax's and adamfn's `apply_updates`. (Equinox's makes the weights float32.) In place of
+    `optax.apply_if_finite`, which takes no wider updates, use `skip_outliers(sigmas=math.inf)`.
     The other stages of the chain see the weight with its correction. Float32 and wider leaves pass
     unchanged; float16 and float8 leaves are refused. `update` needs `params`. Source: Zamirai et
     al., Revisiting BFloat16 Training, 2020, section 4 (arXiv 2010.06192), for stochastic rounding

@@ -1,10 +1,11 @@
-"""Linen's partitioned parameters, in a TrainState on a mesh of eight."""
+"""Flax's partitioned parameters on a mesh of eight: in Linen's TrainState, in an nnx.Optimizer."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType
 
@@ -81,3 +82,30 @@ def test_a_train_state_on_a_mesh(moments, logical):
     assert len(jax.tree.leaves(kept.scales)) == {"8bit": 6, "4bit": 6, "factored": 6}.get(
         moments, 4 if moments == "blockmean" else 0
     )
+
+
+@pytest.mark.parametrize("moments", ["8bit", "factored"])
+@pytest.mark.parametrize("spec", [("data", "model"), (None, ("data", "model"))])
+def test_an_nnx_optimizer_made_inside_jit_keeps_its_shardings(moments, spec):
+    """Else the second step is compiled again: flax gives no shardings to scales."""
+
+    @nnx.jit
+    def create():
+        box = nnx.with_partitioning(nnx.initializers.lecun_normal(), spec)
+        model = nnx.Linear(128, 1024, use_bias=False, kernel_init=box, rngs=nnx.Rngs(0))
+        return model, nnx.Optimizer(model, adamfn.adamw(moments=moments), wrt=nnx.Param)
+
+    @nnx.jit
+    def train_step(model, optimizer):
+        optimizer.update(model, nnx.grad(lambda m: jnp.mean(m(X) ** 2))(model))
+
+    def shardings(optimizer):
+        return [x.sharding for x in jax.tree.leaves(nnx.as_pure(nnx.state(optimizer.opt_state)))]
+
+    with jax.set_mesh(MESH):
+        model, optimizer = create()
+        before = shardings(optimizer)
+        train_step(model, optimizer)
+    assert before == shardings(optimizer)
+    rows = moments == "factored" and spec[0] is not None
+    assert sum(not x.is_fully_replicated for x in before) == (5 if moments == "8bit" else 3 + rows)
