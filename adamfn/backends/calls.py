@@ -63,7 +63,7 @@ class Step:
         """The `indices` of a call, with the stages' seeds mixed into the leaves'."""
         indices = np.array([[leaf.index, 0] for leaf in leaves], np.uint32)
         seeds = [stage.seed for stage in self.stages if stage.seed is not None]
-        return indices + jnp.stack([mixed(seeds), jnp.uint32(0)]) if seeds else indices
+        return indices + mixed(seeds) * np.array([1, 0], np.uint32) if seeds else indices
 
 
 def together(step: Step, leaves: Sequence[Leaf], segment: range) -> Iterator[list[Leaf]]:

@@ -152,8 +152,9 @@ def zeros_beside(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
     elif isinstance(device, NamedSharding):
         whole = axes_of_spec(device.spec, leaf.ndim)
         axes = axes_beside(like.shape, leaf.shape, whole, device.mesh) if fits else ()
-        if traced and fits and not any(whole) and all(map(_divides, like.shape, leaf.shape)):
-            return _zeros_from(leaf, like)
+        known = any(whole) or AxisType.Manual in device.mesh.axis_types
+        if traced and fits and not known and all(map(_divides, like.shape, leaf.shape)):
+            return _zeros_alike(leaf, like)
         split = NamedSharding(device.mesh, spec_of(axes), memory_kind=device.memory_kind)
         device = split if any(axes) or not traced else None
     elif device is not None and len(device.device_set) > 1:
@@ -162,11 +163,11 @@ def zeros_beside(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
     return vary_together([zeros, leaf])[0] if traced else zeros
 
 
-def _zeros_from(leaf: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Zeros that XLA splits as it splits a traced leaf, which no type says: made from elements."""
+def _zeros_alike(leaf: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros that XLA splits as it splits a traced leaf: it says so of what is made of the leaf."""
     blocks = [k for m, n in zip(like.shape, leaf.shape, strict=True) for k in (m, n // m)]
     first_of_each = leaf.reshape(blocks)[(slice(None), 0) * leaf.ndim]
-    return jnp.where(jnp.isnan(first_of_each), 0, 0).astype(like.dtype)
+    return jnp.where(first_of_each == 0, jnp.zeros((), like.dtype), 0)
 
 
 def _divides(m: Any, n: Any) -> bool:
