@@ -131,5 +131,6 @@ def is_narrow(dtype: Any) -> bool:
 
 def is_large(shape: tuple[int, ...], last: int = 1) -> bool:
     """Whether a leaf has 4096 elements, and `last` along its last axis; others stay in float32."""
-    fits = last == 1 or (is_known(shape[-1]) and shape[-1] >= last)  # blocks of known sizes
-    return fits and at_least(math.prod(shape), 4096)
+    if not at_least(math.prod(shape), 4096):
+        return False
+    return last == 1 or (is_known(shape[-1]) and shape[-1] >= last)  # blocks of known sizes
