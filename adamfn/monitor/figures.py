@@ -23,7 +23,7 @@ sorts or sends elements. They are right to a tenth; below 2^-12 they are 0.
 """
 
 import math
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -78,7 +78,7 @@ def measure(
         return (size(x / scale) * jnp.squeeze(scale, axes)).astype(jnp.float32)
 
     def not_finite(arrays: tuple[Array, ...]) -> Array:
-        return jnp.stack([count(~jnp.isfinite(x)) for x in arrays]).sum(0)
+        return sum((count(~jnp.isfinite(x)) for x in arrays), jnp.float32(0))
 
     g, u, p = (x.astype(wide_dtype(x.dtype)) for x in (grad, update, param))
     parts = {"gradient": (g,), "weight": (p,)} | ({"moments": moments[:2]} if moments else {})
@@ -87,7 +87,7 @@ def measure(
     usual += [total(jnp.abs(x - x)) == 0 for x in parts.get("moments", ())]  # else NaN
     # Most leaves are finite and of a usual size: they are read once, and not three times.
     gradient, moved, weight, *counts = jax.lax.cond(
-        jnp.all(jnp.stack(usual)),
+        reduce(jnp.logical_and, map(jnp.all, usual)),
         lambda: vary_together([*sizes, *[jnp.zeros_like(sizes[0])] * len(parts)]),
         lambda: vary_together([*map(size_of_scaled, (g, u, p)), *map(not_finite, parts.values())]),
     )

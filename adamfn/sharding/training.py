@@ -1,8 +1,7 @@
 """`sharded`: an optimizer that steps the shards of leaves."""
 
-from typing import Any
-
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from adamfn.chains.chain import Chain, Wrapped, chain_of
@@ -15,7 +14,7 @@ from adamfn.chains.transform import (
 )
 from adamfn.core.placement import Path, Shards
 from adamfn.sharding.state_shardings import lay_out
-from adamfn.trees import PyTree, as_array, check_inexact, shown
+from adamfn.trees import PyTree, check_inexact, shown
 
 
 def sharded(
@@ -67,7 +66,6 @@ class _Sharded(Wrapped):
     def __init__(self, inner: Chain, shardings: PyTree, zero_axis: str | None) -> None:
         super().__init__(inner)
         self._shardings, self._zero_axis = shardings, zero_axis
-        self._known: dict[Any, tuple[PyTree, dict[Path, Shards]]] = {}
 
     def init(self, params: PyTree) -> PyTree:
         if _inside_shard_map():
@@ -83,16 +81,12 @@ class _Sharded(Wrapped):
     def _laid_out(self, params: PyTree) -> tuple[PyTree, dict[Path, Shards]]:
         """The shardings of the state, and how the leaves are split."""
         check_inexact(params, "sharded: params")
-        leaves, treedef = jax.tree.flatten(params)
-        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in map(as_array, leaves)]
-        key = treedef, *shapes
-        if key not in self._known:
-            # There are shardings of leaves that a wrapper has masked, too.
-            like, init = treedef.unflatten(shapes), self.inner.init
-            self._known[key] = lay_out(
-                "sharded", init, like, self._shardings, self._zero_axis, all_used=False
-            )
-        return self._known[key]
+        like = jax.tree.map(
+            lambda p: jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)), params
+        )
+        given = self._shardings, self._zero_axis
+        # There are shardings of leaves that a wrapper has masked, too.
+        return lay_out("sharded", self.inner.init, like, *given, all_used=False)
 
 
 def _inside_shard_map() -> bool:

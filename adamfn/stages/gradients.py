@@ -123,7 +123,8 @@ def skip_outliers(
     sigmas, waits = 0.0 if all_finite else scalar("sigmas", sigmas), max(20, window // 2)
 
     def scalars(count: jax.Array, state: Any, extra: Mapping[str, Any]) -> Scalars:
-        found = jnp.stack([_watched(name, extra, state.recent.dtype) for name in names])
+        values = [_watched(name, extra, state.recent.dtype) for name in names]
+        found = jnp.concatenate([*map(jnp.atleast_1d, values)])  # as in `Step.vector`
         finite = jnp.all(jnp.isfinite(found))
         usual = jnp.all(_are_usual(found, state.recent, state.seen, sigmas))
         taken = finite & (usual | all_finite | (state.seen + 1 < waits))

@@ -130,7 +130,7 @@ def with_statistics(rate):
 
 
 def with_two_gates(rate):
-    gates = adamfn.skip_outliers(["grad_norm"]), adamfn.skip_outliers(["loss"])
+    gates = adamfn.skip_outliers(["grad_norm"]), adamfn.skip_outliers(["loss", "grad_norm"])
     return adamfn.chain(*gates, adamfn.adam(rate))
 
 
