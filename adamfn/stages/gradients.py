@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import chex
@@ -213,11 +214,14 @@ def _global_norm(grads: Sequence[jax.Array]) -> jax.Array:
         small = [jnp.where(jnp.abs(x) >= 1, 0, x * scale) for x in parts]
         return jnp.where(usual > 1, root(large) * scale, root(small) / scale)
 
+    def either() -> jax.Array:
+        return jnp.where(is_usual, usual, other())
+
+    if not jax.sharding.get_abstract_mesh().empty:
+        return either()  # JAX cannot vmap a condition on what explicit axes split
     # XLA takes the three sums in one pass, except on CPU; on GPU a condition would stop the host.
-    return jax.lax.platform_dependent(
-        cpu=lambda: jax.lax.cond(is_usual, lambda: usual, other),
-        default=lambda: jnp.where(is_usual, usual, other()),
-    )
+    condition = partial(jax.lax.cond, is_usual, lambda: usual, other)
+    return jax.lax.platform_dependent(cpu=condition, default=either)
 
 
 @_global_norm.defjvp
