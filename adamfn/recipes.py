@@ -6,7 +6,6 @@ stages say more, and name the papers in full.
 
 from typing import Any
 
-import chex
 from jax.typing import DTypeLike
 
 from adamfn.chains.chain import chain
@@ -27,6 +26,7 @@ from adamfn.stages.variants import (
     scale_by_nesterov_moments,
     scale_by_rectified_moments,
 )
+from adamfn.trees import Numeric
 
 
 def _adam(
@@ -39,15 +39,15 @@ def _adam(
 @explained
 def adam(
     learning_rate: ScalarOrSchedule = 1e-3,
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.999,
-    eps: chex.Numeric = 1e-8,
-    eps_root: chex.Numeric = 0.0,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
+    eps: Numeric = 1e-8,
+    eps_root: Numeric = 0.0,
     mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = False,
     moments: Moments = "float32",
-    seed: chex.Numeric | None = None,
+    seed: Numeric | None = None,
 ) -> GradientTransformation:
     r"""Adam, by Kingma and Ba (2015, arXiv 1412.6980, algorithm 1).
 
@@ -85,15 +85,15 @@ def adam(
 
 @explained
 def scale_by_adam(
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.999,
-    eps: chex.Numeric = 1e-8,
-    eps_root: chex.Numeric = 0.0,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
+    eps: Numeric = 1e-8,
+    eps_root: Numeric = 0.0,
     mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = False,
     moments: Moments = "float32",
-    seed: chex.Numeric | None = None,
+    seed: Numeric | None = None,
 ) -> GradientTransformation:
     r"""`adam` without its learning rate, by optax's name: for chains of your own.
 
@@ -110,17 +110,17 @@ def scale_by_adam(
 @explained
 def adamw(
     learning_rate: ScalarOrSchedule = 1e-3,
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.999,
-    eps: chex.Numeric = 1e-8,
-    eps_root: chex.Numeric = 0.0,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
+    eps: Numeric = 1e-8,
+    eps_root: Numeric = 0.0,
     mu_dtype: DTypeLike | None = None,
     weight_decay: ScalarOrSchedule = 1e-2,
     mask: Mask = None,
     *,
     nesterov: bool = False,
     moments: Moments = "float32",
-    seed: chex.Numeric | None = None,
+    seed: Numeric | None = None,
     weight_decay_mask: Mask = None,
 ) -> GradientTransformation:
     r"""AdamW, by Loshchilov and Hutter (2019, arXiv 1711.05101): with decoupled weight decay.
@@ -147,16 +147,16 @@ def adamw(
 @explained
 def amsgrad(
     learning_rate: ScalarOrSchedule = 1e-3,
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.999,
-    eps: chex.Numeric = 1e-8,
-    eps_root: chex.Numeric = 0.0,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
+    eps: Numeric = 1e-8,
+    eps_root: Numeric = 0.0,
     mu_dtype: DTypeLike | None = None,
     bias_correction_mu: bool = True,
     bias_correction_nu: bool = True,
     *,
     moments: Moments = "float32",
-    seed: chex.Numeric | None = None,
+    seed: Numeric | None = None,
 ) -> GradientTransformation:
     r"""AMSGrad, by Reddi et al. (2018, arXiv 1904.09237): its denominator never shrinks.
 
@@ -182,15 +182,15 @@ def amsgrad(
 @explained
 def nadam(
     learning_rate: ScalarOrSchedule = 2e-3,
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.999,
-    eps: chex.Numeric = 1e-8,
-    eps_root: chex.Numeric = 0.0,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
+    eps: Numeric = 1e-8,
+    eps_root: Numeric = 0.0,
     mu_dtype: DTypeLike | None = None,
     *,
-    momentum_decay: chex.Numeric = 4e-3,
+    momentum_decay: Numeric = 4e-3,
     moments: Moments = "float32",
-    seed: chex.Numeric | None = None,
+    seed: Numeric | None = None,
 ) -> GradientTransformation:
     r"""NAdam, by Dozat (2016), as in torch: its momentum looks one step ahead, and warms up.
 
@@ -214,15 +214,15 @@ def nadam(
 @explained
 def radam(
     learning_rate: ScalarOrSchedule = 1e-3,
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.999,
-    eps: chex.Numeric = 1e-8,
-    eps_root: chex.Numeric = 0.0,
-    threshold: chex.Numeric = 5.0,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
+    eps: Numeric = 1e-8,
+    eps_root: Numeric = 0.0,
+    threshold: Numeric = 5.0,
     *,
     nesterov: bool = False,
     moments: Moments = "float32",
-    seed: chex.Numeric | None = None,
+    seed: Numeric | None = None,
 ) -> GradientTransformation:
     r"""RAdam, by Liu et al. (2020, arXiv 1908.03265): a warmup while the denominator is uncertain.
 
@@ -246,12 +246,12 @@ def radam(
 @explained
 def adamax(
     learning_rate: ScalarOrSchedule = 2e-3,
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.999,
-    eps: chex.Numeric = 1e-8,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
+    eps: Numeric = 1e-8,
     *,
     moments: Moments = "float32",
-    seed: chex.Numeric | None = None,
+    seed: Numeric | None = None,
 ) -> GradientTransformation:
     r"""Adamax, by Kingma and Ba (as `adam`, algorithm 2): Adam in the infinity norm.
 
@@ -271,13 +271,13 @@ def adamax(
 @explained
 def lazy_adam(
     learning_rate: ScalarOrSchedule = 1e-3,
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.999,
-    eps: chex.Numeric = 1e-8,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
+    eps: Numeric = 1e-8,
     *,
-    eps_root: chex.Numeric = 0.0,
+    eps_root: Numeric = 0.0,
     moments: Moments = "float32",
-    seed: chex.Numeric | None = None,
+    seed: Numeric | None = None,
 ) -> GradientTransformation:
     r"""Adam for embeddings: rows whose gradient is all zero keep parameters and moments.
 

@@ -1,12 +1,17 @@
 """Walking pytrees leaf by leaf, and saying which leaf is wrong when one is."""
 
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
+
+if TYPE_CHECKING:
+    from chex import Numeric
+else:  # so that a user's import of adamfn does not wait for chex
+    Numeric = jax.typing.ArrayLike
 
 PyTree: TypeAlias = Any
 """Any nest of containers that JAX knows, with arrays at its leaves."""

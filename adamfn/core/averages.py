@@ -7,11 +7,11 @@ made from the 1 - b of the average is wrong at every step.
 import math
 from typing import Any, NamedTuple, TypeAlias
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from adamfn.core.hyperparameters import scalar
+from adamfn.trees import Numeric
 
 _LOG_OF_ZERO = -1000.0  # its exponential is 0; an infinity would trip JAX's checks
 
@@ -19,13 +19,13 @@ _LOG_OF_ZERO = -1000.0  # its exponential is 0; an infinity would trip JAX's che
 class Decay(NamedTuple):
     """The decay b of an average, as formulas need it; `decay` makes one."""
 
-    complement: chex.Numeric
+    complement: Numeric
     """1 - b"""
-    rate: chex.Numeric | None
+    rate: Numeric | None
     """b, or None where it is known to be at least 1/2, which saves a select in every leaf."""
 
     @property
-    def log(self) -> chex.Numeric:
+    def log(self) -> Numeric:
         """Log b, from the 1 - b of the average; of a number in double precision."""
         if isinstance(self.complement, float):
             return math.log1p(-self.complement) if self.complement < 1 else _LOG_OF_ZERO
@@ -53,9 +53,9 @@ class Averages(NamedTuple):
 
     b1: Decay
     b2: Decay
-    eps: chex.Numeric
+    eps: Numeric
     """Added to the root of nu: in units of the corrected root, after `at_step` of the other."""
-    eps_root: chex.Numeric
+    eps_root: Numeric
     """Added to nu under the root, likewise."""
 
     @classmethod

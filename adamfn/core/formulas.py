@@ -7,7 +7,6 @@ import math
 from functools import partial
 from typing import TypeAlias
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,18 +14,19 @@ from jax import lax
 
 from adamfn.core.averages import Averages, Decay
 from adamfn.formats.bits import quotient, root
+from adamfn.trees import Numeric
 
 Array: TypeAlias = jax.Array
 Arrays: TypeAlias = tuple[Array, ...]
 """The update, then the arrays that the stage keeps."""
 
 
-def multiply(u: Array, factor: chex.Numeric) -> Array:
+def multiply(u: Array, factor: Numeric) -> Array:
     """The formula of `bias_correct`, `scale_by_lr` and `clip_by_global_norm`."""
     return lax.mul(u, lax.full_like(u, factor))  # faster to trace than u * factor
 
 
-def _plus(x: Array, term: chex.Numeric) -> Array:
+def _plus(x: Array, term: Numeric) -> Array:
     return lax.add(x, lax.full_like(x, term))
 
 

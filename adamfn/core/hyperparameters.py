@@ -6,21 +6,20 @@ from collections.abc import Callable
 from numbers import Real
 from typing import Any, TypeAlias, cast
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamfn.trees import describe, shown
+from adamfn.trees import Numeric, describe, shown
 
-Schedule: TypeAlias = Callable[[chex.Array], chex.Numeric]
+Schedule: TypeAlias = Callable[[jax.Array], Numeric]
 """A function of the number of steps taken so far; any optax schedule is one."""
 
-ScalarOrSchedule: TypeAlias = chex.Numeric | Schedule
+ScalarOrSchedule: TypeAlias = Numeric | Schedule
 """A number, a scalar array (traced or not), or a function of the count."""
 
 
-def scalar(name: str, value: Any, *, below: float = math.inf, narrow: bool = False) -> chex.Numeric:
+def scalar(name: str, value: Any, *, below: float = math.inf, narrow: bool = False) -> Numeric:
     """Checks a hyperparameter that must be a number in `[0, below)`, or a scalar array.
 
     A number becomes a Python float, so that what is derived from it is derived in double precision.
@@ -67,7 +66,7 @@ def scheduled(name: str, value: Any) -> ScalarOrSchedule:
     return cast("Schedule", value)
 
 
-def value_at(name: str, value: ScalarOrSchedule, count: chex.Array) -> chex.Numeric:
+def value_at(name: str, value: ScalarOrSchedule, count: jax.Array) -> Numeric:
     """The value of a hyperparameter from `scheduled` after `count` steps, checked as `scalar`."""
     if not callable(value):
         return value

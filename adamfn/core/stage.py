@@ -10,16 +10,15 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from adamfn.core.averages import Decays
 from adamfn.core.hyperparameters import check_seed
 from adamfn.formats import Moments, check_moments
-from adamfn.trees import PyTree, exported, real_dtype, shown, wide_dtype
+from adamfn.trees import Numeric, PyTree, exported, real_dtype, shown, wide_dtype
 
-Scalars: TypeAlias = tuple[Sequence[PyTree], Mapping[str, chex.Numeric]]
+Scalars: TypeAlias = tuple[Sequence[PyTree], Mapping[str, Numeric]]
 """The scalars of a formula at one step, and the values that the state remembers of that step."""
 
 _READS = ("params", "new_params", "grads", "mu", "nu", "noise")
@@ -120,7 +119,7 @@ class Stage:
     takes: Sequence[str] = ()
     mask: PyTree | Callable[[PyTree], PyTree] | None = None
     elementwise: bool = True
-    seed: chex.Numeric | None = None
+    seed: Numeric | None = None
     decays: Decays | None = None
 
     def __post_init__(self) -> None:

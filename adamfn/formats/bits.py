@@ -5,10 +5,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from adamfn.trees import Numeric
 
 INFINITY = 0x7F800000  # bits of infinity; those of NaN are larger
 
@@ -61,7 +62,7 @@ def lending(operations: Operations | None) -> Generator[None]:
         _lent.reset(token)
 
 
-def quotient(x: chex.Numeric, y: Array) -> Array:
+def quotient(x: Numeric, y: Array) -> Array:
     """`x / y`, for y in the range of `Operations`."""
     lent = _lent.get()
     if lent is not None:

@@ -7,12 +7,11 @@ the whole leaf: these take the whole leaf's strides, and the index of the first 
 import math
 from collections.abc import Sequence
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from adamfn.trees import is_known
+from adamfn.trees import Numeric, is_known
 
 Runs = tuple[tuple[int, int], ...]
 """Lengths and strides of axes, from the outermost; contiguous axes are merged."""
@@ -24,7 +23,7 @@ def strides_of(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def indices_of(
-    shape: Sequence[int], strides: Sequence[int] | None = None, first: chex.Numeric = 0
+    shape: Sequence[int], strides: Sequence[int] | None = None, first: Numeric = 0
 ) -> Array:
     """The index of each element of an array, uint32 of its shape; strides None for a whole leaf.
 

@@ -4,18 +4,18 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
-import chex
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from adamfn.formats.bits import float_of
 from adamfn.formats.indices import indices_of
+from adamfn.trees import Numeric
 
 _FOR_WEIGHTS = np.uint32(2**31)  # added to a leaf's index: weights and moments share no noise
 
 
-def noise(count: chex.Numeric, leaf: chex.Numeric, shape: tuple[int, ...]) -> Array:
+def noise(count: Numeric, leaf: Numeric, shape: tuple[int, ...]) -> Array:
     """32 random bits for each element of a leaf, as uint32 of its shape: 16 for each moment.
 
     A hash of the step's count, the leaf's index and the element's index modulo 2^32, which does
@@ -46,7 +46,7 @@ class Seeds(NamedTuple):
         return Seeds(partial(seed_of, count, leaf), lambda: seed_of(count, leaf + _FOR_WEIGHTS))
 
 
-def seed_of(count: chex.Numeric, leaf: chex.Numeric) -> Seed:
+def seed_of(count: Numeric, leaf: Numeric) -> Seed:
     """The `Seed` of `noise`."""
     zero = jnp.zeros((), jnp.uint32)
     leaf = _hash(jnp.asarray(leaf).astype(jnp.uint32) + jnp.uint32(0x9E3779B9), zero)
@@ -54,7 +54,7 @@ def seed_of(count: chex.Numeric, leaf: chex.Numeric) -> Seed:
     return Seed(first, _hash(first + jnp.uint32(0x85EBCA6B), leaf))
 
 
-def mixed(seeds: Iterable[chex.Numeric]) -> Array:
+def mixed(seeds: Iterable[Numeric]) -> Array:
     """What the seeds of stages add to a leaf's index, uint32; 0 for seeds of 0."""
     zero = jnp.zeros((), jnp.uint32)
     return sum((_hash(jnp.asarray(seed, jnp.uint32), zero) for seed in seeds), zero)

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +16,7 @@ from adamfn.monitor.chain_states import count_of, moments_of, rate_of, states_of
 from adamfn.monitor.figures import Figures, measure
 from adamfn.stages.round_weights import rounding_states, whole_weights
 from adamfn.trees import (
+    Numeric,
     PyTree,
     as_array,
     check_inexact,
@@ -58,7 +58,7 @@ def observe(
     *,
     ours: Transformation | None = None,
     every: int = 1,
-    when: chex.Numeric = True,
+    when: Numeric = True,
     layers: Mapping[str, int] | None = None,
     **extra: Any,
 ) -> Observation:
@@ -152,7 +152,7 @@ def step(
     *,
     ours: Transformation | None = None,
     every: int = 1,
-    when: chex.Numeric = True,
+    when: Numeric = True,
     layers: Mapping[str, int] | None = None,
     return_updates: bool = False,
     **extra: Any,

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -18,14 +17,14 @@ from adamfn.core.stage import Scalars, exported_state, zeros
 from adamfn.formats import Moments, with_mu_dtype
 from adamfn.stages.moments import PAIR, from_moments
 from adamfn.stages.rates import add_decayed_weights, scale_by_lr
-from adamfn.trees import PyTree
+from adamfn.trees import Numeric, PyTree
 
 
 @exported_state
 class ScaleByAdemamixState(NamedTuple):
     """State of `scale_by_ademamix`: a `ScaleByMomentsState`, and the slow average."""
 
-    count: chex.Array
+    count: jax.Array
     mu: PyTree
     nu: PyTree
     mu_slow: PyTree
@@ -35,18 +34,18 @@ class ScaleByAdemamixState(NamedTuple):
 @explained
 def ademamix(
     learning_rate: ScalarOrSchedule = 1e-3,
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.999,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
     b3: ScalarOrSchedule = 0.9999,
     alpha: ScalarOrSchedule = 5.0,
-    eps: chex.Numeric = 1e-8,
-    eps_root: chex.Numeric = 0.0,
+    eps: Numeric = 1e-8,
+    eps_root: Numeric = 0.0,
     mu_dtype: DTypeLike | None = None,
     weight_decay: ScalarOrSchedule = 0.0,
     mask: Mask = None,
     *,
     moments: Moments = "float32",
-    seed: chex.Numeric | None = None,
+    seed: Numeric | None = None,
 ) -> GradientTransformation:
     r"""AdEMAMix, by Pagliardini, Ablin and Grangier (2024, arXiv 2409.03137): AdamW that remembers.
 
@@ -68,16 +67,16 @@ def ademamix(
 
 
 def scale_by_ademamix(
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.999,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
     b3: ScalarOrSchedule = 0.9999,
     alpha: ScalarOrSchedule = 6.0,
-    eps: chex.Numeric = 1e-8,
-    eps_root: chex.Numeric = 0.0,
+    eps: Numeric = 1e-8,
+    eps_root: Numeric = 0.0,
     mu_dtype: DTypeLike | None = None,
     *,
     moments: Moments = "float32",
-    seed: chex.Numeric | None = None,
+    seed: Numeric | None = None,
 ) -> GradientTransformation:
     r"""Adds a slow average of the gradients to Adam's fast one.
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 from jax.typing import DTypeLike
 
@@ -17,25 +16,26 @@ from adamfn.core.stage import Scalars
 from adamfn.formats import Moments, with_mu_dtype
 from adamfn.stages.moments import from_moments
 from adamfn.stages.rates import scale_by_lr
+from adamfn.trees import Numeric
 
 
-def _fourth_root(count: chex.Array) -> chex.Array:
+def _fourth_root(count: jax.Array) -> jax.Array:
     return count**0.25
 
 
 @explained
 def adopt(
     learning_rate: ScalarOrSchedule = 1e-3,
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.9999,
-    eps: chex.Numeric = 1e-6,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.9999,
+    eps: Numeric = 1e-6,
     mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = False,
     use_clipping: bool = True,
-    clip_value_fn: Callable[[chex.Array], chex.Numeric] = _fourth_root,
+    clip_value_fn: Callable[[jax.Array], Numeric] = _fourth_root,
     moments: Moments = "float32",
-    seed: chex.Numeric | None = None,
+    seed: Numeric | None = None,
 ) -> GradientTransformation:
     r"""ADOPT, by Taniguchi et al. (2024, arXiv 2411.02853): Adam that converges with any b2.
 
@@ -60,16 +60,16 @@ def adopt(
 
 
 def scale_by_adopt(
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.9999,
-    eps: chex.Numeric = 1e-6,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.9999,
+    eps: Numeric = 1e-6,
     mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = False,
     use_clipping: bool = True,
-    clip_value_fn: Callable[[chex.Array], chex.Numeric] = _fourth_root,
+    clip_value_fn: Callable[[jax.Array], Numeric] = _fourth_root,
     moments: Moments = "float32",
-    seed: chex.Numeric | None = None,
+    seed: Numeric | None = None,
 ) -> GradientTransformation:
     r"""Averages gradients that are divided by the root of the average of earlier squares.
 

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -10,21 +9,21 @@ from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core import averages, formulas
 from adamfn.core.stage import Scalars, Stage, exported_state
-from adamfn.trees import PyTree, wide_dtype
+from adamfn.trees import Numeric, PyTree, wide_dtype
 
 
 @exported_state
 class AverageWeightsState(NamedTuple):
     """State of `average_weights`."""
 
-    count: chex.Array
+    count: jax.Array
     """Steps taken: int32 scalar."""
     average: PyTree
     """The average of the weights after each step, in the parameters' tree and shapes, float32 at
     least; the parameters before the first."""
 
 
-def average_weights(decay: chex.Numeric = 0.999) -> GradientTransformation:
+def average_weights(decay: Numeric = 0.999) -> GradientTransformation:
     r"""Keeps an exponential moving average of the weights: the last stage of a chain.
 
     With the weights $\theta$ after this step, as they are rounded, at step t:

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -15,14 +14,14 @@ from adamfn.core.averages import increment
 from adamfn.core.formulas import multiply, unchanged
 from adamfn.core.hyperparameters import ScalarOrSchedule, scalar, scheduled, value_at
 from adamfn.core.stage import Scalars, Stage, exported_state
-from adamfn.trees import describe, real_dtype, shown, wide_dtype, widened
+from adamfn.trees import Numeric, describe, real_dtype, shown, wide_dtype, widened
 
 
 @exported_state
 class ClipByGlobalNormState(NamedTuple):
     """State of `clip_by_global_norm`."""
 
-    grad_norm: chex.Array
+    grad_norm: jax.Array
     """The norm of the last step's gradients, to be logged."""
 
 
@@ -64,20 +63,20 @@ def clip_by_global_norm(max_norm: ScalarOrSchedule) -> GradientTransformation:
 class SkipOutliersState(NamedTuple):
     """State of `skip_outliers`."""
 
-    seen: chex.Array
+    seen: jax.Array
     """Steps whose values have entered the window: int32 scalar."""
-    skipped: chex.Array
+    skipped: jax.Array
     """Steps skipped: int32 scalar."""
-    taken: chex.Array
+    taken: jax.Array
     """Whether the last step was taken: bool scalar."""
-    recent: chex.Array
+    recent: jax.Array
     """The watched values of the last steps: float32 of shape (watched, window)."""
 
 
 def skip_outliers(
     watched: Sequence[Literal["loss", "grad_norm"]] = ("loss", "grad_norm"),
     window: int = 128,
-    sigmas: chex.Numeric = 6.0,
+    sigmas: Numeric = 6.0,
 ) -> GradientTransformation:
     r"""Skips a step if the loss or the gradients' norm is far above its recent mean.
 
@@ -167,9 +166,7 @@ def _watched(name: str, extra: Mapping[str, Any], dtype: Any) -> jax.Array:
     return jnp.asarray(value, dtype)
 
 
-def _are_usual(
-    found: jax.Array, recent: jax.Array, seen: jax.Array, sigmas: chex.Numeric
-) -> jax.Array:
+def _are_usual(found: jax.Array, recent: jax.Array, seen: jax.Array, sigmas: Numeric) -> jax.Array:
     """Whether each value is within the bound of its row of recent ones, some of them unseen yet.
 
     Values are in units of the row's largest exponent, so that no square overflows or vanishes, and

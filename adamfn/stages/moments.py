@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import chex
 import jax
 
 from adamfn.chains.chain import from_stage
@@ -12,14 +11,14 @@ from adamfn.core import formulas
 from adamfn.core.averages import NO_DECAY, Averages, decay, decays_of
 from adamfn.core.stage import Scalars, Stage, exported_state, real_zeros, zeros
 from adamfn.formats import Moments
-from adamfn.trees import PyTree
+from adamfn.trees import Numeric, PyTree
 
 
 @exported_state
 class ScaleByMomentsState(NamedTuple):
     """State of a stage that keeps two moments."""
 
-    count: chex.Array
+    count: jax.Array
     """Steps taken: int32 scalar."""
     mu: PyTree
     """The average m of the gradients, in the parameters' tree and shapes: float32 at least, or the
@@ -34,7 +33,7 @@ class ScaleByMomentsState(NamedTuple):
 class ScaleByMaxMomentsState(NamedTuple):
     """State of `scale_by_max_moments`: a `ScaleByMomentsState`, and the largest v so far."""
 
-    count: chex.Array
+    count: jax.Array
     mu: PyTree
     nu: PyTree
     nu_max: PyTree
@@ -45,7 +44,7 @@ class ScaleByMaxMomentsState(NamedTuple):
 class ScaleByInfinityMomentsState(NamedTuple):
     """State of `scale_by_infinity_moments`: a `ScaleByMomentsState`, whose nu is no average."""
 
-    count: chex.Array
+    count: jax.Array
     mu: PyTree
     nu: PyTree
     scales: PyTree
@@ -64,14 +63,14 @@ def from_moments(
 
 
 def scale_by_moments(
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.999,
-    eps: chex.Numeric = 1e-8,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
+    eps: Numeric = 1e-8,
     *,
-    eps_root: chex.Numeric = 0.0,
+    eps_root: Numeric = 0.0,
     nesterov: bool = False,
     moments: Moments = "float32",
-    seed: chex.Numeric | None = None,
+    seed: Numeric | None = None,
 ) -> GradientTransformation:
     r"""Divides the average of the gradients by the root of the average of their squares.
 
@@ -112,14 +111,14 @@ def scale_by_moments(
 
 
 def scale_by_max_moments(
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.999,
-    eps: chex.Numeric = 1e-8,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
+    eps: Numeric = 1e-8,
     *,
-    eps_root: chex.Numeric = 0.0,
+    eps_root: Numeric = 0.0,
     corrected: bool = True,
     moments: Moments = "float32",
-    seed: chex.Numeric | None = None,
+    seed: Numeric | None = None,
 ) -> GradientTransformation:
     r"""Divides the average of the gradients by the root of the largest average of squares so far.
 
@@ -152,12 +151,12 @@ def scale_by_max_moments(
 
 
 def scale_by_infinity_moments(
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.999,
-    eps: chex.Numeric = 1e-8,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
+    eps: Numeric = 1e-8,
     *,
     moments: Moments = "float32",
-    seed: chex.Numeric | None = None,
+    seed: Numeric | None = None,
 ) -> GradientTransformation:
     r"""Divides the average of the gradients by their largest magnitude, slowly forgotten.
 
@@ -181,9 +180,7 @@ def scale_by_infinity_moments(
     return from_moments(name, formula, moments, lambda *_: ((averages,), {}), **more)
 
 
-def bias_correct(
-    b1: chex.Numeric | None = None, b2: chex.Numeric | None = None
-) -> GradientTransformation:
+def bias_correct(b1: Numeric | None = None, b2: Numeric | None = None) -> GradientTransformation:
     r"""Corrects a ratio of averages for their beginning at zero.
 
     $$ u \leftarrow u \sqrt{c_2} / c_1, \qquad c_i = 1 - b_i^t $$

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -14,17 +13,17 @@ from adamfn.core.formulas import add_agreeing_multiple, add_multiple, multiply
 from adamfn.core.hyperparameters import ScalarOrSchedule, scalar, scheduled, value_at
 from adamfn.core.masks import Mask
 from adamfn.core.stage import Scalars, Stage, exported_state
-from adamfn.trees import as_array
+from adamfn.trees import Numeric, as_array
 
 
 @exported_state
 class ScaleByLrState(NamedTuple):
     """State of `scale_by_lr`."""
 
-    learning_rate: chex.Array
+    learning_rate: jax.Array
     """The rate of the last step, to be logged; before the first step, the rate of that one. Another
     value, set with `optax.tree.set(state, learning_rate=x)`, is the rate from then on."""
-    written: chex.Array
+    written: jax.Array
     """The rate as it was written last: where `learning_rate` differs from it, it has been set."""
 
 
@@ -131,7 +130,7 @@ def add_decayed_weights(
 def add_corrected_decay(
     weight_decay: ScalarOrSchedule,
     learning_rate: ScalarOrSchedule,
-    peak: chex.Numeric,
+    peak: Numeric,
     mask: Mask = None,
 ) -> GradientTransformation:
     r"""Adds a multiple of the parameters that falls with the learning rate: AdamC's decay.
@@ -177,9 +176,7 @@ def add_corrected_decay(
     return from_stage(stage)
 
 
-def rate_at(
-    configured: ScalarOrSchedule, count: jax.Array, extra: Mapping[str, Any]
-) -> chex.Numeric:
+def rate_at(configured: ScalarOrSchedule, count: jax.Array, extra: Mapping[str, Any]) -> Numeric:
     """The rate of a step: the extra argument `learning_rate`, or else the configured one."""
     given = extra.get("learning_rate")
     chosen = configured if given is None else scheduled("learning_rate", given)

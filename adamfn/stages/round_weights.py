@@ -2,7 +2,6 @@
 
 from typing import Any, Literal, NamedTuple, cast
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -10,7 +9,7 @@ from adamfn.chains.chain import from_stage
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core.stage import EmptyState, Stage, exported_state
 from adamfn.core.weights import Weights
-from adamfn.trees import PyTree, check_swapped, describe, matching_leaves, path_name, shown
+from adamfn.trees import Numeric, PyTree, check_swapped, describe, matching_leaves, path_name, shown
 
 
 @exported_state
@@ -23,7 +22,7 @@ class RoundWeightsState(NamedTuple):
 
 
 def round_weights(
-    bits: Literal[16, 24, 32] = 24, *, seed: chex.Numeric | None = None
+    bits: Literal[16, 24, 32] = 24, *, seed: Numeric | None = None
 ) -> GradientTransformation:
     r"""Makes bfloat16 weights train as wider ones do: the last stage of a chain.
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 from operator import not_
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -16,10 +15,10 @@ from adamfn.core.averages import decay, decays_of
 from adamfn.core.hyperparameters import scalar
 from adamfn.core.masks import Mask, broadcast_mask
 from adamfn.core.stage import Scalars, Stage
-from adamfn.trees import PyTree, describe, path_name
+from adamfn.trees import Numeric, PyTree, describe, path_name
 
 
-def cautious_updates(floor: chex.Numeric = 1e-3, *, stacked: Mask = None) -> GradientTransformation:
+def cautious_updates(floor: Numeric = 1e-3, *, stacked: Mask = None) -> GradientTransformation:
     r"""Keeps updates whose sign is their gradient's, and scales them up for those it drops.
 
     With the share s of the elements of a leaf whose update and gradient agree:
@@ -54,7 +53,7 @@ def cautious_updates(floor: chex.Numeric = 1e-3, *, stacked: Mask = None) -> Gra
 
 
 def clip_updates(
-    b2: chex.Numeric | None = None, eps: chex.Numeric = 1e-8, *, stacked: Mask = None
+    b2: Numeric | None = None, eps: Numeric = 1e-8, *, stacked: Mask = None
 ) -> GradientTransformation:
     r"""Divides the updates of a leaf by how far its gradients have outgrown their average squares.
 

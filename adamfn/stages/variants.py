@@ -3,7 +3,6 @@
 import math
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -15,30 +14,30 @@ from adamfn.core.stage import Scalars, exported_state
 from adamfn.formats import Moments, check_moments, get
 from adamfn.formats.format import answer
 from adamfn.stages.moments import from_moments
-from adamfn.trees import PyTree
+from adamfn.trees import Numeric, PyTree
 
 
 @exported_state
 class ScaleByNesterovMomentsState(NamedTuple):
     """State of `scale_by_nesterov_moments`: a `ScaleByMomentsState`, and a product of momenta."""
 
-    count: chex.Array
+    count: jax.Array
     mu: PyTree
     nu: PyTree
     scales: PyTree
-    mu_product: chex.Array
+    mu_product: jax.Array
     """The product of the momenta of all steps taken: a float scalar."""
 
 
 def scale_by_nesterov_moments(
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.999,
-    eps: chex.Numeric = 1e-8,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
+    eps: Numeric = 1e-8,
     *,
-    eps_root: chex.Numeric = 0.0,
-    momentum_decay: chex.Numeric = 4e-3,
+    eps_root: Numeric = 0.0,
+    momentum_decay: Numeric = 4e-3,
     moments: Moments = "float32",
-    seed: chex.Numeric | None = None,
+    seed: Numeric | None = None,
 ) -> GradientTransformation:
     r"""Divides a momentum that looks one step ahead by the root of the average of squares.
 
@@ -62,7 +61,7 @@ def scale_by_nesterov_moments(
     averages = Averages.of(b1, b2, eps, eps_root)
     log_rise = scalar("momentum_decay", momentum_decay) * math.log(0.96)
 
-    def momentum(count: chex.Array) -> tuple[chex.Numeric, chex.Numeric]:
+    def momentum(count: jax.Array) -> tuple[Numeric, Numeric]:
         missing, share = 0.5 * jnp.exp(count.astype(float) * log_rise), averages.b1.complement
         return (1 - share) * (1 - missing), share + (1 - share) * missing  # and 1 - it
 
@@ -79,15 +78,15 @@ def scale_by_nesterov_moments(
 
 
 def scale_by_rectified_moments(
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.999,
-    eps: chex.Numeric = 1e-8,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
+    eps: Numeric = 1e-8,
     *,
-    eps_root: chex.Numeric = 0.0,
-    threshold: chex.Numeric = 5.0,
+    eps_root: Numeric = 0.0,
+    threshold: Numeric = 5.0,
     nesterov: bool = False,
     moments: Moments = "float32",
-    seed: chex.Numeric | None = None,
+    seed: Numeric | None = None,
 ) -> GradientTransformation:
     r"""Divides the average of the gradients by the root of squares once that can be trusted.
 
@@ -126,13 +125,13 @@ def scale_by_rectified_moments(
 
 
 def scale_by_atan2_moments(
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.999,
-    a: chex.Numeric = 1.27,
-    b: chex.Numeric = 1.0,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
+    a: Numeric = 1.27,
+    b: Numeric = 1.0,
     *,
     moments: Moments = "float32",
-    seed: chex.Numeric | None = None,
+    seed: Numeric | None = None,
 ) -> GradientTransformation:
     r"""Adam's ratio as an angle, which needs no eps.
 
@@ -162,13 +161,13 @@ def scale_by_atan2_moments(
 
 
 def scale_by_lazy_moments(
-    b1: chex.Numeric = 0.9,
-    b2: chex.Numeric = 0.999,
-    eps: chex.Numeric = 1e-8,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
+    eps: Numeric = 1e-8,
     *,
-    eps_root: chex.Numeric = 0.0,
+    eps_root: Numeric = 0.0,
     moments: Moments = "float32",
-    seed: chex.Numeric | None = None,
+    seed: Numeric | None = None,
 ) -> GradientTransformation:
     r"""Divides the average of the gradients by the root of squares, in rows with a gradient.
 
@@ -201,7 +200,7 @@ def scale_by_lazy_moments(
     )
 
 
-def _gradients_in(b2: Decay, count: chex.Array) -> jax.Array:
+def _gradients_in(b2: Decay, count: jax.Array) -> jax.Array:
     """The number rho of gradients that an average is worth after `count` steps."""
     steps, x = count.astype(float), jnp.negative(b2.log)
     # Where t x is small, its two large terms cancel; there it is L(x / 2) + t (1 - L(t x / 2)).
@@ -210,7 +209,7 @@ def _gradients_in(b2: Decay, count: chex.Array) -> jax.Array:
     return jnp.where(steps * x < 1, early, late)
 
 
-def _langevin(z: chex.Numeric) -> chex.Numeric:
+def _langevin(z: Numeric) -> Numeric:
     """L(z) = coth z - 1 / z: its continued fraction, right to 1e-8 for z up to 1/2."""
     return z / (3 + z * z / (5 + z * z / (7 + z * z / 9)))
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -28,7 +27,7 @@ from adamfn.stages.variants import (
     scale_by_nesterov_moments,
     scale_by_rectified_moments,
 )
-from adamfn.trees import shown
+from adamfn.trees import Numeric, shown
 
 
 class Member(NamedTuple):
@@ -210,5 +209,5 @@ def _decay_last(weight_decay: float, learning_rate: ScalarOrSchedule) -> Gradien
     )
 
 
-def _decayed(u: jax.Array, p: jax.Array, rate: chex.Numeric) -> jax.Array:
+def _decayed(u: jax.Array, p: jax.Array, rate: Numeric) -> jax.Array:
     return u - rate * (p + u)
