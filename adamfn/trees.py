@@ -9,7 +9,7 @@ import numpy as np
 from jax import export
 
 if TYPE_CHECKING:
-    from chex import Numeric
+    from chex import Numeric as Numeric
 else:  # so that a user's import of adamfn does not wait for chex
     Numeric = jax.typing.ArrayLike
 
