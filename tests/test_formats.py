@@ -273,6 +273,36 @@ def test_zero_stays_zero_and_nothing_else_becomes_zero(name):
         assert np.isfinite(kept_nu).all()
 
 
+@pytest.mark.parametrize(("name", "error"), [("8bit", 0.07), ("4bit", 1.1)])
+def test_elements_that_stopped_do_not_stretch_the_levels(name, error):
+    """A nu without momentum fades at every step, and needs no level of its own."""
+    mu, nu = moments((64, 256), decades=0.3)
+    without = np.arange(256) % 64 == 5
+    mu[:, without], nu[:, without] = 0, 2.0**-110 * nu[:, without]
+    kept_mu, kept_nu = roundtrip(name, mu, nu, formats.noise(1, 0, nu.shape))
+    assert np.abs(np.log2(kept_nu / nu))[:, ~without].max() < error
+    assert not np.any(kept_mu[:, without])
+    # A step of a gradient that comes back is the shorter for it, not the longer.
+    top = nu.max(axis=1, keepdims=True)
+    assert np.all((kept_nu / top)[:, without] > 2.0**-17)
+    # Momentum that is very small is some; and where no element has any, all levels are as before.
+    mu[:, without] = 1e-37
+    for moved in (mu, 0 * mu):
+        kept = roundtrip(name, moved, nu)[1]
+        assert np.all((kept / nu)[:, without] < (4 if name == "8bit" else 2.0**100))
+
+
+def test_states_of_0_2_0_keep_their_mu_beside_means_of_nu():
+    """Their scales are those of mu itself, and positive."""
+    for name in ("factored", "blockmean"):
+        mu, nu = moments((128, 256), decades=1)
+        stored = encode(FORMATS[name], mu, nu)
+        assert np.all(np.asarray(stored.scales[0]) < 0)
+        codes, scale = formats.Linear().encode(jnp.asarray(mu), None)
+        kept, _ = FORMATS[name].decode(formats.Stored(codes, None, (scale, stored.scales[1])))
+        np.testing.assert_array_equal(kept, formats.Linear().decode(codes, scale))
+
+
 def test_four_bits_span_forty_octaves_below_the_largest():
     nu = np.where(np.arange(128) == 5, np.float32(2.0**-100), np.float32(1.5))
     _, kept = roundtrip("4bit", 1e-3 * np.sqrt(nu), nu)

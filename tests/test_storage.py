@@ -88,6 +88,101 @@ def test_a_member_in_a_format_follows_itself_in_float32(recipe, moments):
     assert cosine(lean[-1], full[-1]) > {"adamax": 0.9, "adopt": 0.85}.get(recipe, 0.97)
 
 
+STEPS, SIDE = 150, 128
+NOISE = np.random.default_rng(0).standard_normal((STEPS, SIDE, SIDE)).astype(np.float32)
+DECADES = np.random.default_rng(1).permutation(np.logspace(-4, 0, SIDE, dtype=np.float32))
+
+
+def unlike(numbers, step, noise):
+    """Gradients whose sizes differ by rows, by columns, in a column that stays and one that moves.
+
+    With `numbers`, NumPy or JAX's, as every product is exact to a rounding in both.
+    """
+    places = numbers.arange(SIDE)
+    return {
+        "rows": noise * DECADES[:, None],
+        "columns": noise * DECADES,
+        "outer": noise * DECADES[:, None] ** 0.5 * DECADES**0.5,
+        "elements": noise * np.stack([np.roll(DECADES, k) for k in range(SIDE)]),
+        "a column": noise * numbers.where(places == 7, np.float32(1000), 1),
+        "now and then": noise * numbers.where(places == 7 * step % SIDE, np.float32(1000), 1),
+    }
+
+
+def mean(axis):
+    return lambda nu: np.broadcast_to(nu.mean(axis, keepdims=True), nu.shape)
+
+
+def factored(nu):
+    return nu.mean(1, keepdims=True) * nu.mean(0) / nu.mean()
+
+
+@cache
+def exact_moments():
+    """Adam's in float64, with b1 = 0.9 and b2 = 0.99: mu and g^2 of the last step, nu before it."""
+    moments = {}
+    for step in range(STEPS):
+        for name, g in unlike(np, step, NOISE[step]).items():
+            mu, square, nu = moments.get(name, (0, 0, 0))
+            g, nu = g.astype(np.float64), nu + 0.01 * (square - nu)
+            moments[name] = mu + 0.1 * (g - mu), g**2, nu
+    return moments
+
+
+@pytest.mark.parametrize(
+    ("moments", "shared", "least", "longer"),
+    # Half as far again from 1 as was found. In 4 bits, columns that move are the worst case, and
+    # scales that differ by elements the next.
+    [
+        ("bfloat16", np.copy, 0.9999, 0.001),
+        ("8bit", np.copy, 0.995, 0.018),
+        ("4bit", np.copy, 0.75, 0.35),
+        ("factored", factored, 0.9988, 0.002),
+        ("blockmean", mean(-1), 0.996, 0.004),
+        (formats.Pair(formats.Linear(), formats.BlockMean(-2)), mean(-2), 0.9988, 0.002),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_gradients_of_unlike_sizes(moments, shared, least, longer):
+    """Beside Adam in float64: the cosine, and how much longer an update is."""
+    tx = adamfn.scale_by_moments(b2=0.99, eps=0.0, moments=moments)
+    tx = adamfn.chain(tx, adamfn.bias_correct(b2=0.99))
+
+    def body(state, given):
+        updates, state = tx.update(unlike(jnp, *given), state)
+        return state, updates
+
+    def last(noise):
+        state = tx.init(unlike(jnp, 0, noise[0]))
+        before, step = (jnp.arange(STEPS - 1), noise[:-1]), (STEPS - 1, noise[-1])
+        state, _ = jax.lax.scan(lambda *of: (body(*of)[0], None), state, before)
+        return body(state, step)[1]
+
+    for name, u in jax.jit(last)(NOISE).items():
+        mu, square, nu = exact_moments()[name]
+        # What is shared is what was stored.
+        nu = (0.99 * shared(nu) + 0.01 * square) / (1 - 0.99**STEPS)
+        expected = mu / (1 - 0.9**STEPS) / np.sqrt(nu)
+        length = np.linalg.norm(flat(u)) / np.linalg.norm(flat(expected))
+        assert cosine(u, expected) > least, name
+        assert abs(length - 1) < longer, name
+
+
+@pytest.mark.parametrize(
+    "make", [adamfn.adam, adamfn.nadam, adamfn.adamax, adamfn.lazy_adam, adamfn.radam]
+)
+def test_4_bits_bear_no_larger_b1(make):
+    for moments in ("4bit", formats.FourBit(64), "8bit"):
+        make(b1=0.95, moments=moments)
+    with pytest.raises(
+        ValueError, match=r"b1 is 0.96, and moments is FourBit.*; .* Use moments='8bit"
+    ):
+        make(b1=0.96, moments="4bit")
+    tx = make(b1=0.96, moments=lambda path, leaf: formats.FourBit(16))
+    with pytest.raises(ValueError, match=r"b1 is 0.96, and moments at .* is FourBit\(block=16\)"):
+        tx.init(PARAMS)
+
+
 @pytest.mark.parametrize("moments", formats.FORMATS)
 def test_a_state_is_a_plain_tree_of_arrays(moments):
     tx = adamfn.adam(moments=moments)

@@ -14,7 +14,7 @@ from adamfn.core.program import Call
 from adamfn.core.varying import vary_together
 from adamfn.formats.format import answer
 from adamfn.formats.indices import indices_at, runs_of
-from adamfn.formats.noise import Seeds
+from adamfn.formats.noise import Seed
 
 ELEMENTS = 2**20
 """Elements of a chunk, unless a row is longer: with 60 temporary bytes for each, 60 MiB."""
@@ -58,8 +58,7 @@ def run_leaf(call: Call, *operands: jax.Array) -> list[jax.Array]:
         g, *p = chunk[call.arrays_kept :]
         row, column = (jax.lax.broadcasted_iota(jnp.int32, g.shape, axis) for axis in (0, 1))
         elements = first + (indices_at(start + row, runs) + column).astype(jnp.uint32)
-        seeds = Seeds.of(count, index)
-        moved = call.program(seeds, [*vector], g, p[0] if p else None, kept, elements)
+        moved = call.program(Seed(count, index), [*vector], g, p[0] if p else None, kept, elements)
         return [
             jax.lax.dynamic_update_slice_in_dim(x, value, start, 0)
             for x, value in zip(done, jax.tree.leaves(moved), strict=True)

@@ -12,7 +12,7 @@ from adamfn.core.program import Call
 from adamfn.core.varying import shape_like
 from adamfn.formats.blocks import Extremes
 from adamfn.formats.format import answer
-from adamfn.formats.noise import Seeds
+from adamfn.formats.noise import Seed
 
 
 def common_block(call: Call, avals: Sequence[Any]) -> int | None:
@@ -95,6 +95,7 @@ def run_tile(
     indices: jax.Array,
     inside: jax.Array | None,
     over: Extremes,
+    factors: Sequence[jax.Array] = (),
 ) -> list[jax.Array]:
     """The values of `results_of` for a tile of whole blocks, in any dtype that holds them.
 
@@ -106,21 +107,27 @@ def run_tile(
       indices: the elements' indices, int32, counted from the leaf's first element.
       inside: True for elements of the leaf; None if all are.
       over: the extremes of the tile's blocks.
+      factors: the tile of each factor of the next nu, in the order of `means_in`.
     """
-    parts = [
-        part
-        if part.format is None
-        else part._replace(format=answer(part.format, "in_tile")(inside, over))
-        for part in call.program.parts
-    ]
+    (rows,) = jax.tree.unflatten(call.kept, range(call.arrays_kept))
+    next_of = dict(zip(sorted(means_in(call)), factors, strict=True))
+    parts = list(call.program.parts)
+    for k, (part, row) in enumerate(zip(parts, rows, strict=True)):
+        if part.format is not None:
+            format = answer(part.format, "in_tile")(inside, over)
+            if answer(part.format, "factors"):  # of the first nu; beside any other, mu is 0
+                places = jax.tree.leaves(row[-1][0][1])
+                format = format._replace(factors=[next_of[place] for place in places])
+            parts[k] = part._replace(format=format)
     program = replace(call.program, parts=tuple(parts), gated=False)
     vector, count, (leaf, first) = step[0], step[1][0], (step[2][0], step[2][1])
     scalars = [vector[k] for k in range(program.scalars.num_leaves)]
     (kept,) = jax.tree.unflatten(call.kept, arrays[: call.arrays_kept])
     g, *p = arrays[call.arrays_kept :]
-    seeds = Seeds.of(count, leaf.astype(jnp.uint32))
     indices = indices.astype(jnp.uint32) + first.astype(jnp.uint32)
-    values = jax.tree.leaves(program(seeds, scalars, g, p[0] if p else None, kept, indices))
+    values = jax.tree.leaves(
+        program(Seed(count, leaf), scalars, g, p[0] if p else None, kept, indices)
+    )
     if not call.program.gated:
         return values
     # The gate is applied here, as the state has means that a tile does not compute.

@@ -10,7 +10,7 @@ from adamfn.core.leaf import Kept
 from adamfn.core.program import Call, Program
 from adamfn.core.varying import vary_together
 from adamfn.formats.indices import indices_of
-from adamfn.formats.noise import Seeds
+from adamfn.formats.noise import Seed
 
 
 def run_call(
@@ -60,7 +60,7 @@ def _run_leaf(
 ) -> tuple[list[Kept], list[jax.Array]]:
     vector, count, (index, first) = step
     indices = None if strides is None else indices_of(u.shape, strides, first)
-    return program(Seeds.of(count, index), [*vector], u, p, kept, indices)
+    return program(Seed(count, index), [*vector], u, p, kept, indices)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -84,4 +84,4 @@ def run_whole(
     """
     leaves, treedef = jax.tree.flatten((arrays, given))
     (u, p, kept), given = treedef.unflatten(vary_together(leaves))
-    return program(Seeds.of(count, index), [*vector], u, p, kept, given=given)
+    return program(Seed(count, index), [*vector], u, p, kept, given=given)

@@ -20,7 +20,7 @@ from adamfn.core.weights import Weights
 from adamfn.formats import Format
 from adamfn.formats.format import answer
 from adamfn.formats.indices import indices_of, strides_of
-from adamfn.formats.noise import Seed, Seeds, noise_at
+from adamfn.formats.noise import Seed, noise_at
 from adamfn.trees import describe, widened
 
 
@@ -84,7 +84,7 @@ class Program:
 
     def __call__(
         self,
-        seeds: Seeds,
+        seed: Seed,
         scalars: Sequence[jax.Array],
         u: jax.Array,
         p: jax.Array | None,
@@ -95,7 +95,7 @@ class Program:
         """Returns the next state for each part, then the update and the parameter, if asked for.
 
         Args:
-          seeds: seeds of the random bits that round moments and weights.
+          seed: of the random bits that round moments and weights.
           scalars: the scalars of all parts, in the program's dtype, then the gate.
           u: the gradient, or the update of an earlier segment.
           p: the parameter; None if the program does not read it.
@@ -125,8 +125,9 @@ class Program:
             for _, part in self.given:
                 known["grads"] = _limited(part, known["grads"])
 
-        def random_bits(seed: Callable[[], Seed]) -> jax.Array:
-            return noise_at(seed(), indices_of(u.shape) if indices is None else indices)
+        def random_bits(*, weights: bool) -> jax.Array:
+            at = indices_of(u.shape) if indices is None else indices
+            return noise_at(seed, at, weights=weights)
 
         values = scalars[: self.scalars.num_leaves]
         next_kept: list[Kept] = []
@@ -134,7 +135,7 @@ class Program:
             self.parts, jax.tree.unflatten(self.scalars, values), kept, strict=True
         ):
             if part.formula is weights and weights is not None:
-                u, *new = weights(u, weight, stored, random_bits(seeds.weights), *old)  # pyright: ignore[reportArgumentType]
+                u, *new = weights(u, weight, stored, random_bits(weights=True), *old)  # pyright: ignore[reportArgumentType]
                 next_kept.append(_like(new, old))
                 known["new_params"] = weights.decode(self._landed(u, p), *new)
                 continue
@@ -143,7 +144,7 @@ class Program:
             if "mu" in part.keeps:
                 known["grads"] = u = _limited(part, u)
             if "noise" in part.reads:
-                known["noise"] = random_bits(seeds.weights)
+                known["noise"] = random_bits(weights=True)
             live = part_decoded(part, old, self.dtype)
             read = [known[name] for name in part.reads]
             with _promoting(u, *read, *live):
@@ -152,7 +153,7 @@ class Program:
             if part.format is None:
                 next_kept.append(_like(new, old))
                 continue
-            row = encode(part.format, part.keeps, new, random_bits(seeds.moments))
+            row = encode(part.format, part.keeps, new, random_bits(weights=False))
             next_kept.append(row if self.elementwise else _unchanged_rows(row, old, new, live))
         if taken is not None:
             u = jnp.where(taken, u, 0)

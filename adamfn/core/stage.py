@@ -125,7 +125,8 @@ class Stage:
     def __post_init__(self) -> None:
         """Checks that its parts fit each other."""
         check_seed(self.seed)
-        object.__setattr__(self, "moments", check_moments(self.moments))
+        b1 = 0.0 if self.decays is None else 1 - self.decays[0].complement
+        object.__setattr__(self, "moments", check_moments(self.moments, b1))
         fields: Any = getattr(self.state, "_fields", None)
         expected, found = {*self.keeps, *self.start}, {*(fields or ())} - _SPECIAL
         stores = self.moments == "float32" or (fields and self.has_moments)

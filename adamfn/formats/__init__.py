@@ -1,8 +1,10 @@
 """Formats: how Adam's two moments are stored between steps, and which one each leaf gets."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias, cast
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from jax.typing import DTypeLike
 from adamfn.formats.arrangement import describe
 from adamfn.formats.blocks import Blockwise
 from adamfn.formats.codecs import Codec, Encoded, Exact, Linear, Pair, Rounded, kind_of
-from adamfn.formats.format import BaseFormat, Format, Stored
+from adamfn.formats.format import BaseFormat, Format, Stored, answer
 from adamfn.formats.levels import EightBit, FourBit
 from adamfn.formats.means import BlockMean, Factored
 from adamfn.formats.noise import noise
@@ -74,12 +76,27 @@ def get(name_or_format: Any) -> Format:
     return cast("Format", format)
 
 
-def check_moments(moments: Any) -> Moments:
-    """Returns `moments`, with a dtype or None as a name; raises as `get`."""
+def check_moments(moments: Any, b1: chex.Numeric = 0.0) -> Moments:
+    """Returns `moments`, with a dtype or None as a name; a function as one that checks its results.
+
+    Raises as `get`, and ValueError for a format that does not bear b1, if that is a number.
+    """
     moments = _name_of(moments)
-    if not callable(moments) or isinstance(moments, type):
-        get(moments)
+    if callable(moments) and not isinstance(moments, type):
+        return partial(_checked, moments, b1)
+    _checked(moments, b1)
     return cast("Moments", moments)
+
+
+def _checked(moments: Any, b1: chex.Numeric, *leaf: Any) -> Format:
+    format = get(moments(*leaf) if leaf else moments)
+    if isinstance(b1, float) and b1 > (most := answer(format, "largest_b1")):
+        where = f" at {leaf[0] or 'the root'}" if leaf else ""
+        raise ValueError(
+            f"b1 is {b1:g}, and moments{where} is {format!r}; expected a b1 of at most {most}, as"
+            " beyond it this format turns and lengthens updates. Use moments='8bit'."
+        )
+    return format
 
 
 def with_mu_dtype(moments: Moments, mu_dtype: DTypeLike | None) -> Moments:

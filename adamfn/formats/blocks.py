@@ -46,11 +46,6 @@ def join(x: Array, length: int) -> Array:
     return x.reshape(*x.shape[:-2], -1)[..., :length]
 
 
-def spread(x: Array, size: int, length: int) -> Array:
-    """Repeats the value of each block for its elements, along an axis of that length."""
-    return join(jnp.broadcast_to(x, (*x.shape[:-1], size)), length)
-
-
 class Extremes(NamedTuple):
     """The largest and the smallest of each block of bits; the reduced axis is kept as 1."""
 

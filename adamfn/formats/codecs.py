@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from adamfn.formats.bits import INFINITY, bits_of, float_of
-from adamfn.formats.blocks import BY_XLA, Extremes, InBlocks, size_for, split, spread
+from adamfn.formats.bits import INFINITY, bits_of, float_of, near_root, quotient
+from adamfn.formats.blocks import BY_XLA, Extremes, InBlocks, join, size_for, split
 from adamfn.formats.format import BaseFormat, MeshAxes, Stored, answer, is_large, is_narrow
 from adamfn.formats.noise import halves, threshold
 from adamfn.trees import shown
@@ -49,6 +49,9 @@ def kind_of(value: Any) -> str | None:
 class Pair(BaseFormat):
     """Stores mu by one codec and nu by another, for real leaves of at most 32 bits that both hold.
 
+    Beside means of nu, `Linear` stores mu in units of nu's root, as decoded: its levels then follow
+    rows and columns of unlike gradients. Scales are negative there, and mu is 0 where nu is.
+
     Raises:
       TypeError, ValueError: one of them is not a codec; mu's codec keeps only means.
 
@@ -78,14 +81,17 @@ class Pair(BaseFormat):
 
     def encode(self, mu: Array, nu: Array, noise: Array | None) -> Stored:
         mu_bits, nu_bits = halves(noise)
-        mu_codes, mu_scales = self.mu.encode(mu, mu_bits)
         nu_codes, nu_scales = self.nu.encode(nu, nu_bits)
-        return Stored(mu_codes, nu_codes, (mu_scales, nu_scales))
+        if self.factors:
+            mu = _over_root(mu, self.nu.decode(nu_codes, nu_scales))
+        mu_codes, mu_scales = self.mu.encode(mu, mu_bits)
+        return Stored(mu_codes, nu_codes, (-mu_scales if self.factors else mu_scales, nu_scales))
 
     def decode(self, stored: Stored) -> tuple[Array, Array]:
         mu_scales, nu_scales = stored.scales
-        mu = self.mu.decode(stored.mu, mu_scales)
-        return mu, jnp.broadcast_to(self.nu.decode(stored.nu, nu_scales), mu.shape)
+        mu, nu = self.mu.decode(stored.mu, mu_scales), self.nu.decode(stored.nu, nu_scales)
+        mu = _times_root(mu, stored.mu, nu) if self.factors else mu
+        return mu, jnp.broadcast_to(nu, mu.shape)
 
     def holds(self, shape: tuple[int, ...], dtype: Any) -> bool:
         return is_narrow(dtype) and self.mu.holds(shape) and self.nu.holds(shape)
@@ -117,17 +123,30 @@ class Pair(BaseFormat):
         return Pair(*(on_shards(split) for on_shards in self._both("on_shards")))
 
     def encode_blocks(self, mu: Array, nu: Array, noise: Array | None, over: Extremes) -> Stored:
-        """Stores mu's whole blocks, in a format with `factors`; means of nu are left out."""
+        """Stores mu's whole blocks, beside nu as it decodes; means of nu are left out."""
         codec: Any = self.mu
-        codes, scale = codec.encode_blocks(mu, halves(noise)[0], over)
-        return Stored(codes, None, (scale, None))
+        codes, scale = codec.encode_blocks(_over_root(mu, nu), halves(noise)[0], over)
+        return Stored(codes, None, (-scale, None))
 
     def decode_blocks(self, stored: Stored) -> tuple[Array, Array]:
         """Returns both moments of whole blocks, from factors of nu in place of its means."""
         codec: Any = self.mu
         scale, factors = stored.scales
-        mu = codec.decode_blocks(stored.mu, scale)
-        return mu, jnp.broadcast_to(math.prod(jax.tree.leaves(factors)), mu.shape)
+        nu: Any = math.prod(jax.tree.leaves(factors))
+        mu = _times_root(codec.decode_blocks(stored.mu, scale), stored.mu, nu)
+        return mu, jnp.broadcast_to(nu, mu.shape)
+
+
+def _over_root(mu: Array, nu: Array) -> Array:
+    """The ratio of mu to the root of nu; 0 where nu is."""
+    bits = jnp.minimum(bits_of(nu), INFINITY)
+    return mu * jnp.where(bits == 0, 0, quotient(1.0, near_root(bits)))
+
+
+def _times_root(mu: Array, codes: Any, nu: Array) -> Array:
+    """The inverse where scales are negative; others, in states of 0.2.0, are those of mu itself."""
+    root = near_root(jnp.minimum(bits_of(nu), INFINITY))
+    return jnp.where(codes.astype(jnp.float32) * mu < 0, mu * -root, mu)
 
 
 def _common(values: Any) -> Any:
@@ -212,22 +231,24 @@ class Linear(InBlocks):
 
     def encode(self, x: Array, bits: Array | None) -> Encoded:
         size = size_for(x.shape[-1], self.block)
-        scale, per_code = _scales(BY_XLA.largest(bits_of(split(x, size))))
-        codes = _codes(x, spread(per_code, size, x.shape[-1]), bits)
-        return Encoded(codes.astype(jnp.int8), scale[..., 0])
+        blocks: Any = jax.tree.map(lambda own: split(own, size), (x, bits))
+        codes, scale = self.encode_blocks(*blocks, BY_XLA)
+        return Encoded(join(codes, x.shape[-1]).astype(jnp.int8), scale[..., 0])
 
     def decode(self, codes: Array, scales: Any) -> Array:
         length = codes.shape[-1]
-        scale = spread(scales[..., None], size_for(length, self.block), length)
-        return self.decode_blocks(codes, scale)
+        blocks = split(codes, size_for(length, self.block))
+        return join(self.decode_blocks(blocks, scales[..., None]), length)
 
     def holds(self, shape: tuple[int, ...]) -> bool:
         return is_large(shape, last=self.block // 2)
 
     def encode_blocks(self, x: Array, bits: Array | None, over: Extremes) -> tuple[Array, Array]:
         """Codes of whole blocks in float32, and scales with 1 in place of a block."""
-        scale, per_code = _scales(over.largest(bits_of(x)))
-        return _codes(x, per_code, bits), scale
+        scale = float_of(over.largest(bits_of(x))) * (1 / 127)
+        # Not in denormals: their reciprocals are infinite.
+        per_code = jnp.where(scale < 2.0**-125, 0, 1 / jnp.maximum(scale, 2.0**-125))
+        return jnp.clip(jnp.floor(x * per_code + threshold(bits)), -127, 127), scale
 
     def decode_blocks(self, codes: Array, scale: Array) -> Array:
         """The inverse of `encode_blocks`."""
@@ -235,14 +256,3 @@ class Linear(InBlocks):
 
     def ends(self, mu: Any, nu: Any) -> dict[str, Array]:
         return {"largest": jnp.abs(mu) == 127}
-
-
-def _scales(largest: Array) -> tuple[Array, Array]:
-    """The value of a code of 1, and its inverse."""
-    scale = float_of(largest) * (1 / 127)
-    # Not in denormals: their reciprocals are infinite.
-    return scale, jnp.where(scale < 2.0**-125, 0, 1 / jnp.maximum(scale, 2.0**-125))
-
-
-def _codes(x: Array, per_code: Array, bits: Array | None) -> Array:
-    return jnp.clip(jnp.floor(x * per_code + threshold(bits)), -127, 127)

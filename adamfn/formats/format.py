@@ -56,6 +56,7 @@ class BaseFormat:
       native_code: its number in the C++ code; None if that does not have it.
       largest: gradients beyond are clamped to it, as sums of their squares would overflow; None if
         it takes no sums.
+      largest_b1: the largest b1 of moments that it may store.
       factors: None, or for scales of mu and means of nu, a function of these means that returns
         arrays whose product broadcasts to nu.
     """
@@ -65,6 +66,7 @@ class BaseFormat:
     kernel_block: Any = None
     native_code: Any = None
     largest: Any = 2.0**48
+    largest_b1: Any = 1.0
     factors: Any = None
 
     def resized(self, block: int) -> Any:
@@ -90,10 +92,13 @@ class InTile(NamedTuple):
     format: Any
     inside: Array | None
     over: Any
+    factors: Any = ()
+    """Of the next nu, for a format with `factors`."""
 
     def encode(self, mu: Array, nu: Array, noise: Array | None) -> Stored:
         if self.inside is not None:
             mu, nu = (jnp.where(self.inside, x, 0) for x in (mu, nu))
+        nu: Any = math.prod(self.factors) if self.factors else nu
         return self.format.encode_blocks(mu, nu, noise, self.over)
 
     def decode(self, stored: Stored) -> tuple[Array, Array]:

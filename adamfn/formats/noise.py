@@ -1,18 +1,14 @@
 """The noise of stochastic rounding: random bits for each element, from a hash."""
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from adamfn.formats.bits import float_of
 from adamfn.formats.indices import indices_of
 from adamfn.trees import Numeric
-
-_FOR_WEIGHTS = np.uint32(2**31)  # added to a leaf's index: weights and moments share no noise
 
 
 def noise(count: Numeric, leaf: Numeric, shape: tuple[int, ...]) -> Array:
@@ -25,44 +21,29 @@ def noise(count: Numeric, leaf: Numeric, shape: tuple[int, ...]) -> Array:
     >>> print(noise(1, 0, (3,)) == noise(1, 0, (3,)), noise(1, 0, (3,)) == noise(2, 0, (3,)))
     [ True  True  True] [False False False]
     """
-    return noise_at(seed_of(count, leaf), indices_of(shape))
+    return noise_at(Seed(jnp.asarray(count), jnp.asarray(leaf)), indices_of(shape))
 
 
 class Seed(NamedTuple):
-    """The two keys, uint32, of the noise of a leaf at a step."""
+    """What the noise of a leaf at a step is made from."""
 
-    first: Array
-    second: Array
-
-
-class Seeds(NamedTuple):
-    """The seeds of a leaf at a step. Each is a function, as few programs round both."""
-
-    moments: Callable[[], Seed]
-    weights: Callable[[], Seed]
-
-    @staticmethod
-    def of(count: Array, leaf: Array) -> "Seeds":
-        return Seeds(partial(seed_of, count, leaf), lambda: seed_of(count, leaf + _FOR_WEIGHTS))
+    count: Array
+    leaf: Array
+    """Its index in the tree, and what is `mixed` in."""
 
 
-def seed_of(count: Numeric, leaf: Numeric) -> Seed:
-    """The `Seed` of `noise`."""
-    zero = jnp.zeros((), jnp.uint32)
-    leaf = _hash(jnp.asarray(leaf).astype(jnp.uint32) + jnp.uint32(0x9E3779B9), zero)
-    first = _hash(jnp.asarray(count).astype(jnp.uint32), leaf)
-    return Seed(first, _hash(first + jnp.uint32(0x85EBCA6B), leaf))
+def noise_at(seed: Seed, indices: Array, *, weights: bool = False) -> Array:
+    """The `noise` of elements with these indices; weights share none of it with moments."""
+    leaf = seed.leaf.astype(jnp.uint32) + jnp.uint32((weights << 31) + 0x9E3779B9 & 0xFFFFFFFF)
+    leaf = _hash(leaf, jnp.zeros((), jnp.uint32))
+    first = _hash(seed.count.astype(jnp.uint32), leaf)
+    return _hash(first + indices, _hash(first + jnp.uint32(0x85EBCA6B), leaf))
 
 
 def mixed(seeds: Iterable[Numeric]) -> Array:
     """What the seeds of stages add to a leaf's index, uint32; 0 for seeds of 0."""
     zero = jnp.zeros((), jnp.uint32)
     return sum((_hash(jnp.asarray(seed, jnp.uint32), zero) for seed in seeds), zero)
-
-
-def noise_at(seed: Seed, indices: Array) -> Array:
-    """The `noise` of the elements with these indices, uint32."""
-    return _hash(seed.first + indices, seed.second)
 
 
 def _hash(x: Array, key: Array) -> Array:

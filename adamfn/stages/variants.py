@@ -71,6 +71,7 @@ def scale_by_nesterov_moments(
         of_mu, of_g = ahead / (1 - product * ahead), complement / (1 - product)
         return (averages.at_step(count), of_mu, of_g), {"mu_product": product}
 
+    moments = check_moments(moments, 1 - averages.b1.complement)
     start, decays = {"mu_product": lambda: jnp.ones((), float)}, (NO_DECAY, averages.b2)
     more = {"start": start, "state": ScaleByNesterovMomentsState, "decays": decays}
     name, formula = "scale_by_nesterov_moments", formulas.nesterov_ratio

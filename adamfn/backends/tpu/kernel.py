@@ -69,6 +69,10 @@ def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]
         ops.factor_of(x, cut) if k in means else ops.operand_of(x.reshape(shapes[k]), cut)
         for k, x in enumerate(_with_factors(call, arrays))
     ]
+    moments = run_call(call, *operands) if means else []  # XLA computes no more than the means
+    if means:  # mu is in units of the next nu
+        factors = _with_factors(call, moments[: call.arrays_kept])
+        given += [ops.factor_of(factors[place], cut) for place in sorted(means)]
 
     def kernel(step: Any, *refs: Any) -> None:
         ins, outs = refs[: len(given)], refs[len(given) :][: len(results)]
@@ -92,7 +96,8 @@ def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]
             ]
             at = row * LANES + lane, first + k, within
             indices, inside = indices_in(cut, strides, slab, *at), inside_of(cut, *at)
-            values = tile.run_tile(call, step, tiles, indices, inside, along(0))
+            tiles, factors = tiles[: len(arrays)], tiles[len(arrays) :]
+            values = tile.run_tile(call, step, tiles, indices, inside, along(0), factors)
             for (like, _), out, value in zip(results, outs, values, strict=True):
                 target = out if spaces[like] is None else spaces[like]
                 ops.write(given[like], target, cut, first, k, square, value)
@@ -126,10 +131,8 @@ def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]
         ops.result_of(given[k], x, shapes[k], cut).reshape(arrays[k].shape)
         for (k, _), x in zip(results, found, strict=True)
     ]
-    if means:
-        whole = run_call(call, *operands)  # XLA computes no more of it than the means
-        for place in sorted(means):
-            moved.insert(place, whole[place])
+    for place in sorted(means):
+        moved.insert(place, moments[place])
     return moved
 
 
