@@ -138,14 +138,17 @@ class Pair(BaseFormat):
 
 
 def _over_root(mu: Array, nu: Array) -> Array:
-    """The ratio of mu to the root of nu; 0 where nu is."""
-    bits = jnp.minimum(bits_of(nu), INFINITY)
+    """The ratio of mu to about the root of nu; 0 where nu is.
+
+    A power of 2 stands for nu: the last bits of means depend on how devices split the leaf.
+    """
+    bits = bits_of(nu) & INFINITY
     return mu * jnp.where(bits == 0, 0, quotient(1.0, near_root(bits)))
 
 
 def _times_root(mu: Array, codes: Any, nu: Array) -> Array:
     """The inverse where scales are negative; others, in states of 0.2.0, are those of mu itself."""
-    root = near_root(jnp.minimum(bits_of(nu), INFINITY))
+    root = near_root(bits_of(nu) & INFINITY)
     return jnp.where(codes.astype(jnp.float32) * mu < 0, mu * -root, mu)
 
 
@@ -231,8 +234,8 @@ class Linear(InBlocks):
 
     def encode(self, x: Array, bits: Array | None) -> Encoded:
         size = size_for(x.shape[-1], self.block)
-        blocks: Any = jax.tree.map(lambda own: split(own, size), (x, bits))
-        codes, scale = self.encode_blocks(*blocks, BY_XLA)
+        bits = None if bits is None else split(bits, size)
+        codes, scale = self.encode_blocks(split(x, size), bits, BY_XLA)
         return Encoded(join(codes, x.shape[-1]).astype(jnp.int8), scale[..., 0])
 
     def decode(self, codes: Array, scales: Any) -> Array:

@@ -98,8 +98,8 @@ class InTile(NamedTuple):
     def encode(self, mu: Array, nu: Array, noise: Array | None) -> Stored:
         if self.inside is not None:
             mu, nu = (jnp.where(self.inside, x, 0) for x in (mu, nu))
-        nu: Any = math.prod(self.factors) if self.factors else nu
-        return self.format.encode_blocks(mu, nu, noise, self.over)
+        shared: Any = math.prod(self.factors) if self.factors else nu
+        return self.format.encode_blocks(mu, shared, noise, self.over)
 
     def decode(self, stored: Stored) -> tuple[Array, Array]:
         return self.format.decode_blocks(stored)
