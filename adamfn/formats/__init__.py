@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias, cast
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,7 @@ from adamfn.formats.format import BaseFormat, Format, Stored, answer
 from adamfn.formats.levels import EightBit, FourBit
 from adamfn.formats.means import BlockMean, Factored
 from adamfn.formats.noise import noise
-from adamfn.trees import PyTree, path_name, shown
+from adamfn.trees import Numeric, PyTree, path_name, shown
 
 __all__ = [
     "FORMATS", "BaseFormat", "BlockMean", "Blockwise", "Codec", "EightBit", "Encoded", "Exact",
@@ -76,7 +75,7 @@ def get(name_or_format: Any) -> Format:
     return cast("Format", format)
 
 
-def check_moments(moments: Any, b1: chex.Numeric = 0.0) -> Moments:
+def check_moments(moments: Any, b1: Numeric = 0.0) -> Moments:
     """Returns `moments`, with a dtype or None as a name; a function as one that checks its results.
 
     Raises as `get`, and ValueError for a format that does not bear b1, if that is a number.
@@ -88,7 +87,7 @@ def check_moments(moments: Any, b1: chex.Numeric = 0.0) -> Moments:
     return cast("Moments", moments)
 
 
-def _checked(moments: Any, b1: chex.Numeric, *leaf: Any) -> Format:
+def _checked(moments: Any, b1: Numeric, *leaf: Any) -> Format:
     format = get(moments(*leaf) if leaf else moments)
     if isinstance(b1, float) and b1 > (most := answer(format, "largest_b1")):
         where = f" at {leaf[0] or 'the root'}" if leaf else ""

@@ -32,11 +32,9 @@ class EightBit(Blockwise):
 
     $$ \nu = \text{float}(T - (255 - k)\, s), \qquad \mu = l \cdot \text{scale} \cdot r(\nu) $$
 
-    The levels span the block's nonzero nu. (Where gradients have stopped and mu is zero, nu fades;
-    below 16 octaves from the largest, such a nu rounds up to the last level, lest it stretch them.)
-    r(nu) is nu's root, up to 6 per cent. That ratio of moments is nearly Adam's update, so mu keeps
-    as many digits where gradients are small as where they are large. Rounding is stochastic and
-    unbiased: nu's, and mu's given nu's level.
+    The levels span the block's nonzero nu; r(nu) is nu's root, up to 6 per cent. That ratio of
+    moments is nearly Adam's update, so mu keeps as many digits where gradients are small as where
+    they are large. Rounding is stochastic and unbiased: nu's, and mu's given nu's level.
 
     Infinity and NaN stay visible: in nu as that element (a NaN makes the block's infinities NaN
     too), in mu as its whole block. A nonzero nu stays nonzero; below 2^-126 it becomes that. mu is
@@ -66,7 +64,7 @@ class EightBit(Blockwise):
     def encode_blocks(self, mu: Array, nu: Array, noise: Array | None, over: Extremes) -> Stored:
         mu_bits, nu_bits = halves(noise)
         nu = bits_of(nu)
-        top, step = _spanning(mu, nu, _EIGHT_BIT_LEVELS, over)
+        top, step = _spanning(nu, _EIGHT_BIT_LEVELS, over)
         j = _level(nu, top, step, _EIGHT_BIT_LEVELS, threshold(nu_bits), unbiased=True)
         codes = jnp.where(nu == 0, 0, _EIGHT_BIT_LEVELS - j)
 
@@ -128,7 +126,7 @@ class FourBit(Blockwise):
 
     def encode_blocks(self, mu: Array, nu: Array, noise: Array | None, over: Extremes) -> Stored:
         nu = bits_of(nu)
-        top, step = _spanning(mu, nu, _NU_LEVELS, over, octaves=40)
+        top, step = _spanning(nu, _NU_LEVELS, over, octaves=40)
         j = _level(nu, top, step, _NU_LEVELS, threshold(halves(noise)[1]), unbiased=False)
         ratio = mu * jnp.where(nu == 0, 0, quotient(1.0, near_root(nu)))
         largest = float_of(over.largest(bits_of(ratio)))
@@ -149,25 +147,16 @@ class FourBit(Blockwise):
         return ratio * near_root(nu), float_of(nu)
 
 
-def _spanning(
-    mu: Array, bits: Array, number: int, over: Extremes, octaves: int = 256
-) -> tuple[Array, Array]:
+def _spanning(bits: Array, number: int, over: Extremes, octaves: int = 256) -> tuple[Array, Array]:
     """Levels that span the nonzero elements of each block: level j has the bits `top - j step`.
 
-    They span at most `octaves` from the largest down, and 16 for elements without momentum beside
-    others that have some. Both results are int32 of (..., 1).
+    They span at most `octaves` from the largest down. Both results are int32 of (..., 1).
     """
     # The last may come out as much below the smallest element. XLA flushes less than 2^-126 to 0.
     least = 0x00800000 + number
     top = jnp.maximum(over.largest(bits), least)
-
-    def smallest(bits: Array) -> Array:
-        # One less, without the sign: zeros are the largest, and wrap if there is nothing else.
-        return over.smallest(bits - 1 & 0x7FFFFFFF) + 1
-
-    moving = smallest(jnp.where(bits_of(mu) < 0x00800000, 0, bits))
-    bottom = jnp.maximum(smallest(bits), jnp.minimum(moving, top - (16 << 23)))
-    bottom = jnp.maximum(bottom, least)
+    # One less, without the sign: zeros are the largest.
+    bottom = jnp.maximum(over.smallest(bits - 1 & 0x7FFFFFFF) + 1, least)
     span = jnp.clip(top - bottom, 0, min(octaves << 23, INFINITY))
     return top, jnp.maximum(jax.lax.div(span + (number - 2), np.int32(number - 1)), 1)
 

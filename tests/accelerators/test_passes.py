@@ -10,8 +10,8 @@ from adamfn.backends import kernels, passes
 SHAPE = (16384, 16384)
 
 
-@pytest.mark.parametrize(("moments", "moved"), [("8bit", 38.9), ("4bit", 35.5)])
-def test_a_leaf_is_read_five_times_and_not_kept(
+@pytest.mark.parametrize(("moments", "moved"), [("8bit", 32.7), ("4bit", 30.2)])
+def test_a_leaf_is_read_four_times_and_not_kept(
     measure_chain, machine, monkeypatch, moments, moved
 ):
     if machine.platform == "tpu":

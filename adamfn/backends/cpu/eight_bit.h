@@ -39,21 +39,15 @@ ADAMFN_LOOPS inline void EncodeBlock(const float* __restrict mu, const float* __
                                      const uint32_t* __restrict random, int size,
                                      int8_t* __restrict mu_codes, uint8_t* __restrict nu_codes,
                                      BlockScales block) {
-  constexpr int32_t kLevels = 255, kNormal = 0x00800000;
-  constexpr int32_t kLeast = kNormal + kLevels;  // the last level stays above the denormals
-  constexpr uint32_t kNone = 0x7FFFFFFF;
-  int32_t highest = 0;
-  uint32_t lowest = kNone, moving = kNone;  // less 1; of all elements, and of those with momentum
+  constexpr int32_t kLevels = 255;
+  constexpr int32_t kLeast = 0x00800000 + kLevels;  // the last level stays above the denormals
+  int32_t highest = 0, lowest = kInfinity;
   for (int i = 0; i < size; ++i) {
     const int32_t bits = MagnitudeBitsOf(nu[i]);
-    const uint32_t below = bits ? static_cast<uint32_t>(bits) - 1 : kNone;
     highest = std::max(highest, bits);
-    lowest = std::min(lowest, below);
-    moving = std::min(moving, MagnitudeBitsOf(mu[i]) < kNormal ? kNone : below);
+    lowest = std::min(lowest, bits ? bits : kInfinity);
   }
-  const int32_t top = std::max(highest, kLeast);
-  const int32_t quiet = std::min(static_cast<int32_t>(moving + 1), top - (16 << 23));
-  const int32_t bottom = std::max({static_cast<int32_t>(lowest + 1), quiet, kLeast});
+  const int32_t top = std::max(highest, kLeast), bottom = std::max(lowest, kLeast);
   const int32_t span = std::clamp(top - bottom, 0, kInfinity);
   const int32_t step = std::max((span + (kLevels - 2)) / (kLevels - 1), 1);
 
