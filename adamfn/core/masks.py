@@ -50,10 +50,8 @@ def matrices(
     {'embedding': False, 'head': True, 'layers': {'kernel': True, 'scale': False}}
     >>> tx = adamfn.adamw(weight_decay=0.1, mask=adamfn.masks.matrices(stacked=["layers"]))
     """
-    left_out, layered = (
-        _having("but", _names("but", but)),
-        _having("stacked", _names("stacked", stacked)),
-    )
+    left_out = _having("but", _names("but", but))
+    layered = _having("stacked", _names("stacked", stacked))
 
     def mask(params: PyTree) -> PyTree:
         return jax.tree.map(
@@ -81,10 +79,6 @@ def matching(*patterns: str) -> Callable[[PyTree], PyTree]:
 
     They are searched for anywhere in a path such as `layers/0/kernel`; `^` and `$` match its ends.
 
-    pattern = _compiled(layers, "layers")
-    under = _having("below", _names("below", below))
-    stack = _having("stacked", _names("stacked", stacked))
-    if pattern.groups != 1 or not decay > 0:
     >>> import adamfn
     >>> params = {"layers": [{"kernel": 1.0, "bias": 1.0}], "head": {"kernel": 1.0}}
     >>> adamfn.masks.matching(r"layers/\d+/kernel$")(params)
