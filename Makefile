@@ -117,6 +117,9 @@ format: $(VENV)/.dev
 bench: $(VENV)-bench/.bench
 	$(VENV)-bench/bin/python benchmarks/exactness.py
 	$(VENV)-bench/bin/python benchmarks/trace_cost.py
+	$(VENV)-bench/bin/python benchmarks/first_step.py
+	$(VENV)-bench/bin/python benchmarks/demo.py
+	$(VENV)-bench/bin/python benchmarks/native_sweep.py
 	$(VENV)-bench/bin/python benchmarks/step_speed.py $(ARGS)
 	$(VENV)-bench/bin/python benchmarks/monitor_cost.py
 	$(VENV)-bench/bin/python benchmarks/readme_tables.py

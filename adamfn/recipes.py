@@ -76,7 +76,7 @@ def adam(
     >>> params = {"w": jnp.array([1.0, -2.0])}
     >>> grads = jax.grad(lambda p: jnp.sum(p["w"] ** 2))(params)
     >>> updates, state = tx.update(grads, tx.init(params))
-    >>> print(adamfn.apply_updates(params, updates)["w"])
+    >>> print(adamfn.apply_updates(params, updates)["w"].round(6))
     [ 0.9 -1.9]
     """
     stored = with_mu_dtype(moments, mu_dtype)

@@ -21,6 +21,7 @@ from accelerator_tables import (
     accelerators_versions,
 )
 from gpu_tables import gpu_measured_on, gpu_speed
+from start_tables import demo, first_step, native_sweep
 from step_tables import step_cost, step_goals, step_limits, step_speed, step_variants
 from why_table import why, why_at_home
 
@@ -202,13 +203,23 @@ TABLES = {
         exactness,
         step_speed,
         trace_cost,
+        first_step,
+        demo,
         lean_quality,
         accelerators,
     ),
     "docs/lean_moments.md": (lean_fidelity, lean_scales, lean_speed),
     "docs/recipes.md": (recipes_effect,),
     "docs/sixteen_bit_weights.md": (weights_quality,),
-    "docs/speed.md": (step_goals, step_speed, step_variants, step_limits, step_cost, stage_cost),
+    "docs/speed.md": (
+        step_goals,
+        step_speed,
+        step_variants,
+        step_limits,
+        step_cost,
+        stage_cost,
+        native_sweep,
+    ),
 }
 """The tables of each page."""
 

@@ -35,7 +35,7 @@ SHAPES = {"kernel": (64, 128), "bias": (128,)}
 
 # Which bits come back, whatever XLA makes of a step.
 pytestmark = pytest.mark.unoptimized
-FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+FLAGS = "--xla_backend_optimization_level=0"
 
 
 def exit_code(target, *arguments):

@@ -2,7 +2,7 @@
 
 What a statement prints is in the comment at its end, on its last line or on the lines below it.
 A `text` block below a Python block has the rest of what the block prints, or the error of its last
-statement. `...` stands for any text, and white space is compared as one space.
+statement. `...` stands for any text, white space is one space, and numbers have six digits.
 """
 
 import ast
@@ -12,6 +12,7 @@ import itertools
 import re
 import traceback
 
+NUMBER = re.compile(r"\d+\.\d*(?:e[-+]?\d+)?")
 BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n\n^```text\n(.*?)^```$)?", re.DOTALL | re.MULTILINE)
 
 
@@ -47,6 +48,11 @@ def _comment_after(statement, lines):
 
 
 def _compare(printed, expected, where):
-    pattern = re.escape(" ".join(expected.split())).replace(re.escape("..."), ".*")
-    found = " ".join(printed.split())
+    pattern = re.escape(_plain(expected)).replace(re.escape("..."), ".*")
+    found = _plain(printed)
     assert re.fullmatch(pattern, found), f"{where} prints\n{printed}\nand shows\n{expected}"
+
+
+def _plain(text):
+    numbers = NUMBER.sub(lambda number: f"{float(number[0]):.6g}", " ".join(text.split()))
+    return numbers.replace("[ ", "[").replace(" ]", "]")

@@ -61,7 +61,7 @@ def step(
     ...     grads = jax.grad(lambda p: jnp.sum(p["w"] ** 2))(params)
     ...     return adamfn.step(tx, grads, state, params)
     >>> params, state = train_step(params, state)
-    >>> print(params["w"])
+    >>> print(params["w"].round(6))
     [ 0.9 -1.9]
     """
     check_transformation("step(tx, grads, state, params): tx", tx)

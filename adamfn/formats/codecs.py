@@ -13,7 +13,7 @@ from adamfn.formats.bits import INFINITY, bits_of, float_of, near_root, quotient
 from adamfn.formats.blocks import BY_XLA, Extremes, InBlocks, join, size_for, split
 from adamfn.formats.format import BaseFormat, MeshAxes, Stored, answer, is_large, is_narrow
 from adamfn.formats.noise import halves, threshold
-from adamfn.trees import shown
+from adamfn.trees import at_least, shown
 
 
 class Encoded(NamedTuple):
@@ -214,7 +214,7 @@ class Rounded(BaseFormat):
         return codes.astype(jnp.float32)
 
     def holds(self, shape: tuple[int, ...]) -> bool:
-        return math.prod(shape) >= self.least
+        return at_least(math.prod(shape), self.least)
 
 
 @dataclass(frozen=True)

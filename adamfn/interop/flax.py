@@ -82,7 +82,7 @@ class TrainState(train_state.TrainState):
     >>> params = {"w": jnp.array([1.0, -2.0])}
     >>> state = TrainState.create(apply_fn=None, params=params, tx=adamfn.adam(0.1))
     >>> state = state.apply_gradients(grads=state.params)
-    >>> print(state.step, state.params["w"])
+    >>> print(state.step, state.params["w"].round(6))
     1 [ 0.9 -1.9]
     """
 
