@@ -141,7 +141,8 @@ def started() -> tuple[str, ...]:
         for who in ("adamfn", "optax")
     )
     return (
-        f"**Quick to start.** From a new process to the end of its first step: {' and '.join(STARTS)}",
+        "**Quick to start.** From a new process to the end of its first step:"
+        f" {' and '.join(STARTS)}",
         ours,
         f"optax {theirs}",
         "[the first step](docs/benchmarks.md#the-first-step)",
