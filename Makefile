@@ -93,9 +93,8 @@ notebook: $(VENV)/.docs
 	$(BIN)/python website/run_notebook.py
 
 # Of these tests none needs a library but optax.
-CORE := $(foreach name,angle bias contracts errors exactness family formats hyperparams learning_rate \
-	moments native order packing pallas stage step storage transform trees weight_decay, \
-	tests/test_$(name).py)
+CORE := $(foreach name,contracts errors exactness hyperparams moments native order pallas stage step \
+	transform,tests/test_$(name).py)
 CORE_NEEDS := pytest pytest-xdist hypothesis flatbuffers
 LOWEST := $(shell grep -oE '"(jax|jaxlib|chex|optax)>=[0-9.]+"' pyproject.toml | sort -u | tr -d '"' | sed 's/>=/==/')
 

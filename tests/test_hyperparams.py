@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import adamfn
 from adamfn.core.hyperparameters import scalar, scheduled, value_at
@@ -84,6 +83,7 @@ class Variable:
 
 
 def test_variables_are_arrays():
+    nnx = pytest.importorskip("flax.nnx")
     for value in (Variable(), nnx.Variable(jnp.float32(0.5))):
         assert scheduled("learning_rate", value) == 0.5
         assert scalar("b1", value, below=1) == 0.5
