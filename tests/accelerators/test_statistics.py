@@ -27,6 +27,7 @@ REACHED_ON_TPU = {
     ("clipped", "8bit"): (77.5, 24.1),
     ("clipped", "4bit"): (75.5, 24.1),
 }
+REACHED_ON_GPU = {("cautious", "bfloat16"): (38, 5)}  # XLA makes two kernels of the first run
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -54,6 +55,8 @@ def test_the_update_goes_through_memory(measure_chain, machine, name, moments, l
     aim = reached = AIM[name][moments]
     if machine.platform == "tpu":
         reached = REACHED_ON_TPU.get((name, moments), aim)
+    else:
+        reached = REACHED_ON_GPU.get((name, moments), aim)
     assert moved <= reached[0] + 0.02
     assert temporary <= reached[1] + 0.05
     if moved > aim[0] + 0.02 or temporary > aim[1] + 0.05:
