@@ -1,9 +1,11 @@
-"""A page fails if its code prints something else than the page shows; its code is narrow."""
+"""A page fails if its code prints something else than it shows; each optimizer has its page."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 
+import adamfn
 from website import samples
 
 ROOT = Path(__file__).parent.parent
@@ -77,3 +79,18 @@ def test_code_is_at_most_88_columns_wide():
         for block in samples.BLOCK.finditer(page.read_text()):
             wide = [line for line in block[1].splitlines() if len(line) > 88]
             assert not wide, (page.name, wide)
+
+
+def test_each_optimizer_has_a_page_of_its_family_and_a_row_in_the_table_that_chooses():
+    takes_a_rate = {
+        name
+        for name, function in inspect.getmembers(adamfn, inspect.isfunction)
+        if next(iter(inspect.signature(function).parameters), None) == "learning_rate"
+    }
+    optimizers = takes_a_rate - {"scale_by_lr"}
+    assert "adamw" in optimizers
+    contents, choosing = ((ROOT / path).read_text() for path in ("mkdocs.yml", "docs/choosing.md"))
+    for name in optimizers:
+        assert (ROOT / f"docs/family/{name}.md").exists(), name
+        assert f"- family/{name}.md" in contents
+        assert f"](family/{name}.md)" in choosing
