@@ -64,6 +64,28 @@ def resnet50() -> Shapes:
     return {**tree, "classifier": {"kernel": (inputs, 1000), "bias": (1000,)}}
 
 
+def mixture_of_experts() -> Shapes:
+    """Eight layers of eight experts each, stacked along the first axis: 84 leaves, 0.5B parameters."""
+    width, experts = 1024, 8
+
+    def layer() -> Shapes:
+        return {
+            "attention_norm": (width,),
+            "query": (width, width),
+            "key": (width, width // 4),
+            "value": (width, width // 4),
+            "out": (width, width),
+            "mlp_norm": (width,),
+            "router": (width, experts),
+            "gate": (experts, width, 2 * width),
+            "up": (experts, width, 2 * width),
+            "down": (experts, 2 * width, width),
+        }
+
+    layers = {f"layer_{i}": layer() for i in range(8)}
+    return {"embedding": (32000, width), **layers, "norm": (width,), "head": (width, 32000)}
+
+
 def mlp() -> Shapes:
     """A small classifier: eight dense layers, 16 leaves, 0.5M parameters."""
     widths = [256] * 8 + [10]
