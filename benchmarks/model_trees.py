@@ -65,7 +65,7 @@ def resnet50() -> Shapes:
 
 
 def mixture_of_experts() -> Shapes:
-    """Eight layers of eight experts each, stacked along the first axis: 84 leaves, 0.5B parameters."""
+    """Eight layers of eight experts, which are stacked: 83 leaves, 489M parameters."""
     width, experts = 1024, 8
 
     def layer() -> Shapes:

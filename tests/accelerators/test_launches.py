@@ -27,6 +27,8 @@ models = pytest.mark.parametrize(
         ("mixture of experts", "8bit"),
     ],
 )
+
+
 def sizes(name):
     leaves = jax.tree.leaves(MODELS[name], is_leaf=lambda node: isinstance(node, tuple))
     return [math.prod(shape) for shape in leaves]
