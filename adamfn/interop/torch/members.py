@@ -1,7 +1,7 @@
 """Which member of the family a torch parameter's group is of, and the chain that continues it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,21 +12,10 @@ from adamfn.core.averages import Averages
 from adamfn.core.formulas import ratio
 from adamfn.core.hyperparameters import ScalarOrSchedule, scheduled
 from adamfn.core.stage import Scalars, Stage
-from adamfn.interop.torch.parameters import TorchParameter, number_of
-from adamfn.stages.moments import (
-    bias_correct,
-    from_moments,
-    scale_by_infinity_moments,
-    scale_by_max_moments,
-    scale_by_moments,
-)
+from adamfn.interop.torch.parameters import TorchParameter, check, number_of
+from adamfn.stages import moments, variants
 from adamfn.stages.rates import add_decayed_weights, rate_at, scale_by_lr
 from adamfn.stages.statistics import cautious_updates
-from adamfn.stages.variants import (
-    scale_by_lazy_moments,
-    scale_by_nesterov_moments,
-    scale_by_rectified_moments,
-)
 from adamfn.trees import Numeric, shown
 
 
@@ -53,13 +42,13 @@ _TRIPLE = _PAIR | {"nu_max": "max_exp_avg_sq"}
 _INFINITY = {"mu": "exp_avg", "nu": "exp_inf"}
 _NADAM = ("step", "mu_product"), ("momentum_decay",), (0, 1)
 _MEMBERS = {
-    "Adam": Member("Adam", scale_by_moments, _PAIR),
-    "AdamW": Member("AdamW", scale_by_moments, _PAIR),
-    "AMSGrad": Member("Adam", scale_by_max_moments, _TRIPLE),
-    "NAdam": Member("NAdam", scale_by_nesterov_moments, _PAIR, *_NADAM),
-    "RAdam": Member("RAdam", scale_by_rectified_moments, _PAIR),
-    "Adamax": Member("Adamax", scale_by_infinity_moments, _INFINITY, corrects=(1, 0)),
-    "SparseAdam": Member("SparseAdam", scale_by_lazy_moments, _PAIR),
+    "Adam": Member("Adam", moments.scale_by_moments, _PAIR),
+    "AdamW": Member("AdamW", moments.scale_by_moments, _PAIR),
+    "AMSGrad": Member("Adam", moments.scale_by_max_moments, _TRIPLE),
+    "NAdam": Member("NAdam", variants.scale_by_nesterov_moments, _PAIR, *_NADAM),
+    "RAdam": Member("RAdam", variants.scale_by_rectified_moments, _PAIR),
+    "Adamax": Member("Adamax", moments.scale_by_infinity_moments, _INFINITY, corrects=(1, 0)),
+    "SparseAdam": Member("SparseAdam", variants.scale_by_lazy_moments, _PAIR),
 }
 _MAXIMIZE = from_stage(Stage("maximize", jnp.negative))
 _OPTIMIZERS = [name for name in _MEMBERS if name != "AMSGrad"]
@@ -94,16 +83,25 @@ _ONLY_AS: dict[str, Any] = {
 
 def member_of(parameter: TorchParameter, optimizer: str | None) -> Member:
     """The member of the family that a parameter's group and state are of."""
-    group, decoupled = parameter.group, _decoupled_in(parameter.group)
-    classes = _classes_of(parameter, decoupled)
+    group, state = parameter.group, parameter.state
+    timm = True if "caution" in group else None
+    decoupled = group.get("decoupled_weight_decay", group.get("adam_w_mode", timm))
+    written_by = [names for key, names in _WRITTEN_BY.items() if key in group or key in state]
+    if "maximize" in group and "weight_decay" not in group:
+        written_by.append(("SparseAdam",))
+    if "foreach" in group and not state:
+        written_by.append(("Adamax",))
+    classes = next(iter(written_by if {"betas", "eps"} <= {*group} else ()), ())
+    if len(classes) > 1 and decoupled is not None:
+        classes = (classes[bool(decoupled)],)
     expected = classes or _OPTIMIZERS
     if optimizer not in expected if optimizer is not None else not classes:
         raise ValueError(
             f"interop.torch: optimizer is {shown(optimizer)}, the group of {parameter} has the"
             f" hyperparameters {', '.join(group)}, its state"
-            f" {', '.join(map(str, parameter.state)) or 'nothing'}; expected one of"
-            f" {', '.join(expected)}. Another optimizer's run cannot be taken over; optimizer= is"
-            " for older state dicts, which do not tell their class."
+            f" {', '.join(map(str, state)) or 'nothing'}; expected one of {', '.join(expected)}."
+            " Another optimizer's run cannot be taken over; optimizer= is for older state dicts,"
+            " which do not tell their class."
         )
     if optimizer is None and len(classes) > 1 and group.get("weight_decay"):
         raise ValueError(
@@ -111,31 +109,9 @@ def member_of(parameter: TorchParameter, optimizer: str | None) -> Member:
             " from AdamW, as in torch before 2.7. Pass optimizer='Adam' or optimizer='AdamW' (the"
             " default of apex and DeepSpeed, with adam_w_mode)."
         )
-    name = optimizer or classes[0]
+    name = optimizer or next(iter(classes))
     member = _MEMBERS["AMSGrad" if group.get("amsgrad") else name]
-    return member._replace(decoupled=name == "AdamW" if decoupled is None else decoupled)
-
-
-def _classes_of(parameter: TorchParameter, decoupled: bool | None) -> Sequence[str]:
-    """The classes that write such a group and state."""
-    group, state = parameter.group, parameter.state
-    if not {"betas", "eps"} <= {*group}:
-        return ()
-    for key, classes in _WRITTEN_BY.items():
-        if key in group or key in state:
-            if len(classes) > 1 and decoupled is not None:
-                return [classes[decoupled]]
-            return classes
-    if "maximize" in group and "weight_decay" not in group:
-        return ("SparseAdam",)
-    return ("Adamax",) if "foreach" in group and not state else ()
-
-
-def _decoupled_in(group: Mapping[str, Any]) -> bool | None:
-    """Whether a group's weight decay is decoupled; None if it does not tell."""
-    given = group.get("decoupled_weight_decay", group.get("adam_w_mode"))
-    timm = True if "caution" in group else None
-    return timm if given is None else bool(given)
+    return member._replace(decoupled=name == "AdamW" if decoupled is None else bool(decoupled))
 
 
 def check_settings(parameter: TorchParameter, member: Member) -> None:
@@ -163,11 +139,11 @@ def continue_with(
     """The chain that does what torch does with the hyperparameters of a parameter's group."""
     group, of = parameter.group, f"in the group of {parameter}"
     keys = ("lr", "eps", *member.hyperparameters)
-    lr, eps, *more = (number_of(f"{key} {of}", parameter.entry("group", key)) for key in keys)
-    betas = parameter.entry("group", "betas")
-    if not isinstance(betas, Sequence) or len(cast("Sequence[Any]", betas)) != 2:
-        raise TypeError(f"interop.torch: betas {of} is {shown(betas)}; expected two numbers.")
-    b1, b2 = (number_of(f"betas {of}", b) for b in cast("Sequence[Any]", betas))
+    lr, eps, *more = (parameter.number("group", key) for key in keys)
+    betas: Any = parameter.entry("group", "betas")
+    fits = isinstance(betas, Sequence) and len(betas) == 2
+    check(fits, f"betas {of} is {shown(betas)}", "two numbers.")
+    b1, b2 = (number_of(f"betas {of}", b) for b in betas)
     weight_decay = number_of(f"weight_decay {of}", group.get("weight_decay", 0.0))
     rate = lr if learning_rate is None else learning_rate
     corrects = bool(group.get("correct_bias", group.get("bias_correction", True)))
@@ -179,7 +155,7 @@ def continue_with(
         if group.get("caution"):
             stages.append(cautious_updates())
         if corrects:
-            stages.append(bias_correct(b1 * member.corrects[0], b2 * member.corrects[1]))
+            stages.append(moments.bias_correct(b1 * member.corrects[0], b2 * member.corrects[1]))
         if weight_decay and not last:
             place = len(stages) if member.decoupled else 0
             stages.insert(place, add_decayed_weights(weight_decay))
@@ -194,7 +170,7 @@ def continue_with(
 def _with_uncorrected_eps(b1: float, b2: float, eps: float) -> GradientTransformation:
     """`scale_by_moments`, but u = m / (sqrt(v) + eps): eps is in units of the uncorrected root."""
     at = Averages.of(b1, b2, eps)
-    return from_moments("scale_by_moments", ratio, "float32", lambda *_: ((at, None), {}))
+    return moments.from_moments("scale_by_moments", ratio, "float32", lambda *_: ((at, None), {}))
 
 
 def _decay_last(weight_decay: float, learning_rate: ScalarOrSchedule) -> GradientTransformation:

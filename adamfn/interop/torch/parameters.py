@@ -44,48 +44,56 @@ class TorchParameter(NamedTuple):
             )
         return entries[key]
 
+    def number(self, part: Literal["group", "state"], key: str) -> float:
+        """A number of its group or state."""
+        of = "in the group of" if part == "group" else "of"
+        return number_of(f"{key} {of} {self}", self.entry(part, key))
+
+
+def check(fits: Any, found: str, expected: str) -> None:
+    """Raises a TypeError unless an argument, or a part of a state dict, fits."""
+    if not fits:
+        raise TypeError(f"interop.torch: {found}; expected {expected}")
+
 
 def parameters_of(state_dict: Any) -> list[TorchParameter]:
     """The parameters of a state dict, in torch's order."""
+
+    def check_part(fits: bool, what: str, found: Any) -> None:
+        check(
+            fits,
+            f"{what} is {reprlib.repr(found)}",
+            "a torch optimizer's state_dict(), {'state': {0: {...}}, 'param_groups': [{'params':"
+            " [0], ...}]}: numbers or names as params, each with a mapping in state and, if there"
+            " are any, a name in param_names. (optimizer.param_groups has the tensors themselves."
+            " JSON makes strings of numbers: turn them back.)",
+        )
+
     parts: Any = state_dict if isinstance(state_dict, Mapping) else {}
     state, groups = parts.get("state"), parts.get("param_groups")
-    _check("the state dict", isinstance(state, Mapping) and _is_list(groups), state_dict)
+    check_part(isinstance(state, Mapping) and _is_list(groups), "the state dict", state_dict)
     parameters: list[TorchParameter] = []
     for index, group in enumerate(cast("Sequence[Any]", groups)):
         keys: Any = cast("Any", group).get("params") if isinstance(group, Mapping) else None
         fits = _is_list(keys) and all(isinstance(key, int | str) for key in keys)
-        _check(f"params of group {index}", fits, keys)
+        check_part(fits, f"params of group {index}", keys)
         names = group.get("param_names") or [None] * len(keys)
         fits = _is_list(names) and len(names) == len(keys)
-        _check(f"param_names of group {index}", fits, names)
+        check_part(fits, f"param_names of group {index}", names)
         for key, name in zip(keys, names, strict=True):
-            entries = _unwrapped(state.get(key, {}))
+            entries = state.get(key, {})
+            if isinstance(entries, Mapping):  # bitsandbytes puts a wrapper around codes
+                entries = {**entries, **entries.get("__bnb_optimizer_quant_state__", {})}
             parameters.append(TorchParameter(key, name, index, group, entries))
     known = [parameter.key for parameter in parameters]
     for key, entries in state.items():
-        _check(f"state[{key!r}]", key in known and isinstance(entries, Mapping), entries)
+        fits = key in known and isinstance(entries, Mapping)
+        check_part(fits, f"state[{key!r}]", entries)
     return parameters
 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _check(what: str, fits: bool, found: Any) -> None:
-    if not fits:
-        raise TypeError(
-            f"interop.torch: {what} is {reprlib.repr(found)}; expected a torch optimizer's"
-            " state_dict(), {'state': {0: {...}}, 'param_groups': [{'params': [0], ...}]}: numbers"
-            " or names as params, each with a mapping in state and, if there are any, a name in"
-            " param_names. (optimizer.param_groups has the tensors themselves. JSON makes strings"
-            " of numbers: turn them back.)"
-        )
-
-
-def _unwrapped(entries: Any) -> Any:
-    """The entries of a parameter, without the wrapper that bitsandbytes puts around codes."""
-    codes = isinstance(entries, Mapping) and entries.get("__bnb_optimizer_quant_state__")
-    return {**entries, **cast("Any", codes)} if isinstance(codes, Mapping) else entries
 
 
 def match(
@@ -99,8 +107,7 @@ def match(
         chosen = [given.get(p.name, given.get(p.key, ...)) for p in parameters]
         chosen += [key for key in given if key not in known]
     chosen += [...] * (len(parameters) - len(chosen))
-    matched: dict[str, TorchParameter] = {}
-    wrong: list[str] = []
+    matched, wrong = dict[str, TorchParameter](), list[str]()
     for path, parameter in zip_longest(chosen, parameters):
         if parameter is None or path not in (None, *leaves) or path in matched:
             found = "nothing" if path is ... else repr(path)
@@ -129,11 +136,11 @@ def array_of(what: str, value: Any) -> Array:
         array = array if sparse else np.asarray(value)
     except Exception:
         pass  # torch and NumPy raise any kind; a JAX tracer likewise
-    if array.dtype.kind not in "fiu" and str(array.dtype) != "bfloat16":
-        raise TypeError(
-            f"interop.torch: {what} is {'sparse ' * sparse}{describe(value)}; expected a dense"
-            " array of real numbers, outside jax.jit. (.to_dense() makes a sparse tensor dense.)"
-        )
+    check(
+        array.dtype.kind in "fiu" or str(array.dtype) == "bfloat16",
+        f"{what} is {'sparse ' * sparse}{describe(value)}",
+        "a dense array of real numbers, outside jax.jit. (.to_dense() makes a sparse one dense.)",
+    )
     narrow = array.dtype.kind not in "iu" and array.dtype.itemsize < 4
     return array.astype(np.float32) if narrow else array
 
@@ -144,10 +151,7 @@ def number_of(what: str, value: Any, way_out: str = "") -> float:
         number = math.nan if isinstance(value, str | bool) else float(value)
     except (TypeError, ValueError, RuntimeError):
         number = math.nan
-    if not math.isfinite(number):
-        raise TypeError(
-            f"interop.torch: {what} is {shown(value)}; expected a finite number.{way_out}"
-        )
+    check(math.isfinite(number), f"{what} is {shown(value)}", f"a finite number.{way_out}")
     return number
 
 
@@ -156,8 +160,7 @@ def laid_out(what: str, value: Any, path: str, layout: Layout | None, shape: Any
     what = f"{what}, matched with {path},"
     array = array_of(what, value)
     if layout is not None:
-        if not callable(layout):
-            raise TypeError(f"interop.torch: layout is {shown(layout)}; expected one like to_flax.")
+        check(callable(layout), f"layout is {shown(layout)}", "one like to_flax.")
         array = array_of(f"layout's result for {path}", layout(path, array))
     if shape is not None and array.shape != tuple(shape):
         raise ValueError(

@@ -17,21 +17,14 @@ from adamfn.interop.torch.parameters import (
     Layout,
     Paths,
     TorchParameter,
+    check,
     laid_out,
     match,
     number_of,
     parameters_of,
     with_plain_moments,
 )
-from adamfn.trees import (
-    PyTree,
-    check_inexact,
-    check_swapped,
-    describe,
-    leaves_by_path,
-    shown,
-    wide_dtype,
-)
+from adamfn.trees import PyTree, check_inexact, check_swapped, describe, leaves_by_path, wide_dtype
 
 
 def from_state_dict(
@@ -103,12 +96,12 @@ def from_state_dict(
     stepped = any(parameter.state for parameter in matched.values())
     still = {path: p for path, p in matched.items() if stepped and not p.state}
     if isinstance(fresh, str) or not still.keys() <= {*fresh} <= matched.keys():
+        listed = ", ".join(f"{path} ({p})" for path, p in still.items()) or "none"
         raise ValueError(
-            f"interop.torch: fresh is {shown(fresh)}; expected the leaves that torch took no step"
-            " with,"
-            f" {', '.join(f'{path} ({p})' for path, p in still.items()) or 'none'}. They are frozen"
-            " (requires_grad=False), or got no gradient. Leave them out of params, with a path of"
-            f" None; or, to train them from here on, pass fresh={[*still]}."
+            f"interop.torch: fresh is {fresh!r}; expected the leaves that torch took no step with,"
+            f" {listed}. They are frozen (requires_grad=False), or got no gradient. Leave them out"
+            " of params, with a path of None; or, to train them from here on, pass"
+            f" fresh={[*still]}."
         )
 
     def filled(state: PyTree, step: float, product: float = 1.0) -> PyTree:
@@ -179,21 +172,17 @@ def _kept(
     parameter: TorchParameter, member: Member, path: str, leaf: Any, layout: Layout | None
 ) -> tuple[tuple[float, ...], Mapping[str, jax.Array]]:
     """Torch's numbers and arrays of one leaf."""
-    dtype = jnp.result_type(leaf)
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(
-            f"interop.torch: the leaf at {path} is {describe(leaf)}; expected a real one. torch"
-            " keeps second moments of a complex number's two parts, adamfn one of its modulus."
-        )
-    arrays = {field: jnp.zeros(np.shape(leaf), wide_dtype(dtype)) for field in member.keys}
+    dtype, shape = jnp.result_type(leaf), np.shape(leaf)
+    fits, found = jnp.issubdtype(dtype, jnp.floating), f"the leaf at {path} is {describe(leaf)}"
+    check(fits, found, "a real one. Of a complex one, torch keeps two second moments, adamfn one.")
+    arrays = {field: jnp.zeros(shape, wide_dtype(dtype)) for field in member.keys}
     if not parameter.state:  # torch has taken no step with it yet
         return (0.0, 1.0)[: len(member.scalars)], arrays
     state = {"step": parameter.group.get("step"), **parameter.state}  # apex counts in groups
     parameter = parameter._replace(state=state)
-    scalars = [
-        number_of(f"{key} of {parameter}", parameter.entry("state", key)) for key in member.scalars
-    ]
-    if not (0 <= scalars[0] < 2**31 and scalars[0].is_integer()):
+    scalars = tuple(parameter.number("state", key) for key in member.scalars)
+    fits = 0 <= scalars[0] < 2**31 and scalars[0].is_integer()
+    if not fits:
         raise ValueError(
             f"interop.torch: step of {parameter} is {scalars[0]}; expected a number of steps."
         )
@@ -201,14 +190,14 @@ def _kept(
         if key == "max_exp_avg_sq" and key not in state:
             continue  # if amsgrad was turned on in mid-run, torch begins its maximum at zero
         what = f"{key} of {parameter}"
-        array = laid_out(what, parameter.entry("state", key), path, layout, np.shape(leaf))
+        array = laid_out(what, parameter.entry("state", key), path, layout, shape)
         if field != "mu" and np.any(array < 0):
             raise ValueError(
                 f"interop.torch: {what} has an element of {array.min():g}; expected none below"
                 " zero, as it averages squares. Pass the state_dict() as torch wrote it."
             )
         arrays[field] = jnp.array(array, arrays[field].dtype)  # a copy: torch writes to its own
-    return tuple(scalars), arrays
+    return scalars, arrays
 
 
 def _entries(
