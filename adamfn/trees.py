@@ -45,8 +45,27 @@ def widened(x: jax.Array, real: Any) -> jax.Array:
 
 def check_inexact(tree: PyTree, name: str) -> None:
     """Raises a TypeError that names the first leaf that is not of floating-point numbers."""
-    if not all(map(_is_inexact, jax.tree.leaves(tree))):
-        _raise_not_inexact(tree, name)
+    if all(map(_is_inexact, jax.tree.leaves(tree))):
+        return
+    path, leaf = next(
+        (path, x) for path, x in _paths(tree).items() if _is_sparse(x) or not _is_inexact(x)
+    )
+    at = f"{name}: the leaf at {path} is"
+    if _is_sparse(leaf):
+        raise TypeError(
+            f"{at} a sparse {type(leaf).__name__}; expected a dense array. Make it dense with"
+            " .todense(); adamfn.lazy_adam finds its zero rows."
+        )
+    if hasattr(leaf, "detach"):
+        raise TypeError(
+            f"{at} a tensor of torch's; expected an array of JAX's or NumPy's. Pass"
+            " .detach().cpu().numpy() of it (.float() before, if it is bfloat16)."
+        )
+    raise TypeError(
+        f"{at} {describe(leaf)}; expected an array of floating-point or complex numbers. Leave out"
+        " what is not trained (optax.masked; eqx.filter(model, eqx.is_inexact_array);"
+        " nnx.state(model, nnx.Param)), or convert it with .astype(jnp.float32)."
+    )
 
 
 def matching_leaves(
@@ -181,27 +200,6 @@ def _is_sparse(leaf: Any) -> bool:
 def _paths(tree: PyTree) -> dict[str, Any]:
     leaves = cast("list[tuple[Any, Any]]", jax.tree.leaves_with_path(tree, is_leaf=_is_sparse))
     return {jax.tree_util.keystr(path) or "the root": leaf for path, leaf in leaves}
-
-
-def _raise_not_inexact(tree: PyTree, name: str) -> NoReturn:
-    wrong = {path: x for path, x in _paths(tree).items() if _is_sparse(x) or not _is_inexact(x)}
-    path, leaf = next(iter(wrong.items()))
-    at = f"{name}: the leaf at {path} is"
-    if _is_sparse(leaf):
-        raise TypeError(
-            f"{at} a sparse {type(leaf).__name__}; expected a dense array. Make it dense with"
-            " .todense(); adamfn.lazy_adam finds its zero rows."
-        )
-    if hasattr(leaf, "detach"):
-        raise TypeError(
-            f"{at} a tensor of torch's; expected an array of JAX's or NumPy's. Pass"
-            " .detach().cpu().numpy() of it (.float() before, if it is bfloat16)."
-        )
-    raise TypeError(
-        f"{at} {describe(leaf)}; expected an array of floating-point or complex numbers. Leave out"
-        " what is not trained (optax.masked; eqx.filter(model, eqx.is_inexact_array);"
-        " nnx.state(model, nnx.Param)), or convert it with .astype(jnp.float32)."
-    )
 
 
 def raise_mismatch(

@@ -1,6 +1,5 @@
 """`convert`: moments of one format in another."""
 
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -44,39 +43,36 @@ def convert(state: PyTree, moments: Moments, to: Moments) -> PyTree:
     check_moments(to)
     moment_states("convert: state", state)
     return jax.tree.map(
-        lambda node: _converted(node, moments, to) if holds_moments(node) else node,
+        lambda node: converted(node, moments, to) if holds_moments(node) else node,
         state,
         is_leaf=holds_moments,
     )
 
 
-def _converted(node: Any, moments: Moments, to: Moments) -> Any:
+def converted(node: Any, moments: Moments, to: Moments) -> Any:
+    """One state of moments, in another format."""
     if "scales" not in node._fields:
         raise ValueError(
             f"convert: found a {type(node).__name__}; expected a state of adamfn's, which has a"
             " field scales. adamfn.interop.optax.from_state converts a state of optax."
         )
+
+    def shape(mu: Any, nu: Any) -> Any:
+        """The shape of a leaf, and the dtype of its moments in float32."""
+        part = nu if mu is None else mu
+        if part is None:
+            return None
+        wide = part.dtype if jnp.issubdtype(part.dtype, jnp.inexact) else jnp.float32
+        return jax.ShapeDtypeStruct(part.shape, wide)
+
     keeps = dict.fromkeys(leaf_fields(node), zeros)
     start = dict.fromkeys({*node._fields} - {*keeps, "count", "scales"})
-    stage = Stage(
-        "convert", jnp.negative, keeps=keeps, start=start, state=type(node), moments=moments
-    )
-    shapes = jax.tree.map(_shape, node.mu, node.nu, is_leaf=lambda part: part is None)
+    stage = Stage("convert", jnp.negative, keeps=keeps, start=start, state=type(node), moments=to)
+    shapes = jax.tree.map(shape, node.mu, node.nu, is_leaf=lambda part: part is None)
     before, after = choose_formats(moments, shapes), choose_formats(to, shapes)
-    kept = kept_by_leaf(stage, node, shapes, before)
-    leaves, treedef = jax.tree.flatten_with_path(shapes)
     rows: list[Any] = []
-    for row, old, new in zip(kept, before, after, strict=True):
+    for row, old, new in zip(kept_by_leaf(stage, node, shapes, before), before, after, strict=True):
         exact = row if old is None else decode(old, [*keeps], row)
         rows.append(tuple(exact) if new is None else encode(new, [*keeps], exact, None))
-    fields = as_fields(replace(stage, moments=to), rows, treedef, [path for path, _ in leaves])
-    return node._replace(**fields)
-
-
-def _shape(mu: Any, nu: Any) -> Any:
-    """The shape of a leaf, and the dtype of its moments in float32."""
-    part = nu if mu is None else mu
-    if part is None:
-        return None
-    wide = part.dtype if jnp.issubdtype(part.dtype, jnp.inexact) else jnp.float32
-    return jax.ShapeDtypeStruct(part.shape, wide)
+    leaves, treedef = jax.tree.flatten_with_path(shapes)
+    return node._replace(**as_fields(stage, rows, treedef, [path for path, _ in leaves]))

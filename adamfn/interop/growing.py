@@ -9,7 +9,7 @@ import numpy as np
 
 from adamfn.chains.leaves import way_out
 from adamfn.chains.transform import GradientTransformation, Transformation, check_transformation
-from adamfn.formats.arrangement import holds_moments, kept_leaves, leaf_fields, scales_key
+from adamfn.formats.arrangement import holds_moments, leaf_fields, scales_key
 from adamfn.interop.states import moment_states
 from adamfn.trees import PyTree, check_inexact, check_swapped, describe, leaves_by_path, path_name
 
@@ -72,7 +72,11 @@ def carry_over(
     check_transformation("carry_over: the first argument", tx)
     check_swapped("carry_over(tx, state, params)", state, params)
     check_inexact(params, "carry_over: params")
-    before = _shapes(state)
+    before: dict[str, tuple[int, ...] | None] = {}  # None where it is masked
+    for node in moment_states("carry_over: state", state):
+        for field in leaf_fields(node):
+            for path, leaf in leaves_by_path(getattr(node, field)).items():
+                before[path] = before.get(path) if leaf is None else leaf.shape
     leaves = leaves_by_path(params)
     now = {path: np.shape(leaf) for path, leaf in leaves.items() if leaf is not None}
     new = tuple(p for p in now if p not in before or before[p] not in (None, now[p]))
@@ -127,16 +131,17 @@ class _Groups:
                 " one part for each group."
                 f" {way_out(None if isinstance(state, tuple) else state, 'transformation')}"
             )
-        next_state: list[PyTree] = []
-        found: dict[str, Any] = {}
+        moved, next_state = list[PyTree](), list[PyTree]()
         for group, (tx, part) in enumerate(zip(self.transformations, state, strict=True)):
             chosen, ps = self._chosen(updates, group), self._chosen(params, group)
-            moved, part = tx.update(chosen, part, ps, **extra)
-            found |= {path: u for path, u in leaves_by_path(moved).items() if u is not None}
+            us, part = tx.update(chosen, part, ps, **extra)
+            moved.append(us)
             next_state.append(part)
-            if self.one_rate and group == 0:
-                extra = _rate_in(part) | extra
-        merged = jax.tree.map_with_path(lambda path, _: found[path_name(path)], updates)
+            remembered = jax.tree.leaves_with_path(part) if self.one_rate and group == 0 else []
+            for path, rate in remembered:
+                if path and getattr(path[-1], "name", None) == "learning_rate":
+                    extra = {"learning_rate": rate, **extra}
+        merged = jax.tree.map(lambda _, *us: next(u for u in us if u is not None), updates, *moved)
         return merged, tuple(next_state)
 
     def _chosen(self, tree: PyTree, group: int) -> PyTree:
@@ -151,34 +156,16 @@ class _Groups:
         return jax.tree.map_with_path(leaf_of, tree)
 
 
-def _rate_in(state: PyTree) -> dict[str, Any]:
-    """The learning rate that a state remembers, as an argument; empty if it remembers none."""
-    for path, leaf in jax.tree.leaves_with_path(state):
-        if path and getattr(path[-1], "name", None) == "learning_rate":
-            return {"learning_rate": leaf}
-    return {}
-
-
-def _shapes(state: PyTree) -> dict[str, tuple[int, ...] | None]:
-    """The shape of every leaf that a state knows, by its path; None if it is masked."""
-    shapes: dict[str, tuple[int, ...] | None] = {}
-    for node in moment_states("carry_over: state", state):
-        for field in leaf_fields(node):
-            for path, leaf in leaves_by_path(getattr(node, field)).items():
-                shapes[path] = shapes.get(path) if leaf is None else leaf.shape
-    return shapes
-
-
 def _filled(like: PyTree, state: PyTree, new: Collection[str], dropped: Collection[str]) -> PyTree:
     """`like` with the values of a state, except for new and dropped leaves."""
     old, filled = _named(state), list[Any]()
     wrong: list[tuple[str, Any, Any]] = []
     for name, (owner, leaf) in _named(like).items():
         _, found = old.pop(name, (None, None))
-        carried = owner not in new and found is not None and describe(found) == describe(leaf)
+        late = _belongs(name, owner, new)
+        carried = not (owner and late) and found is not None and describe(found) == describe(leaf)
         filled.append(found if carried else leaf)
-        if not carried and not _belongs(name, owner, new):
-            wrong.append((name, found, leaf))
+        wrong += [] if carried or late else [(name, found, leaf)]
     wrong += [(k, leaf, None) for k, (p, leaf) in old.items() if not _belongs(k, p, dropped)]
     for name, found, expected in wrong:
         raise ValueError(
@@ -192,21 +179,20 @@ def _filled(like: PyTree, state: PyTree, new: Collection[str], dropped: Collecti
 def _belongs(name: str, owner: str | None, paths: Collection[str]) -> bool:
     """Whether an array of a state belongs to one of some leaves."""
     if owner is not None:
-        return owner in paths
+        return owner in [path or "leaf" for path in paths]
     # Other transformations keep trees of the parameters' structure under names of their own.
     return any(f"/{name}".endswith(f"/{path}") for path in paths)
 
 
 def _named(state: PyTree) -> dict[str, tuple[str | None, Any]]:
-    """Every array of a state by its path, and the path of its leaf if it is of moments."""
+    """Every array of a state by its path, and the `scales_key` of its leaf if it is of moments."""
     named: dict[str, tuple[str | None, Any]] = {}
     for where, node in jax.tree.leaves_with_path(state, is_leaf=holds_moments):
         fields = leaf_fields(node) if holds_moments(node) else []
-        kept = [leaf.path for leaf in kept_leaves(node)] if fields else []
-        owners = {scales_key(path): path_name(path) for path in kept}
         for path, leaf in jax.tree.leaves_with_path(node):
-            owner = path_name(path[1:]) if fields and path[0].name in fields else None
-            if fields and path[0].name == "scales" and path[1:]:
-                owner = owners[path[1].key]
+            field = path[0].name if fields else None
+            owner = scales_key(path[1:]) if field in fields else None
+            if field == "scales" and path[1:]:
+                owner = path[1].key
             named[path_name((*where, *path))] = owner, leaf
     return named

@@ -4,14 +4,11 @@ Both keep the same averages under the same names, so a run goes on in either. St
 their fields `count`, `mu` and `nu`; optax is not imported.
 """
 
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from adamfn.interop.states import LeafMoments, fill_moments, find_moments
-from adamfn.trees import PyTree, describe
+from adamfn.interop.states import fill_moments, find_moments
+from adamfn.trees import PyTree, check_values, matching_leaves
 
 
 def from_state(state: PyTree, like: PyTree) -> PyTree:
@@ -60,24 +57,30 @@ def to_state(state: PyTree, like: PyTree) -> PyTree:
     return _move("to_state", state, like, to="ScaleByAdamState")
 
 
+_KINDS = ("ScaleByAdamState", "ScaleByMomentsState")
+
+
 def _move(caller: str, state: PyTree, like: PyTree, to: str) -> PyTree:
-    source = _adam_moments(f"{caller}: state", state)
-    target = _adam_moments(f"{caller}: like", like)
-    kinds = [type(next(iter(side.values())).node).__name__ for side in (source, target)]
-    if kinds[0] == to != kinds[1]:
+    check_values(caller, state=state, like=like)
+    sides = [find_moments(f"{caller}: state", state), find_moments(f"{caller}: like", like)]
+    kinds = [[type(leaf.node).__name__ for leaf in side.values()] for side in sides]
+    for name, found in zip(("state", "like"), kinds, strict=True):
+        for kind in {*found} - {*_KINDS}:
+            raise ValueError(
+                f"{caller}: {name} holds a {kind}; expected a {_KINDS[0]} or a {_KINDS[1]}, the"
+                " only ones with the same meaning in both libraries."
+            )
+    if kinds[0][0] == to != kinds[1][0]:
         raise TypeError(
-            f"{caller}(state, like): found a {kinds[0]} in state and a {kinds[1]} in like; expected"
+            f"{caller}(state, like): found a {to} in state and a {kinds[1][0]} in like; expected"
             " the reverse."
         )
-    for path in sorted({**source, **target}):
-        for field in ("mu", "nu"):
-            a, b = (side[path].kept[field] if path in side else None for side in (source, target))
-            known = a is not None and b is not None and a.shape == b.shape
-            if not known or jnp.iscomplexobj(a) != jnp.iscomplexobj(b):
-                raise ValueError(
-                    f"{caller}: {field} at {path or 'the root'}: found {describe(a)} in state,"
-                    f" expected {describe(b)} as in like. Make both for the same parameters."
-                )
+    arrays = [
+        {path or "the root": dict(leaf.kept) for path, leaf in side.items()} for side in sides
+    ]
+    way_out = "Make both for the same parameters."
+    matching_leaves(f"{caller}: state", arrays[0], "like", arrays[1], way_out)
+    source = sides[0]
     counts = [leaf.node.count for leaf in source.values()]
     known = {str(count) for count in counts if not isinstance(count, Tracer)}
     if len(known) > 1:
@@ -85,24 +88,6 @@ def _move(caller: str, state: PyTree, like: PyTree, to: str) -> PyTree:
             f"{caller}: found leaves after {' and '.join(sorted(known))} steps in the state,"
             " expected one count for all of them. Pass one part at a time."
         )
-
-    def leaf_of(field: str, path: str, leaf: Any) -> jax.Array:
-        return jnp.asarray(source[path].kept[field], leaf.dtype)
-
-    return fill_moments(like, counts[0], leaf_of)
-
-
-def _adam_moments(owner: str, state: PyTree) -> dict[str, LeafMoments]:
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state)):
-        raise TypeError(
-            f"{owner} has shapes without values; expected arrays. Pass what init returns, outside"
-            " jax.eval_shape."
-        )
-    moments = find_moments(owner, state)
-    for leaf in moments.values():
-        if type(leaf.node).__name__ not in ("ScaleByAdamState", "ScaleByMomentsState"):
-            raise ValueError(
-                f"{owner} holds a {type(leaf.node).__name__}; expected a ScaleByAdamState or a"
-                " ScaleByMomentsState, the only ones with the same meaning in both libraries."
-            )
-    return moments
+    return fill_moments(
+        like, counts[0], lambda field, path, x: jnp.asarray(source[path].kept[field], x.dtype)
+    )

@@ -45,10 +45,7 @@ def restore(tree: PyTree, into: PyTree) -> PyTree:
     }
     treedef = jax.tree.structure(into)
     indices = treedef.unflatten(range(treedef.num_leaves))
-    arrangements = [
-        {index: {path[1:].removesuffix("/value") for path in paths} for index, paths in found_at}
-        for found_at in (_paths(indices, old) for old in (False, True))
-    ]
+    arrangements = [dict(_paths(indices, {""}, old)) for old in (False, True)]
     chosen = max(arrangements, key=lambda keys: sum(not k.isdisjoint(found) for k in keys.values()))
     rows: list[tuple[str, Any, Any]] = []
     for index, (path, like) in enumerate(jax.tree.leaves_with_path(into)):
@@ -68,13 +65,13 @@ def restore(tree: PyTree, into: PyTree) -> PyTree:
     return treedef.unflatten([_placed(value, like) for _, value, like in rows])
 
 
-def _paths(node: Any, old: bool) -> Iterator[tuple[int, set[str]]]:
-    """Each leaf of a tree of indices, and the paths, after a slash, it may have in a restored tree.
+def _paths(node: Any, at: set[str], old: bool) -> Iterator[tuple[int, set[str]]]:
+    """Each leaf of a tree of indices, and the paths that it may have in a restored tree.
 
     States of 0.2.0, if `old`, had numbered scales, and a count that could stand around a state.
     """
     if isinstance(node, int):
-        yield node, {""}
+        yield node, {path[1:].removesuffix("/value") for path in at}
         return
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         fields = cast("Any", node)._asdict()
@@ -92,8 +89,7 @@ def _paths(node: Any, old: bool) -> Iterator[tuple[int, set[str]]]:
         children = jax.tree.leaves_with_path(node, is_leaf=lambda part: part is not node)
         parts = [({keystr(path, simple=True)}, part) for path, part in children]
     for names, part in parts:
-        for index, ends in _paths(part, old):
-            yield index, {f"/{name}{end}" for name in names for end in ends}
+        yield from _paths(part, {f"{outer}/{name}" for outer in at for name in names}, old)
 
 
 def _placed(value: Any, like: Any) -> Any:

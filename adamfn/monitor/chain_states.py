@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from adamfn.chains.chain import chain_of
 from adamfn.chains.packed import Packed, packed_chain_of
 from adamfn.core import formulas
-from adamfn.core.leaf import decode, kept_by_leaf
 from adamfn.core.stage import EmptyState, Stage, counted
 from adamfn.formats import choose_formats
 from adamfn.formats.arrangement import kept_leaves
 from adamfn.formats.format import answer
+from adamfn.interop.converting import converted
 from adamfn.monitor.figures import Moments
 from adamfn.trees import PyTree, describe, path_name, shown
 
@@ -63,16 +63,12 @@ def moments_of(states: States, leaves: Mapping[str, Any]) -> dict[str, Moments]:
     """The moments in a chain's states, by the paths of their leaves."""
     found: dict[str, Moments] = {}
     for stage, state in [pair for pair in states if pair[0].has_moments][:1]:
-        for path, parts, _ in kept_leaves(state):
-            name = path_name(path)
-            tree, fields = {name: leaves[name]}, {field: {name: x} for field, x in parts.items()}
-            (format,) = formats = choose_formats(stage.moments, tree)
-            (row,) = kept_by_leaf(stage, state._replace(**fields), tree, formats)
-            moments = row if format is None else decode(format, [*stage.keeps], row)
-            mu, nu = moments[:2]
-            largest = dict(zip(stage.keeps, moments, strict=False)).get("nu_max", nu)
-            quotient = _quotient(stage, state, count_of(states), mu, largest)
-            ends = answer(format, "ends")(*row[:2]) if format else {}
+        exact = kept_leaves(converted(state, stage.moments, "float32"))
+        for (path, codes, _), (_, moments, _) in zip(kept_leaves(state), exact, strict=True):
+            name, mu, nu = path_name(path), moments["mu"], moments["nu"]
+            quotient = _quotient(stage, state, count_of(states), mu, moments.get("nu_max", nu))
+            (format,) = choose_formats(stage.moments, {name: leaves[name]})
+            ends = answer(format, "ends")(codes["mu"], codes["nu"]) if format else {}
             found[name] = Moments(mu, nu, *quotient, ends)
     return found
 

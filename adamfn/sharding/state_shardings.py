@@ -13,7 +13,6 @@ from adamfn.core.placement import Axes, Path, Placed, Shards, axes_beside, place
 from adamfn.formats.arrangement import scales_key
 from adamfn.trees import PyTree
 
-_MOMENTS = GetAttrKey("mu"), GetAttrKey("nu")
 _SCALES = GetAttrKey("scales")
 
 
@@ -99,20 +98,15 @@ def lay_out(
 
 
 def _owners(arrays: Mapping[Path, Any], placed: Mapping[Path, Placed]) -> dict[Path, Path]:
-    """The parameter whose path ends an array's, or that of the moments that its scales are of."""
-    moments: dict[tuple[Path, Any], Path] = {
-        (path[:k], scales_key(path[k + 1 :])): path
-        for path in arrays
-        for k, entry in enumerate(path)
-        if entry in _MOMENTS
-    }
+    """The parameter whose path ends an array's, or the key of its scales."""
+    paths, keys = {path: path for path in placed}, {scales_key(path): path for path in placed}
     owners: dict[Path, Path] = {}
     for path, array in arrays.items():
-        own = path
+        found = [paths.get(path[k:]) for k in range(len(path) + 1)]
         if _SCALES in path[:-1]:
-            k = path.index(_SCALES)
-            own = moments.get((path[:k], getattr(path[k + 1], "key", None)), path)
-        owner = next((own[k:] for k in range(len(own) + 1) if own[k:] in placed), None)
+            parts = str(getattr(path[path.index(_SCALES) + 1], "key", "")).split("/")
+            found = [keys.get("/".join(parts[k:])) for k in range(len(parts))]
+        owner = next((owner for owner in found if owner is not None), None)
         if owner is not None and 0 < array.ndim == len(placed[owner].shape):
             owners[path] = owner
     return owners

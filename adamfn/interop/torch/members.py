@@ -25,30 +25,24 @@ class Member(NamedTuple):
     optimizer: str
     """The name of torch's class."""
     stage: Callable[..., GradientTransformation]
-    keys: Mapping[str, str]
+    keys: Mapping[str, str] = {"mu": "exp_avg", "nu": "exp_avg_sq"}
     """torch's key for each field of the stage's state that holds moments."""
-    scalars: tuple[str, ...] = ("step",)
-    """torch's keys for the numbers that it keeps of each parameter."""
-    hyperparameters: tuple[str, ...] = ()
-    """Arguments of the stage besides b1, b2 and eps."""
     corrects: tuple[int, int] = (1, 1)
     """Whether `bias_correct` corrects for b1 and for b2."""
     decoupled: bool = False
     """Whether the weight decay is decoupled."""
 
 
-_PAIR = {"mu": "exp_avg", "nu": "exp_avg_sq"}
-_TRIPLE = _PAIR | {"nu_max": "max_exp_avg_sq"}
+_MAX = {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"}
 _INFINITY = {"mu": "exp_avg", "nu": "exp_inf"}
-_NADAM = ("step", "mu_product"), ("momentum_decay",), (0, 1)
 _MEMBERS = {
-    "Adam": Member("Adam", moments.scale_by_moments, _PAIR),
-    "AdamW": Member("AdamW", moments.scale_by_moments, _PAIR),
-    "AMSGrad": Member("Adam", moments.scale_by_max_moments, _TRIPLE),
-    "NAdam": Member("NAdam", variants.scale_by_nesterov_moments, _PAIR, *_NADAM),
-    "RAdam": Member("RAdam", variants.scale_by_rectified_moments, _PAIR),
+    "Adam": Member("Adam", moments.scale_by_moments),
+    "AdamW": Member("AdamW", moments.scale_by_moments),
+    "AMSGrad": Member("Adam", moments.scale_by_max_moments, _MAX),
+    "NAdam": Member("NAdam", variants.scale_by_nesterov_moments, corrects=(0, 1)),
+    "RAdam": Member("RAdam", variants.scale_by_rectified_moments),
     "Adamax": Member("Adamax", moments.scale_by_infinity_moments, _INFINITY, corrects=(1, 0)),
-    "SparseAdam": Member("SparseAdam", variants.scale_by_lazy_moments, _PAIR),
+    "SparseAdam": Member("SparseAdam", variants.scale_by_lazy_moments),
 }
 _MAXIMIZE = from_stage(Stage("maximize", jnp.negative))
 _OPTIMIZERS = [name for name in _MEMBERS if name != "AMSGrad"]
@@ -138,8 +132,9 @@ def continue_with(
 ) -> GradientTransformation:
     """The chain that does what torch does with the hyperparameters of a parameter's group."""
     group, of = parameter.group, f"in the group of {parameter}"
-    keys = ("lr", "eps", *member.hyperparameters)
-    lr, eps, *more = (parameter.number("group", key) for key in keys)
+    lr, eps = (parameter.number("group", key) for key in ("lr", "eps"))
+    own = ["momentum_decay"] if member.optimizer == "NAdam" else []
+    arguments = {key: parameter.number("group", key) for key in own}
     betas: Any = parameter.entry("group", "betas")
     fits = isinstance(betas, Sequence) and len(betas) == 2
     check(fits, f"betas {of} is {shown(betas)}", "two numbers.")
@@ -150,7 +145,6 @@ def continue_with(
     last = "correct_bias" in group  # transformers' AdamW decays the parameter that has moved
     try:
         stage = _with_uncorrected_eps if last or not corrects else member.stage
-        arguments = dict(zip(member.hyperparameters, more, strict=True))
         stages: list[Transformation] = [stage(b1, b2, eps, **arguments)]
         if group.get("caution"):
             stages.append(cautious_updates())

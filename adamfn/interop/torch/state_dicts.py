@@ -14,6 +14,7 @@ from adamfn.interop.growing import by_group
 from adamfn.interop.states import LeafMoments, fill_moments, find_moments
 from adamfn.interop.torch.members import Member, check_settings, continue_with, member_of
 from adamfn.interop.torch.parameters import (
+    Array,
     Layout,
     Paths,
     TorchParameter,
@@ -24,7 +25,7 @@ from adamfn.interop.torch.parameters import (
     parameters_of,
     with_plain_moments,
 )
-from adamfn.trees import PyTree, check_inexact, check_swapped, describe, leaves_by_path, wide_dtype
+from adamfn.trees import PyTree, check_inexact, check_swapped, describe, leaves_by_path
 
 
 def from_state_dict(
@@ -80,9 +81,9 @@ def from_state_dict(
     leaves = {path: leaf for path, leaf in leaves_by_path(params).items() if leaf is not None}
     matched = match(parameters_of(state_dict), list(leaves), paths)
     # Leaves of one group after one number of steps share a transformation, and its counts.
-    groups: dict[tuple[Any, ...], GradientTransformation] = {}
+    groups: dict[tuple[int, int, float], GradientTransformation] = {}
     group_of: dict[str, int] = {}
-    kept: dict[str, Mapping[str, jax.Array]] = {}
+    kept: dict[str, Mapping[str, Array]] = {}
     for path, parameter in matched.items():
         known = {k: value for k, value in parameter.group.items() if k not in harmless}
         parameter = with_plain_moments(parameter._replace(group=known))
@@ -104,18 +105,18 @@ def from_state_dict(
             f" fresh={[*still]}."
         )
 
-    def filled(state: PyTree, step: float, product: float = 1.0) -> PyTree:
-        return fill_moments(
-            *(state, int(step), lambda field, path, _: kept[path][field]),
-            mu_product=jnp.asarray(product, float),
-        )
+    def moment(field: str, path: str, first: jax.Array) -> jax.Array:
+        return jnp.array(kept[path].get(field, first), first.dtype)  # torch writes to its own
+
+    def filled(state: PyTree, key: tuple[int, int, float]) -> PyTree:
+        _, step, product = key
+        return fill_moments(state, step, moment, mu_product=jnp.asarray(product, float))
 
     if len(groups) == 1:
         [(key, tx)] = groups.items()
-        return tx, filled(tx.init(params), *key[1:])
+        return tx, filled(tx.init(params), key)
     tx = by_group(group_of, list(groups.values()))
-    state = zip(tx.init(params), groups, strict=True)
-    return tx, tuple(filled(part, *key[1:]) for part, key in state)
+    return tx, tuple(map(filled, tx.init(params), groups))
 
 
 def to_state_dict(
@@ -170,22 +171,23 @@ def to_state_dict(
 
 def _kept(
     parameter: TorchParameter, member: Member, path: str, leaf: Any, layout: Layout | None
-) -> tuple[tuple[float, ...], Mapping[str, jax.Array]]:
-    """Torch's numbers and arrays of one leaf."""
+) -> tuple[tuple[int, float], Mapping[str, Array]]:
+    """Torch's count, NAdam's product and the arrays of one leaf."""
     dtype, shape = jnp.result_type(leaf), np.shape(leaf)
     fits, found = jnp.issubdtype(dtype, jnp.floating), f"the leaf at {path} is {describe(leaf)}"
     check(fits, found, "a real one. Of a complex one, torch keeps two second moments, adamfn one.")
-    arrays = {field: jnp.zeros(shape, wide_dtype(dtype)) for field in member.keys}
+    arrays: dict[str, Array] = {}
     if not parameter.state:  # torch has taken no step with it yet
-        return (0.0, 1.0)[: len(member.scalars)], arrays
+        return (0, 1.0), arrays
     state = {"step": parameter.group.get("step"), **parameter.state}  # apex counts in groups
     parameter = parameter._replace(state=state)
-    scalars = tuple(parameter.number("state", key) for key in member.scalars)
-    fits = 0 <= scalars[0] < 2**31 and scalars[0].is_integer()
-    if not fits:
+    step, product = parameter.number("state", "step"), 1.0
+    if not (0 <= step < 2**31 and step.is_integer()):
         raise ValueError(
-            f"interop.torch: step of {parameter} is {scalars[0]}; expected a number of steps."
+            f"interop.torch: step of {parameter} is {step}; expected a number of steps."
         )
+    if member.optimizer == "NAdam":
+        product = parameter.number("state", "mu_product")
     for field, key in member.keys.items():
         if key == "max_exp_avg_sq" and key not in state:
             continue  # if amsgrad was turned on in mid-run, torch begins its maximum at zero
@@ -196,8 +198,8 @@ def _kept(
                 f"interop.torch: {what} has an element of {array.min():g}; expected none below"
                 " zero, as it averages squares. Pass the state_dict() as torch wrote it."
             )
-        arrays[field] = jnp.array(array, arrays[field].dtype)  # a copy: torch writes to its own
-    return scalars, arrays
+        arrays[field] = array
+    return (int(step), product), arrays
 
 
 def _entries(
@@ -218,7 +220,7 @@ def _entries(
     # SparseAdam and the look-alikes count in a Python int, the others in a float32 tensor.
     in_int = {"SparseAdam", "bias_correction", "correct_bias"} & {member.optimizer, *group}
     entries: dict[str, Any] = {"step": int(count) if in_int else np.array(count, np.float32)}
-    if "mu_product" in member.scalars:
+    if member.optimizer == "NAdam":
         entries["mu_product"] = np.array(node.mu_product, np.float32)
     for field, key in member.keys.items():
         known = parameter.state.get(key)
