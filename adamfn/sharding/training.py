@@ -7,11 +7,7 @@ from jax.sharding import AxisType
 from adamfn.chains.chain import Chain, Wrapped, chain_of
 from adamfn.chains.leaves import Request
 from adamfn.chains.packed import packed_chain_of
-from adamfn.chains.transform import (
-    GradientTransformation,
-    check_transformation,
-    where_updated,
-)
+from adamfn.chains.transform import GradientTransformation, check_transformation, where_updated
 from adamfn.core.placement import Path, Shards
 from adamfn.sharding.state_shardings import lay_out
 from adamfn.trees import PyTree, check_inexact, shown
