@@ -113,6 +113,7 @@ def test_a_module_state_dict_and_protocol_4_are_read(tmp_path):
 NEST = b"]" * 200 + b"a" * 199
 CYCLE = b"]q\1h\1a"
 LAUGHS = b"]" + b"".join(b"q%c]h%ch%ca\x86a" % (k, k, k) for k in range(1, 60))
+DOUBLED = b"K\0\x85qP" + b"hP\x86qP" * 60  # to print or to hash it takes 2^60 steps
 DTYPE = b"ctorch\nBFloat16Storage\n"
 
 
@@ -149,6 +150,11 @@ DTYPE = b"ctorch\nBFloat16Storage\n"
     "cyclic": (CYCLE, "containers in 100 others"),
     "repeated": (LAUGHS, "containers in 100 others, or with 10000000 elements"),
     "key": (b"}" + put((1, 2)) + b"Ns", "a key that is neither a number nor text"),
+    "doubled key": (b"}" + DOUBLED + b"Ns", "a key that is neither a number nor text"),
+    "doubled shape": (
+        tensor((4,), (1,)).replace(put((4,)), DOUBLED),
+        r"a tensor of the shape \(\(\(",
+    ),
     "no key": (b"}(NNNu", "found"),
     "append to a dict": (b"}Na", "no attribute 'append'"),
     "nothing": (b"", "IndexError"),

@@ -69,14 +69,14 @@ def moments_of(states: States, leaves: Mapping[str, Any]) -> dict[str, Moments]:
             quotient = _quotient(stage, state, count_of(states), mu, moments.get("nu_max", nu))
             (format,) = choose_formats(stage.moments, {name: leaves[name]})
             ends = answer(format, "ends")(codes["mu"], codes["nu"]) if format else {}
-            found[name] = Moments(mu, nu, *quotient, ends)
+            found[name] = Moments(mu, nu, quotient, ends)
     return found
 
 
-def _quotient(stage: Stage, state: Any, count: jax.Array, mu: Any, nu: Any) -> tuple[Any, Any]:
+def _quotient(stage: Stage, state: Any, count: jax.Array, mu: Any, nu: Any) -> Any:
     """The corrected mu over the corrected root of nu, and where eps is most of the divisor."""
     if stage.formula.__module__ != formulas.__name__ or stage.formula in _OTHER_DIVISORS:
-        return None, None
+        return None
     count = jnp.maximum(count, 1)
     at = stage.scalars(count, state, {})[0][0]
     c1, c2 = at.b1.bias(count), at.b2.bias(count)

@@ -46,8 +46,8 @@ class Moments(NamedTuple):
 
     mu: Array
     nu: Array
-    ratio: Array | None  # corrected mu over corrected root of nu; None if it is not Adam's
-    by_eps: Array | None  # where eps is most of the divisor
+    quotient: tuple[Array, Array] | None
+    """Corrected mu over corrected root of nu, and where eps is most of it; None if not Adam's."""
     ends: dict[str, Array]  # where codes are at an end of their levels
 
 
@@ -107,11 +107,11 @@ def measure(
         figures["rate"] = jnp.broadcast_to(rate, weight.shape)
         figures |= {name: _quantile(part, below) for name, part in _QUANTILES.items()}
     if moments is not None:
-        mu, nu, ratio, by_eps, ends = moments
+        mu, nu, quotient, ends = moments
         alike = jnp.real(jnp.sign(mu) * jnp.conj(jnp.sign(g))) > 0
         figures["agreement"] = count(alike) / jnp.maximum(number - count(g == 0), 1)
-        if ratio is not None and by_eps is not None:
-            known = nu > 0
+        if quotient is not None:
+            (ratio, by_eps), known = quotient, nu > 0
             of_known = jnp.maximum(count(known), 1)
             figures["signal"] = total(jnp.where(known, jnp.square(ratio), 0)) / of_known
             figures["by_eps"] = count(by_eps & known) / of_known

@@ -7,7 +7,7 @@ from jax.sharding import AxisType
 from adamfn.chains.chain import Chain, Wrapped, chain_of
 from adamfn.chains.leaves import Request
 from adamfn.chains.packed import packed_chain_of
-from adamfn.chains.transform import GradientTransformation, check_transformation, where_updated
+from adamfn.chains.transform import GradientTransformation, check_transformation
 from adamfn.core.placement import Path, Shards
 from adamfn.sharding.state_shardings import lay_out
 from adamfn.trees import PyTree, check_inexact, shown
@@ -71,7 +71,7 @@ class _Sharded(Wrapped):
     def adjusted(self, request: Request, updates: PyTree) -> Request:
         if _inside_shard_map():
             return request
-        like = updates if request.params is None else where_updated(request.params, updates)
+        like = updates if request.params is None else request.params
         return request._replace(shards=self._laid_out(like)[1])
 
     def _laid_out(self, params: PyTree) -> tuple[PyTree, dict[Path, Shards]]:

@@ -74,8 +74,8 @@ def _read(file: BinaryIO) -> Any:
     stored = all(member.compress_type == zipfile.ZIP_STORED for member in members.values())
     if not stored or sum(sizes) > os.fstat(file.fileno()).st_size:
         raise ValueError("compressed or overlapping members")
-    given = f"{folder}/byteorder" in members
-    order = archive.read(f"{folder}/byteorder") if given else b"little"
+    given = members.get(f"{folder}/byteorder")
+    order = archive.read(given) if given else b"little"
     if order not in (b"little", b"big"):
         raise ValueError(f"the byte order {order!r:.20}")
     storages: dict[str, Array] = {}

@@ -110,12 +110,12 @@ def member_of(parameter: TorchParameter, optimizer: str | None) -> Member:
 
 def check_settings(parameter: TorchParameter, member: Member) -> None:
     """Checks that no setting of a group is ignored."""
-    group, wrong = parameter.group, dict[str, str]()
-    for key in group.keys() - _KNOWN:
-        if key not in _ONLY_AS:
-            wrong[key] = "which is not known; expected a setting of torch.optim or a look-alike"
-        elif group[key] != _ONLY_AS[key]:
-            wrong[key] = f"which no chain here does; expected {_ONLY_AS[key]!r}"
+    group = parameter.group
+    unknown = "which is not known; expected a setting of torch.optim or a look-alike"
+    wrong = dict.fromkeys(group.keys() - _KNOWN - _ONLY_AS.keys(), unknown)
+    for key, value in _ONLY_AS.items():
+        if group.get(key, value) != value:
+            wrong[key] = f"which no chain here does; expected {value!r}"
     if group.get("amsgrad") and {"bias_correction", "correct_bias"} & {*group}:
         wrong["amsgrad"] = "which no known optimizer does beside bias_correction or correct_bias"
     if group.get("caution") and not member.decoupled:
