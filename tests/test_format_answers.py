@@ -12,7 +12,7 @@ from adamfn import formats
 from adamfn.formats import BlockMean, EightBit, Exact, Factored, FourBit, Linear, Pair, Rounded
 from adamfn.formats.arrangement import kept_leaves, scales_key
 from adamfn.formats.blocks import along
-from adamfn.formats.format import answer
+from adamfn.formats.format import InTile, answer
 
 NEAREST = Rounded(stochastic=False)
 
@@ -59,7 +59,7 @@ class Talkative(formats.BaseFormat, Another):
     ("format", "block", "rows", "kernel", "native"),
     [
         (None, 0, True, 0, 0),
-        (formats.get("float32"), 0, True, None, None),
+        (formats.get("float32"), 0, True, 0, 0),
         (formats.get("bfloat16"), 0, True, 0, 1),
         (Pair(NEAREST, NEAREST), 0, True, 0, 2),
         (Pair(Rounded(), NEAREST), 0, True, 0, None),
@@ -84,7 +84,7 @@ class Talkative(formats.BaseFormat, Another):
 def test_answers(format, block, rows, kernel, native):
     names = ("block", "stores_rows", "kernel_block", "native_code")
     assert tuple(answer(format, name) for name in names) == (block, rows, kernel, native)
-    assert answer(format, "on_shards")(()) == format
+    assert format is None or answer(format, "on_shards")(()) == format
     assert (answer(format, "factors") is not None) == (
         kernel is not None and "nu=" in repr(format) and isinstance(format.nu, Factored | BlockMean)
     )
@@ -97,7 +97,6 @@ def test_the_same_in_other_blocks_and_on_shards():
     split = ((), ("data",))
     found = answer(Pair(Linear(), Factored()), "on_shards")(split)
     assert found == Pair(Linear(), Factored(split))
-    assert answer(None, "on_shards")(split) is None
 
 
 @pytest.mark.parametrize("name", ["8bit", "4bit", "bfloat16", "factored", "blockmean"])
@@ -109,8 +108,10 @@ def test_a_tile_stores_the_codes_of_the_leaf(name):
     size = 128 if name == "4bit" else 256
     inside = np.arange(512)[:, None] < 300  # the rows beyond are no part of the leaf
     by_blocks = [x.reshape(-1, size) for x in (mu, nu, noise)]
-    tile, factors = answer(format, "in_tile")(inside[: len(by_blocks[0])], along(1)), None
-    if tile is not format and (factors := answer(format, "factors")):
+    tile, factors = format, answer(format, "factors")
+    if answer(format, "kernel_block"):
+        tile = InTile(format, inside[: len(by_blocks[0])], along(1))
+    if factors:
         means = tuple(jnp.broadcast_to(x, shape) for x in factors(whole.scales[1]))
         tile = tile._replace(factors=means)
     stored = tile.encode(*by_blocks)

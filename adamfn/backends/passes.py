@@ -5,7 +5,6 @@ it. In one pass XLA would keep what the next reduction reads in memory, nine byt
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 
 from adamfn.backends import tile
 from adamfn.core.program import Call
-from adamfn.formats.blocks import Extremes, along, size_for
+from adamfn.formats.blocks import along, size_for
 from adamfn.formats.indices import indices_at, runs_of
 
 
@@ -39,14 +38,12 @@ def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]
         views, known = jax.lax.optimization_barrier((views, known))  # lest XLA join two passes
         asked: list[jax.Array] = []
 
-        def extreme(name: str, x: jax.Array, known: Any = known, asked: Any = asked) -> jax.Array:
-            k = len(asked)
-            asked.append(known[k] if k < len(known) else getattr(along(1), name)(x))
-            return asked[k]
+        def largest(x: jax.Array, known: Any = known, asked: Any = asked) -> jax.Array:
+            asked.append(known[len(asked)] if len(asked) < len(known) else along(1)(x))
+            return asked[-1]
 
-        over = Extremes(*(partial(extreme, name) for name in Extremes._fields))
         step = vector, count.reshape(1), indices.reshape(2)
-        values = tile.run_tile(call, step, views, elements, None, over)
+        values = tile.run_tile(call, step, views, elements, None, largest)
         if len(asked) == len(known):
             return [
                 value.astype(dtype).reshape(arrays[k].shape)

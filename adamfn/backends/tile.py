@@ -10,8 +10,8 @@ from jax.experimental import pallas as pl
 
 from adamfn.core.program import Call
 from adamfn.core.varying import shape_like
-from adamfn.formats.blocks import Extremes
-from adamfn.formats.format import answer
+from adamfn.formats.blocks import Largest
+from adamfn.formats.format import InTile, answer
 from adamfn.formats.noise import Seed
 
 
@@ -94,7 +94,7 @@ def run_tile(
     arrays: Sequence[jax.Array],
     indices: jax.Array,
     inside: jax.Array | None,
-    over: Extremes,
+    largest: Largest,
     factors: Sequence[jax.Array] = (),
 ) -> list[jax.Array]:
     """The values of `results_of` for a tile of whole blocks, in any dtype that holds them.
@@ -106,15 +106,15 @@ def run_tile(
       arrays: the tile of each array, with factors in place of means of nu.
       indices: the elements' indices, int32, counted from the leaf's first element.
       inside: True for elements of the leaf; None if all are.
-      over: the extremes of the tile's blocks.
+      largest: the largest of the tile's blocks.
       factors: the tile of each factor of the next nu, in the order of `means_in`.
     """
     (rows,) = jax.tree.unflatten(call.kept, range(call.arrays_kept))
     next_of = dict(zip(sorted(means_in(call)), factors, strict=True))
     parts = list(call.program.parts)
     for k, (part, row) in enumerate(zip(parts, rows, strict=True)):
-        if part.format is not None:
-            format = answer(part.format, "in_tile")(inside, over)
+        if answer(part.format, "kernel_block"):
+            format = InTile(part.format, inside, largest)
             if answer(part.format, "factors"):  # of the first nu; beside any other, mu is 0
                 places = jax.tree.leaves(row[-1][0][1])
                 format = format._replace(factors=[next_of[place] for place in places])

@@ -70,17 +70,14 @@ def value_at(name: str, value: ScalarOrSchedule, count: jax.Array) -> Numeric:
     """The value of a hyperparameter from `scheduled` after `count` steps, checked as `scalar`."""
     if not callable(value):
         return value
-    result = _unboxed(value(count))
-    if isinstance(result, int | float):
-        return scalar(name, result)
-    kinds = jnp.floating, jnp.integer
-    scalar_array = getattr(result, "shape", None) == ()
-    if not (scalar_array and any(jnp.issubdtype(result.dtype, kind) for kind in kinds)):
+    result = value(count)
+    try:
+        return scalar(name, result, narrow=True)
+    except TypeError:
         raise TypeError(
             f"{name}: its schedule returned {describe(result)}; expected a number or a real scalar"
             " array."
-        )
-    return result
+        ) from None
 
 
 def check_seed(seed: Any) -> None:

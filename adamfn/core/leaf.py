@@ -5,10 +5,10 @@ codes for a moment. Scales stand in `scales`, a dictionary from the leaf's path 
 moments, then of each further one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +97,8 @@ def first_fields(stage: Stage, params: PyTree) -> dict[str, PyTree]:
         with on_mesh_of(leaf):
             if format is None:
                 return tuple(begin(leaf) for begin in stage.keeps.values())
-            return jax.tree.map(lambda part: zeros_beside(leaf, part), _spec(stage, format, leaf))
+            spec = _spec(tuple(stage.keeps), format, np.shape(leaf))
+            return jax.tree.map(lambda part: zeros_beside(leaf, part), spec)
 
     leaves, treedef = jax.tree.flatten_with_path(params)
     formats = choose_formats(stage.moments, params)
@@ -114,14 +115,14 @@ def kept_by_leaf(
       ValueError: it is not of these leaves, or not in these formats; names the leaf.
     """
     name, (leaves, treedef) = f"{stage.name}: updates", jax.tree.flatten_with_path(updates)
-    given = getattr(state, "scales", None)
-    scales: Mapping[str, Any] = cast("Any", given) if isinstance(given, dict) else {}
+    given: Any = getattr(state, "scales", None)
+    scales: dict[str, Any] = given if isinstance(given, dict) else {}
     columns: list[list[Any]] = []
     for part in stage.keeps:
+        field = getattr(state, part)
         try:
-            columns.append(treedef.flatten_up_to(getattr(state, part)))
+            columns.append(treedef.flatten_up_to(field))
         except (TypeError, ValueError):
-            field = getattr(state, part)
             way_out = _REPACK if hasattr(field, "buffers") else _WAY_OUT
             raise_mismatch(name, updates, part, field, has_shape_of, way_out)
     rows: list[Kept] = []
@@ -130,25 +131,21 @@ def kept_by_leaf(
             fits = partial(_fits, stage, part)
             if not fits(leaf, x):
                 raise_mismatch(name, updates, part, getattr(state, part), fits, _WAY_OUT)
-        entry = scales.get(scales_key(path), ()) if scales else ()
-        if format is not None:
-            expected = _spec(stage, format, leaf)
-        elif entry or (stage.has_moments and not all(map(_is_wide, parts))):
-            nothing = jax.ShapeDtypeStruct(np.shape(leaf), jnp.float32)
-            expected = (*[nothing] * len(parts), ())
-        else:
+        entry = scales.get(scales_key(path), ())
+        if format is None and not entry and (not stage.has_moments or all(map(_is_wide, parts))):
             rows.append(tuple(parts))
             continue
-        row = (*parts, entry if jax.tree.leaves(expected[-1]) else expected[-1])
-        if _described((*parts, entry)) != _described(expected):
+        expected = _spec(tuple(stage.keeps), format, np.shape(leaf))
+        words = zip(_described(stage, (*parts, entry)), _described(stage, expected), strict=True)
+        if differing := [pair for pair in words if pair[0] != pair[1]]:
+            found, wanted = map(", ".join, zip(*differing, strict=True))
             raise ValueError(
-                f"{stage.name}: at {path_name(path) or 'the root'} the state has"
-                f" {_differing(stage, row, expected)}; expected"
-                f" {_differing(stage, expected, row)}, for {describe(leaf)} and the moments= of"
-                " this transformation. Pass gradients of the parameters that `init` was given, and"
-                " a state that was made with the same moments=."
+                f"{stage.name}: at {path_name(path) or 'the root'} the state has {found}; expected"
+                f" {wanted}, for {describe(leaf)} and the moments= of this transformation. Pass"
+                " gradients of the parameters that `init` was given, and a state that was made with"
+                " the same moments=."
             )
-        rows.append(row)
+        rows.append((*parts, entry or expected[-1]))
     return rows
 
 
@@ -227,14 +224,12 @@ def encode(format: Format, fields: Sequence[str], moments: Sequence[Any], noise:
     return *codes, tuple(scales)
 
 
-def _spec(stage: Stage, format: Format, leaf: Any) -> Kept:
-    return _spec_of(tuple(stage.keeps), format, np.shape(leaf))
-
-
 @cache
-def _spec_of(fields: tuple[str, ...], format: Format, shape: tuple[int, ...]) -> Kept:
-    """The shapes and dtypes of a leaf's state in a format."""
+def _spec(fields: tuple[str, ...], format: Format | None, shape: tuple[int, ...]) -> Kept:
+    """The shapes and dtypes of a leaf's state in a format; None for float32."""
     moments = [jax.ShapeDtypeStruct(shape, jnp.float32)] * len(fields)
+    if format is None:
+        return *moments, ()
     noise = jax.ShapeDtypeStruct(shape, jnp.uint32)
     return jax.eval_shape(partial(encode, format, fields), moments, noise)
 
@@ -253,17 +248,12 @@ def _fits(stage: Stage, part: str, leaf: Any, x: Any) -> bool:
 
 def _is_wide(moment: Any) -> bool:
     # Codes, and moments after a cast of the state, are not.
-    return bool(jnp.issubdtype(moment.dtype, jnp.inexact)) and moment.dtype.itemsize >= 4
+    dtype = getattr(moment, "dtype", jnp.int8)
+    return bool(jnp.issubdtype(dtype, jnp.inexact)) and dtype.itemsize >= 4
 
 
-def _differing(stage: Stage, row: Kept, other: Kept) -> str:
-    fields = zip([*stage.keeps, "scales"], row, other, strict=True)
-    return ", ".join(
-        f"{field} {_described(a)}" for field, a, b in fields if _described(a) != _described(b)
-    )
-
-
-def _described(part: PyTree) -> str:
-    if part is None or jax.tree_util.all_leaves([part]):
-        return describe(part)
-    return f"({', '.join(map(describe, jax.tree.leaves(part)))})"
+def _described(stage: Stage, row: Kept) -> list[str]:
+    """What an error calls each part of a leaf's state."""
+    *parts, scales = row
+    words = [*map(describe, parts), f"({', '.join(map(describe, jax.tree.leaves(scales)))})"]
+    return [f"{field} {word}" for field, word in zip([*stage.keeps, "scales"], words, strict=True)]

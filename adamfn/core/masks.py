@@ -6,7 +6,6 @@ bools; `layerwise_decay` returns one to a tree of factors.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -20,7 +19,6 @@ __all__ = ["layerwise_decay", "matching", "matrices", "named"]
 Mask: TypeAlias = PyTree | Callable[[PyTree], PyTree] | None
 """A tree of bools of the parameters' structure or a prefix of it; a function that makes one from
 the parameters; or None."""
-
 
 _USUAL = ("bias", "norm", "embed")
 
@@ -50,18 +48,12 @@ def matrices(
     {'embedding': False, 'head': True, 'layers': {'kernel': True, 'scale': False}}
     >>> tx = adamfn.adamw(weight_decay=0.1, mask=adamfn.masks.matrices(stacked=["layers"]))
     """
-    left_out = _having("but", _names("but", but))
-    layered = _having("stacked", _names("stacked", stacked))
+    left_out, layered = _having("but", but), _having("stacked", stacked)
 
-    def mask(params: PyTree) -> PyTree:
-        return jax.tree.map(
-            lambda leaf, out, layers: jnp.ndim(leaf) - layers >= 2 and not out,
-            params,
-            left_out(params),
-            layered(params),
-        )
+    def decays(leaf: Any, out: bool, layers: bool) -> bool:
+        return jnp.ndim(leaf) - layers >= 2 and not out
 
-    return mask
+    return lambda params: jax.tree.map(decays, params, left_out(params), layered(params))
 
 
 def named(*names: str) -> Callable[[PyTree], PyTree]:
@@ -71,7 +63,7 @@ def named(*names: str) -> Callable[[PyTree], PyTree]:
     >>> adamfn.masks.named("layers")({"layers": {"kernel": 1.0}, "head": 1.0})
     {'head': False, 'layers': {'kernel': True}}
     """
-    return _having("named", _names("named", names))
+    return _having("named", names)
 
 
 def matching(*patterns: str) -> Callable[[PyTree], PyTree]:
@@ -84,8 +76,7 @@ def matching(*patterns: str) -> Callable[[PyTree], PyTree]:
     >>> adamfn.masks.matching(r"layers/\d+/kernel$")(params)
     {'head': {'kernel': False}, 'layers': [{'bias': False, 'kernel': True}]}
     """
-    found = {pattern: _compiled(pattern, "matching").search for pattern in patterns}
-    return _having("matching", found)
+    return _matching("matching", {text: _compiled(text, "matching") for text in patterns})
 
 
 def layerwise_decay(
@@ -116,8 +107,7 @@ def layerwise_decay(
     >>> tx = adamfn.chain(adamfn.adamw(1e-3), by_layer)
     """
     pattern = _compiled(layers, "layers")
-    under = _having("below", _names("below", below))
-    stack = _having("stacked", _names("stacked", stacked))
+    under, stack = _having("below", below), _having("stacked", stacked)
     if pattern.groups != 1 or not decay > 0:
         raise ValueError(
             f"layerwise_decay: decay is {shown(decay)} and layers {shown(layers)}; expected a"
@@ -161,35 +151,32 @@ def _compiled(pattern: str, what: str) -> re.Pattern[str]:
         ) from error
 
 
-def _names(what: str, names: Sequence[str]) -> dict[str, Callable[[str], Any]]:
-    """For each name, whether a path has it."""
+def _having(what: str, names: Sequence[str]) -> Callable[[PyTree], PyTree]:
+    """The mask of leaves with one of some names in their paths."""
     is_list = isinstance(names, list | tuple | set | frozenset)
     if not is_list or not all(isinstance(name, str) for name in names):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
             f"{what} is {shown(names)}; expected names, a list of strings. Call it without the"
             " parameters, mask=adamfn.masks.matrices(): its result is given them."
         )
-    return {name: partial(_has, name.lower()) for name in names}
+    return _matching(what, {name: re.compile(re.escape(name), re.IGNORECASE) for name in names})
 
 
-def _has(part: str, path: str) -> bool:
-    return part in path.lower()
-
-
-def _having(what: str, tests: Mapping[str, Callable[[str], Any]]) -> Callable[[PyTree], PyTree]:
-    """The mask of leaves whose path passes one of some tests. Each must be passed by some path."""
+def _matching(what: str, patterns: Mapping[str, re.Pattern[str]]) -> Callable[[PyTree], PyTree]:
+    """The mask of leaves in whose path one of some patterns is. Each must be in some path."""
 
     def mask(params: PyTree) -> PyTree:
         leaves = jax.tree.leaves_with_path(params, is_leaf=is_masked)  # of other groups too
         paths = [path_name(path) for path, _ in leaves]
-        for name, test in tests.items():
-            if paths and name not in _USUAL and not any(map(test, paths)):
+        for text, pattern in patterns.items():
+            if paths and text not in _USUAL and not any(map(pattern.search, paths)):
                 raise ValueError(
-                    f"{what}: no leaf has {name!r} in its path; expected part of a path such as"
+                    f"{what}: no leaf has {text!r} in its path; expected part of a path such as"
                     f" {', '.join(map(repr, paths[:3]))}. Leave it out, or correct it."
                 )
         return jax.tree.map_with_path(
-            lambda path, _: any(test(path_name(path)) for test in tests.values()), params
+            lambda path, _: any(found.search(path_name(path)) for found in patterns.values()),
+            params,
         )
 
     return mask

@@ -35,6 +35,17 @@ class Part(NamedTuple):
     format: Format | None
     """How they are stored; None for as they are."""
 
+    def decoded(self, row: Kept, dtype: Any) -> list[jax.Array]:
+        """The arrays that it keeps, as its formula reads them."""
+        if self.format is None:
+            return [widened(x, dtype) for x in row]
+        return decode(self.format, self.keeps, row)
+
+    def bounded(self, g: jax.Array) -> jax.Array:
+        """The gradient, bounded as its format asks for."""
+        largest = answer(self.format, "largest")
+        return formulas.bounded(g, largest) if largest else g
+
 
 @dataclass(frozen=True)
 class Program:
@@ -112,18 +123,17 @@ class Program:
             return g if taken is None else jnp.where(taken, g, 0)
 
         u = seen(u)
-        weights, stored = self.weights, None if p is None else widened(p, self.dtype)
-        weight = stored
+        stored: Any = None if p is None else widened(p, self.dtype)
+        known: dict[str, Any] = {"params": stored, "grads": u}
         for part, row in zip(self.parts, kept, strict=True):
             if isinstance(part.formula, Weights):
-                weight = part.formula.decode(stored, *row)  # pyright: ignore[reportArgumentType]
-        known: dict[str, Any] = {"params": weight, "grads": u}
+                known["params"] = part.formula.decode(stored, *row)
         for (_, part), row in zip(self.given, given, strict=False):  # the gradient may follow
-            known |= zip(part.keeps, part_decoded(part, row, self.dtype), strict=True)
+            known |= zip(part.keeps, part.decoded(row, self.dtype), strict=True)
         if self.given_grads:
             known["grads"] = seen(given[-1])
             for _, part in self.given:
-                known["grads"] = _limited(part, known["grads"])
+                known["grads"] = part.bounded(known["grads"])
 
         def random_bits(*, weights: bool) -> jax.Array:
             at = indices_of(u.shape) if indices is None else indices
@@ -134,39 +144,38 @@ class Program:
         for part, own, old in zip(
             self.parts, jax.tree.unflatten(self.scalars, values), kept, strict=True
         ):
-            if part.formula is weights and weights is not None:
-                u, *new = weights(u, weight, stored, random_bits(weights=True), *old)  # pyright: ignore[reportArgumentType]
-                next_kept.append(_like(new, old))
-                known["new_params"] = weights.decode(self._landed(u, p), *new)
-                continue
-            if "new_params" in part.reads and weights is None:
-                known["new_params"] = self._landed(u, p)
+            if "new_params" in part.reads:
+                known["new_params"] = self._landed(u, p, known.get("correction"))
             if "mu" in part.keeps:
-                known["grads"] = u = _limited(part, u)
+                known["grads"] = u = part.bounded(u)
             if "noise" in part.reads:
                 known["noise"] = random_bits(weights=True)
-            live = part_decoded(part, old, self.dtype)
+            live = part.decoded(old, self.dtype)
             read = [known[name] for name in part.reads]
+            if isinstance(part.formula, Weights):
+                read += [stored, random_bits(weights=True)]
             with _promoting(u, *read, *live):
                 u, *new = _checked(part, u, live, part.formula(u, *read, *live, *own))
             known |= zip(part.keeps, new, strict=True)
             if part.format is None:
-                next_kept.append(_like(new, old))
-                continue
-            row = encode(part.format, part.keeps, new, random_bits(weights=False))
-            next_kept.append(row if self.elementwise else _unchanged_rows(row, old, new, live))
+                row = tuple(x.astype(was.dtype) for x, was in zip(new, old, strict=True))
+            else:
+                row = encode(part.format, part.keeps, new, random_bits(weights=False))
+                row = row if self.elementwise else _unchanged_rows(row, old, new, live)
+            next_kept.append(row)
         if taken is not None:
             u = jnp.where(taken, u, 0)
             next_kept = jax.tree.map(partial(jnp.where, taken), next_kept, list(kept))
         results = [] if self.update_dtype is None else [u.astype(self.update_dtype)]
         if self.moves:
-            results.append((stored + u).astype(p.dtype))  # pyright: ignore[reportOptionalOperand, reportOptionalMemberAccess]
+            results.append((stored + u).astype(p.dtype))  # pyright: ignore[reportOptionalMemberAccess]
         return next_kept, results
 
-    def _landed(self, u: jax.Array, p: Any) -> jax.Array:
-        """The parameter after the step, as this program or `apply_updates` rounds it."""
+    def _landed(self, u: jax.Array, p: Any, correction: jax.Array | None) -> jax.Array:
+        """The weight after the step, as this program or `apply_updates` rounds it."""
         u = u if self.moves else widened(u.astype(self.update_dtype), self.dtype)
-        return widened((widened(p, self.dtype) + u).astype(p.dtype), self.dtype)
+        landed = widened((widened(p, self.dtype) + u).astype(p.dtype), self.dtype)
+        return landed if self.weights is None else self.weights.decode(landed, correction)
 
 
 @dataclass(frozen=True)
@@ -194,23 +203,6 @@ class Call:
     def strides_of(self, leaf: int, shape: Sequence[int]) -> tuple[int, ...]:
         """The strides in which the elements of one of the leaves are indexed."""
         return strides_of(shape) if self.strides is None else self.strides[leaf]
-
-
-def part_decoded(part: Part, row: Kept, dtype: Any) -> list[jax.Array]:
-    """The arrays that a part keeps, as its formula reads them."""
-    if part.format is None:
-        return [widened(x, dtype) for x in row]
-    return decode(part.format, part.keeps, row)
-
-
-def _limited(part: Part, g: jax.Array) -> jax.Array:
-    """The gradient, bounded as the format of the part asks for."""
-    largest = answer(part.format, "largest")
-    return formulas.bounded(g, largest) if largest else g
-
-
-def _like(new: Sequence[jax.Array], old: Kept) -> Kept:
-    return tuple(x.astype(was.dtype) for x, was in zip(new, old, strict=True))
 
 
 def _unchanged_rows(

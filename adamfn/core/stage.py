@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from adamfn.core.averages import Decays
 from adamfn.core.hyperparameters import check_seed
 from adamfn.formats import Moments, check_moments
+from adamfn.formats.format import has_hash
 from adamfn.trees import Numeric, PyTree, exported, real_dtype, shown, wide_dtype
 
 Scalars: TypeAlias = tuple[Sequence[PyTree], Mapping[str, Numeric]]
@@ -133,7 +134,7 @@ class Stage:
         names = ", ".join(sorted(expected)) or "none"
         for part, fits, wanted in (
             ("formula", callable(self.formula), "a function"),
-            ("formula", _has_hash(self.formula), "one that can be hashed: a function of a module"),
+            ("formula", has_hash(self.formula), "one that can be hashed: a function of a module"),
             ("scalars", callable(self.scalars), "a function"),
             ("reads", {*self.reads} <= {*_READS}, f"any of {', '.join(map(repr, _READS))}"),
             ("state", fields is not None, f"a NamedTuple with the fields {names}"),
@@ -161,14 +162,6 @@ class Stage:
     def has_moments(self) -> bool:
         """Whether the arrays that it keeps can be stored in a format."""
         return tuple(self.keeps)[:2] == ("mu", "nu") and "scales" in self.state._fields
-
-
-def _has_hash(formula: Any) -> bool:
-    try:
-        hash(formula)
-    except TypeError:
-        return False
-    return True
 
 
 def zeros(leaf: Any) -> jax.Array:

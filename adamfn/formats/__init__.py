@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from adamfn.formats.arrangement import describe
 from adamfn.formats.blocks import Blockwise
 from adamfn.formats.codecs import Codec, Encoded, Exact, Linear, Pair, Rounded, kind_of
-from adamfn.formats.format import BaseFormat, Format, Stored, answer
+from adamfn.formats.format import BaseFormat, Format, Stored, answer, has_hash
 from adamfn.formats.levels import EightBit, FourBit
 from adamfn.formats.means import BlockMean, Factored
 from adamfn.formats.noise import noise
@@ -55,23 +55,21 @@ def get(name_or_format: Any) -> Format:
     found, names = f"moments is {shown(format)}", f"one of {', '.join(map(repr, FORMATS))}"
     if isinstance(format, str):
         raise ValueError(f"{found}; expected {names}.")
-    if kind_of(format) is None:
+    if (kind := kind_of(format)) is None:
         raise TypeError(
             f"{found}; expected {names}, an object with `encode`, `decode` and `holds`, or a"
             " function of a leaf's path and the leaf that returns one of these."
         )
-    if kind_of(format) == "codec":
+    if kind == "codec":
         raise TypeError(
             f"{found}, a codec of one moment; expected a format of both, such as"
             f" Pair(mu={shown(format)}, nu=Rounded())."
         )
-    try:
-        hash(format)
-    except TypeError as error:
+    if not has_hash(format):
         raise TypeError(
             f"{found}, which cannot be hashed; expected a format that can, as compiled updates are"
             " cached by it. @dataclass(frozen=True) makes it so."
-        ) from error
+        )
     return cast("Format", format)
 
 

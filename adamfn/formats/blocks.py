@@ -4,7 +4,7 @@ import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -46,27 +46,21 @@ def join(x: Array, length: int) -> Array:
     return x.reshape(*x.shape[:-2], -1)[..., :length]
 
 
-class Extremes(NamedTuple):
-    """The largest and the smallest of each block of bits; the reduced axis is kept as 1."""
-
-    largest: Callable[[Array], Array]
-    smallest: Callable[[Array], Array]
+Largest: TypeAlias = Callable[[Array], Array]
+"""A function from integers at least 0 to the largest of each block; its axis is kept as 1."""
 
 
-def along(axis: int) -> Extremes:
-    """The extremes of blocks that each span an axis of a kernel's tile."""
-    return Extremes(*(partial(f, axis=axis, keepdims=True) for f in (jnp.max, jnp.min)))
+def along(axis: int) -> Largest:
+    """The largest of blocks that each span an axis of a kernel's tile."""
+    return partial(jnp.max, axis=axis, keepdims=True)
 
 
-def _in_two_stages(x: Array, reduction: Callable[..., Array]) -> Array:
-    # The first runs over whole vectors. The maximum changes nothing, and keeps the two apart: XLA
-    # on CPU would merge them, and write all of x to memory, which is twice as slow.
+def along_last(x: Array) -> Array:
+    """The largest of blocks along the last axis, as XLA computes it fast."""
+    # The first maximum runs over whole vectors. The second changes nothing, and keeps the others
+    # apart: XLA on CPU would merge them, and write all of x to memory, which is twice as slow.
     x = x.reshape(*x.shape[:-1], -1, 16)
-    return reduction(jnp.maximum(reduction(x, axis=-2), 0), axis=-1, keepdims=True)
-
-
-BY_XLA = Extremes(*(partial(_in_two_stages, reduction=f) for f in (jnp.max, jnp.min)))
-"""The extremes of blocks along the last axis, as XLA computes them fast."""
+    return jnp.max(jnp.maximum(jnp.max(x, axis=-2), 0), axis=-1, keepdims=True)
 
 
 @exported
@@ -95,6 +89,10 @@ class InBlocks(BaseFormat):
                 " 16, such as 128 or 256."
             )
 
+    def split(self, tree: Any) -> Any:
+        """Each array of a tree, with its last axis cut into blocks."""
+        return jax.tree.map(lambda x: split(x, size_for(x.shape[-1], self.block)), tree)
+
 
 class Blockwise(InBlocks, abc.ABC):
     """A base class for formats that store each block of the last axis independently.
@@ -111,10 +109,10 @@ class Blockwise(InBlocks, abc.ABC):
     dtypes: ClassVar[Any]
 
     @abc.abstractmethod
-    def encode_blocks(self, mu: Array, nu: Array, noise: Array | None, over: Extremes) -> Stored:
+    def encode_blocks(self, mu: Array, nu: Array, noise: Array | None, largest: Largest) -> Stored:
         """Stores whole blocks: codes of any dtype, and scales with 1 in place of a block.
 
-        It is elementwise but for the extremes, `over` blocks.
+        It is elementwise but for `largest`, the largest of each block of integers at least 0.
         """
 
     @abc.abstractmethod
@@ -122,20 +120,16 @@ class Blockwise(InBlocks, abc.ABC):
         """The inverse of `encode_blocks`."""
 
     def encode(self, mu: Array, nu: Array, noise: Array | None) -> Stored:
-        length = mu.shape[-1]
-        size = size_for(length, self.block)
-        mu, nu, noise = jax.tree.map(lambda x: split(x, size), (mu, nu, noise))
-        *codes, scales = self.encode_blocks(mu, nu, noise, BY_XLA)
-        narrow = jax.tree.map(lambda x, dtype: x.astype(dtype), codes, [*self.dtypes])
-        mu, nu = jax.tree.map(lambda x: join(x, length), narrow)
-        return Stored(mu, nu, jax.tree.map(lambda scale: scale[..., 0], scales))
+        *codes, scales = self.encode_blocks(*self.split((mu, nu, noise)), along_last)
+        narrow = jax.tree.map(
+            lambda x, dtype: join(x.astype(dtype), mu.shape[-1]), codes, [*self.dtypes]
+        )
+        return Stored(*narrow, jax.tree.map(lambda scale: scale[..., 0], scales))
 
     def decode(self, stored: Stored) -> tuple[Array, Array]:
-        length = jax.tree.leaves(stored[:2])[0].shape[-1]
-        size = size_for(length, self.block)
-        mu, nu = jax.tree.map(lambda x: split(x, size), stored[:2])
         scales = jax.tree.map(lambda scale: scale[..., None], stored.scales)
-        mu, nu = self.decode_blocks(Stored(mu, nu, scales))
+        mu, nu = self.decode_blocks(Stored(*self.split(stored[:2]), scales))
+        length = jax.tree.leaves(stored[:2])[0].shape[-1]
         return join(mu, length), join(nu, length)
 
     def holds(self, shape: tuple[int, ...], dtype: Any) -> bool:

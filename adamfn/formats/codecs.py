@@ -10,8 +10,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from adamfn.formats.bits import INFINITY, bits_of, float_of, near_root, quotient
-from adamfn.formats.blocks import BY_XLA, Extremes, InBlocks, join, size_for, split
-from adamfn.formats.format import BaseFormat, MeshAxes, Stored, answer, is_large, is_narrow
+from adamfn.formats.blocks import InBlocks, Largest, along_last, join
+from adamfn.formats.format import (
+    BaseFormat,
+    Elementwise,
+    MeshAxes,
+    Stored,
+    answer,
+    is_large,
+    is_narrow,
+)
 from adamfn.formats.noise import halves, threshold
 from adamfn.trees import at_least, shown
 
@@ -122,10 +130,10 @@ class Pair(BaseFormat):
     def on_shards(self, split: MeshAxes) -> "Pair":
         return Pair(*(on_shards(split) for on_shards in self._both("on_shards")))
 
-    def encode_blocks(self, mu: Array, nu: Array, noise: Array | None, over: Extremes) -> Stored:
+    def encode_blocks(self, mu: Array, nu: Array, noise: Array | None, largest: Largest) -> Stored:
         """Stores mu's whole blocks, beside nu as it decodes; means of nu are left out."""
         codec: Any = self.mu
-        codes, scale = codec.encode_blocks(_over_root(mu, nu), halves(noise)[0], over)
+        codes, scale = codec.encode_blocks(_over_root(mu, nu), halves(noise)[0], largest)
         return Stored(codes, None, (-scale, None))
 
     def decode_blocks(self, stored: Stored) -> tuple[Array, Array]:
@@ -157,17 +165,13 @@ def _common(values: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Exact(BaseFormat):
+class Exact(Elementwise):
     """Four bytes a parameter, without loss, for leaves of any shape.
 
     >>> import jax.numpy as jnp
     >>> print(Exact().decode(*Exact().encode(jnp.array([0.1]), None)))
     [0.1]
     """
-
-    block = 0
-    stores_rows = True
-    largest = None
 
     def encode(self, x: Array, bits: Array | None) -> Encoded:
         return Encoded(x)
@@ -180,7 +184,7 @@ class Exact(BaseFormat):
 
 
 @dataclass(frozen=True)
-class Rounded(BaseFormat):
+class Rounded(Elementwise):
     """Two bytes a parameter: bfloat16, for leaves of `least` elements and more.
 
     It has the upper half of a float32's bits. Adding 16 random bits and dropping the lower half
@@ -196,9 +200,6 @@ class Rounded(BaseFormat):
 
     stochastic: bool = True
     least: int = 4096
-    block = kernel_block = 0
-    stores_rows = True
-    largest = None
     native_code = property(lambda self: 1 if self.stochastic else 2)
 
     def encode(self, x: Array, bits: Array | None) -> Encoded:
@@ -233,22 +234,18 @@ class Linear(InBlocks):
     """
 
     def encode(self, x: Array, bits: Array | None) -> Encoded:
-        size = size_for(x.shape[-1], self.block)
-        bits = None if bits is None else split(bits, size)
-        codes, scale = self.encode_blocks(split(x, size), bits, BY_XLA)
+        codes, scale = self.encode_blocks(*self.split((x, bits)), along_last)
         return Encoded(join(codes, x.shape[-1]).astype(jnp.int8), scale[..., 0])
 
     def decode(self, codes: Array, scales: Any) -> Array:
-        length = codes.shape[-1]
-        blocks = split(codes, size_for(length, self.block))
-        return join(self.decode_blocks(blocks, scales[..., None]), length)
+        return join(self.decode_blocks(self.split(codes), scales[..., None]), codes.shape[-1])
 
     def holds(self, shape: tuple[int, ...]) -> bool:
         return is_large(shape, last=self.block // 2)
 
-    def encode_blocks(self, x: Array, bits: Array | None, over: Extremes) -> tuple[Array, Array]:
+    def encode_blocks(self, x: Array, bits: Array | None, largest: Largest) -> tuple[Array, Array]:
         """Codes of whole blocks in float32, and scales with 1 in place of a block."""
-        scale = float_of(over.largest(bits_of(x))) * (1 / 127)
+        scale = float_of(largest(bits_of(x))) * (1 / 127)
         # Not in denormals: their reciprocals are infinite.
         per_code = jnp.where(scale < 2.0**-125, 0, 1 / jnp.maximum(scale, 2.0**-125))
         return jnp.clip(jnp.floor(x * per_code + threshold(bits)), -127, 127), scale

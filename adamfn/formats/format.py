@@ -77,48 +77,41 @@ class BaseFormat:
         """The same for a shard, in `jax.shard_map`, of a leaf split so; for a known `block`."""
         return self
 
-    def in_tile(self, inside: Array | None, over: Any) -> Any:
-        """The same for a kernel's tile of whole blocks, with their `Extremes`."""
-        return InTile(self, inside, over) if self.kernel_block else self
-
     def ends(self, mu: Any, nu: Any) -> dict[str, Array]:
         """Where codes are at an end of their range: bool arrays lowest, highest, largest."""
         return {}
 
 
+class Elementwise(BaseFormat):
+    """The answers of float32, and of codecs that store each element by itself."""
+
+    block = kernel_block = native_code = 0
+    stores_rows = True
+    largest = None
+
+
 class InTile(NamedTuple):
-    """A format for a tile of whole blocks. Elements outside the leaf count as zero."""
+    """A format with blocks for a kernel's tile of them. Elements outside the leaf count as 0."""
 
     format: Any
     inside: Array | None
-    over: Any
-    factors: Any = ()
-    """Of the next nu, for a format with `factors`."""
+    largest: Any
+    factors: Any = ()  # of the next nu, for a format with `factors`
 
     def encode(self, mu: Array, nu: Array, noise: Array | None) -> Stored:
         if self.inside is not None:
             mu, nu = (jnp.where(self.inside, x, 0) for x in (mu, nu))
         shared: Any = math.prod(self.factors) if self.factors else nu
-        return self.format.encode_blocks(mu, shared, noise, self.over)
+        return self.format.encode_blocks(mu, shared, noise, self.largest)
 
     def decode(self, stored: Stored) -> tuple[Array, Array]:
         return self.format.decode_blocks(stored)
 
 
-_OF_FLOAT32 = {
-    "block": 0,
-    "stores_rows": True,
-    "kernel_block": 0,
-    "native_code": 0,
-    "largest": None,
-}
-
-
 def answer(format: Any, name: str) -> Any:
     """An attribute or bound method of `BaseFormat`, for a format, a codec, or None for float32."""
     format = format.format if isinstance(format, InTile) else format
-    if format is None and name in _OF_FLOAT32:
-        return _OF_FLOAT32[name]
+    format = Elementwise() if format is None else format
     for owner in type(format).__mro__ if isinstance(format, BaseFormat) else ():
         if name in vars(owner):
             return getattr(format, name)
@@ -127,6 +120,15 @@ def answer(format: Any, name: str) -> Any:
             break  # an answer from before the override may be wrong
     default = getattr(BaseFormat, name)
     return partial(default, format) if callable(default) else default
+
+
+def has_hash(value: Any) -> bool:
+    """Whether compiled programs can be cached by a format or a formula."""
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def is_narrow(dtype: Any) -> bool:

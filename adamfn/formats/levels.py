@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from adamfn.formats.bits import INFINITY, bits_of, float_of, near_root, nearest, quotient
-from adamfn.formats.blocks import BlockScales, Blockwise, Extremes
+from adamfn.formats.blocks import BlockScales, Blockwise, Largest
 from adamfn.formats.format import Stored
 from adamfn.formats.noise import dither, halves, threshold
 
@@ -61,10 +61,10 @@ class EightBit(Blockwise):
     def ends(self, mu: Any, nu: Any) -> dict[str, Array]:
         return {"lowest": nu == 1, "highest": nu == 255, "largest": jnp.abs(mu) == 127}
 
-    def encode_blocks(self, mu: Array, nu: Array, noise: Array | None, over: Extremes) -> Stored:
+    def encode_blocks(self, mu: Array, nu: Array, noise: Array | None, largest: Largest) -> Stored:
         mu_bits, nu_bits = halves(noise)
         nu = bits_of(nu)
-        top, step = _spanning(nu, _EIGHT_BIT_LEVELS, over)
+        top, step = _spanning(nu, _EIGHT_BIT_LEVELS, largest, octaves=256)
         j = _level(nu, top, step, _EIGHT_BIT_LEVELS, threshold(nu_bits), unbiased=True)
         codes = jnp.where(nu == 0, 0, _EIGHT_BIT_LEVELS - j)
 
@@ -72,12 +72,12 @@ class EightBit(Blockwise):
         # below has a root smaller by this factor at most, with room for roundings.
         fall = 1 + 2.0**-20 + step.astype(jnp.float32) * 2.0**-24
         ratio = mu * jnp.where(nu == 0, 0, quotient(1.0, near_root(nu)))
-        largest = fall * float_of(over.largest(bits_of(ratio)))
+        widest = fall * float_of(largest(bits_of(ratio)))
         # A smaller ratio is no update. With it, the quotients below could be infinite.
-        per_code = quotient(127.0, jnp.maximum(largest, _SMALLEST_RATIO))
+        per_code = quotient(127.0, jnp.maximum(widest, _SMALLEST_RATIO))
         ratio = mu * jnp.where(nu == 0, 0, quotient(per_code, near_root(top - j * step)))
         signed = nearest(ratio + dither(mu_bits))
-        return Stored(signed, codes, BlockScales(largest * (1 / 127), float_of(top), step))
+        return Stored(signed, codes, BlockScales(widest * (1 / 127), float_of(top), step))
 
     def decode_blocks(self, stored: Any) -> tuple[Array, Array]:
         mu_codes, nu_codes, (scale, top, step) = stored
@@ -124,17 +124,17 @@ class FourBit(Blockwise):
         largest = (j >= 0) & (jnp.abs(shifted - _MU_LARGEST) == _MU_LARGEST)
         return {"lowest": j == _NU_LEVELS - 1, "highest": j == 0, "largest": largest}
 
-    def encode_blocks(self, mu: Array, nu: Array, noise: Array | None, over: Extremes) -> Stored:
+    def encode_blocks(self, mu: Array, nu: Array, noise: Array | None, largest: Largest) -> Stored:
         nu = bits_of(nu)
-        top, step = _spanning(nu, _NU_LEVELS, over, octaves=40)
+        top, step = _spanning(nu, _NU_LEVELS, largest, octaves=40)
         j = _level(nu, top, step, _NU_LEVELS, threshold(halves(noise)[1]), unbiased=False)
         ratio = mu * jnp.where(nu == 0, 0, quotient(1.0, near_root(nu)))
-        largest = float_of(over.largest(bits_of(ratio)))
-        per_level = quotient(float(_MU_LARGEST), jnp.maximum(largest, _SMALLEST_RATIO))
+        widest = float_of(largest(bits_of(ratio)))
+        per_level = quotient(float(_MU_LARGEST), jnp.maximum(widest, _SMALLEST_RATIO))
         # Divided anew: XLA would keep a quotient that is used twice in memory.
         ratio = mu * jnp.where(nu == 0, 0, quotient(per_level, near_root(nu)))
         codes = jnp.where(nu == 0, 0, 1 + _MU_LEVELS * j + (nearest(ratio) + _MU_LARGEST))
-        return Stored(None, codes, BlockScales(largest * (1 / _MU_LARGEST), float_of(top), step))
+        return Stored(None, codes, BlockScales(widest * (1 / _MU_LARGEST), float_of(top), step))
 
     def decode_blocks(self, stored: Any) -> tuple[Array, Array]:
         _, codes, (scale, top, step) = stored
@@ -147,16 +147,16 @@ class FourBit(Blockwise):
         return ratio * near_root(nu), float_of(nu)
 
 
-def _spanning(bits: Array, number: int, over: Extremes, octaves: int = 256) -> tuple[Array, Array]:
+def _spanning(bits: Array, number: int, largest: Largest, octaves: int) -> tuple[Array, Array]:
     """Levels that span the nonzero elements of each block: level j has the bits `top - j step`.
 
     They span at most `octaves` from the largest down. Both results are int32 of (..., 1).
     """
     # The last may come out as much below the smallest element. XLA flushes less than 2^-126 to 0.
     least = 0x00800000 + number
-    top = jnp.maximum(over.largest(bits), least)
-    # One less, without the sign: zeros are the largest.
-    bottom = jnp.maximum(over.smallest(bits - 1 & 0x7FFFFFFF) + 1, least)
+    top = jnp.maximum(largest(bits), least)
+    # The smallest but for zeros, which are the smallest of the complements.
+    bottom = jnp.maximum(-largest(-bits & 0x7FFFFFFF) & 0x7FFFFFFF, least)
     span = jnp.clip(top - bottom, 0, min(octaves << 23, INFINITY))
     return top, jnp.maximum(jax.lax.div(span + (number - 2), np.int32(number - 1)), 1)
 

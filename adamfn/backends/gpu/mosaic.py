@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu
 from adamfn.backends import tile
 from adamfn.core.program import Call
 from adamfn.formats.bits import Operations, lending
-from adamfn.formats.blocks import Extremes, size_for
+from adamfn.formats.blocks import size_for
 from adamfn.formats.indices import indices_at, runs_of
 
 WARPS, LANES = 4, 32
@@ -90,6 +90,9 @@ def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]
     def spread(x: jax.Array) -> jax.Array:
         return laid(jax.lax.broadcast_in_dim(x, shape, (0,)))
 
+    def largest(x: jax.Array) -> jax.Array:
+        return spread(jnp.max(x, axis=1))
+
     def load(ref: Any, rows: Any) -> jax.Array:
         by_block = len(ref.shape) == 1
         if layout is None:
@@ -105,9 +108,8 @@ def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]
         row, within = (laid(jax.lax.broadcasted_iota(jnp.int32, shape, axis)) for axis in (0, 1))
         elements = indices_at((first + row) * size + within, runs)
         tiles = [load(ref, rows) for ref in given[: len(arrays)]]
-        over = Extremes(*(lambda x, f=f: spread(f(x, axis=1)) for f in (jnp.max, jnp.min)))
         with lending(None if layout is None else _operations(layout)):
-            values = tile.run_tile(call, step, tiles, elements, None, over)
+            values = tile.run_tile(call, step, tiles, elements, None, largest)
         for k, value in zip(places, values, strict=True):
             target = given[k]
             if start:  # the first of these blocks have taken their step
