@@ -120,15 +120,15 @@ class Blockwise(InBlocks, abc.ABC):
         """The inverse of `encode_blocks`."""
 
     def encode(self, mu: Array, nu: Array, noise: Array | None) -> Stored:
-        *codes, scales = self.encode_blocks(*self.split((mu, nu, noise)), along_last)
-        narrow = jax.tree.map(
-            lambda x, dtype: join(x.astype(dtype), mu.shape[-1]), codes, [*self.dtypes]
-        )
-        return Stored(*narrow, jax.tree.map(lambda scale: scale[..., 0], scales))
+        length, (mu, nu, noise) = mu.shape[-1], self.split((mu, nu, noise))
+        *codes, scales = self.encode_blocks(mu, nu, noise, along_last)
+        mu, nu = jax.tree.map(lambda x, dtype: join(x.astype(dtype), length), codes, [*self.dtypes])
+        return Stored(mu, nu, jax.tree.map(lambda scale: scale[..., 0], scales))
 
     def decode(self, stored: Stored) -> tuple[Array, Array]:
         scales = jax.tree.map(lambda scale: scale[..., None], stored.scales)
-        mu, nu = self.decode_blocks(Stored(*self.split(stored[:2]), scales))
+        mu, nu = self.split(stored[:2])
+        mu, nu = self.decode_blocks(Stored(mu, nu, scales))
         length = jax.tree.leaves(stored[:2])[0].shape[-1]
         return join(mu, length), join(nu, length)
 

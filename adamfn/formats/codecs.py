@@ -234,7 +234,8 @@ class Linear(InBlocks):
     """
 
     def encode(self, x: Array, bits: Array | None) -> Encoded:
-        codes, scale = self.encode_blocks(*self.split((x, bits)), along_last)
+        blocks, bits = self.split((x, bits))
+        codes, scale = self.encode_blocks(blocks, bits, along_last)
         return Encoded(join(codes, x.shape[-1]).astype(jnp.int8), scale[..., 0])
 
     def decode(self, codes: Array, scales: Any) -> Array:
