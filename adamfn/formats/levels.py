@@ -32,9 +32,10 @@ class EightBit(Blockwise):
 
     $$ \nu = \text{float}(T - (255 - k)\, s), \qquad \mu = l \cdot \text{scale} \cdot r(\nu) $$
 
-    The levels span the block's nonzero nu; r(nu) is nu's root, up to 6 per cent. That ratio of
-    moments is nearly Adam's update, so mu keeps as many digits where gradients are small as where
-    they are large. Rounding is stochastic and unbiased: nu's, and mu's given nu's level.
+    The levels span the block's nonzero nu, but 48 octaves (7 decades of gradients) at most; nu
+    below rounds up to the last. r(nu) is nu's root, up to 6 per cent. That ratio of moments is
+    nearly Adam's update, so mu keeps as many digits where gradients are small as where they are
+    large. Rounding is stochastic and unbiased: nu's, and mu's given nu's level.
 
     Infinity and NaN stay visible: in nu as that element (a NaN makes the block's infinities NaN
     too), in mu as its whole block. A nonzero nu stays nonzero; below 2^-126 it becomes that. mu is
@@ -64,7 +65,7 @@ class EightBit(Blockwise):
     def encode_blocks(self, mu: Array, nu: Array, noise: Array | None, largest: Largest) -> Stored:
         mu_bits, nu_bits = halves(noise)
         nu = bits_of(nu)
-        top, step = _spanning(nu, _EIGHT_BIT_LEVELS, largest, octaves=256)
+        top, step = _spanning(nu, _EIGHT_BIT_LEVELS, largest, octaves=48)
         j = _level(nu, top, step, _EIGHT_BIT_LEVELS, threshold(nu_bits), unbiased=True)
         codes = jnp.where(nu == 0, 0, _EIGHT_BIT_LEVELS - j)
 
@@ -150,14 +151,16 @@ class FourBit(Blockwise):
 def _spanning(bits: Array, number: int, largest: Largest, octaves: int) -> tuple[Array, Array]:
     """Levels that span the nonzero elements of each block: level j has the bits `top - j step`.
 
-    They span at most `octaves` from the largest down. Both results are int32 of (..., 1).
+    They span at most `octaves` from the largest down, if it is finite: elements whose gradients
+    have been zero for long would stretch them. Both results are int32 of (..., 1).
     """
     # The last may come out as much below the smallest element. XLA flushes less than 2^-126 to 0.
     least = 0x00800000 + number
     top = jnp.maximum(largest(bits), least)
     # The smallest but for zeros, which are the smallest of the complements.
     bottom = jnp.maximum(-largest(-bits & 0x7FFFFFFF) & 0x7FFFFFFF, least)
-    span = jnp.clip(top - bottom, 0, min(octaves << 23, INFINITY))
+    most = jnp.where(top < INFINITY, np.int32(octaves << 23), np.int32(INFINITY))
+    span = jnp.clip(top - bottom, 0, most)
     return top, jnp.maximum(jax.lax.div(span + (number - 2), np.int32(number - 1)), 1)
 
 

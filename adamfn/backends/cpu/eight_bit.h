@@ -11,6 +11,7 @@
 namespace adamfn::ADAMFN_VARIANT {
 
 inline constexpr float kSmallestRatio = 0x1p-50f;
+inline constexpr int32_t kOctaves = 48;  // that levels span at most
 
 // The integer nearest to an |x| < 2^22, of two as near the even one.
 inline int32_t Nearest(float x) {
@@ -48,7 +49,8 @@ ADAMFN_LOOPS inline void EncodeBlock(const float* __restrict mu, const float* __
     lowest = std::min(lowest, bits ? bits : kInfinity);
   }
   const int32_t top = std::max(highest, kLeast), bottom = std::max(lowest, kLeast);
-  const int32_t span = std::clamp(top - bottom, 0, kInfinity);
+  const int32_t most = top < kInfinity ? kOctaves << 23 : kInfinity;
+  const int32_t span = std::clamp(top - bottom, 0, most);
   const int32_t step = std::max((span + (kLevels - 2)) / (kLevels - 1), 1);
 
   // The ratios are taken with nu before it is rounded; the root of a level below is smaller by
