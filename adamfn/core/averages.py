@@ -19,8 +19,7 @@ _LOG_OF_ZERO = -1000.0  # its exponential is 0; an infinity would trip JAX's che
 class Decay(NamedTuple):
     """The decay b of an average, as formulas need it; `decay` makes one."""
 
-    complement: Numeric
-    """1 - b"""
+    complement: Numeric  # 1 - b
     rate: Numeric | None
     """b, or None where it is known to be at least 1/2, which saves a select in every leaf."""
 

@@ -29,6 +29,8 @@ from adamfn.trees import (
     wide_dtype,
 )
 
+_REPACK = "adamfn.repack converts the state of a packed chain into that of a plain one, and back."
+
 Kept = tuple[Any, ...]
 """The state of one leaf for one stage: an array or None for each field, then any scales."""
 
@@ -37,34 +39,22 @@ _WAY_OUT = (
     " state that lost its containers, `carry_over` for a model that has grown."
 )
 
-_REPACK = "adamfn.repack converts the state of a packed chain into that of a plain one, and back."
-
 
 @dataclass
 class Leaf:
     """One leaf on its way through a run of stages."""
 
     path: Any
-    index: int
-    """Its place in the tree. Its random bits are made from it."""
-    grad: Any
-    """The gradient that the run was given."""
-    param: Any
-    """None if `update` was given none. If no stage reads it, its dtype alone is used."""
-    formats: list[Format | None] = field(default_factory=list[Any])
-    """The format of its moments, for each stage."""
-    kept: list[Kept] = field(default_factory=list[Any])
-    """Its state for each stage."""
-    active: list[bool] = field(default_factory=list[bool])
-    """Whether each stage's mask has it."""
-    shards: Shards | None = None
-    """How it is split over a mesh for its step."""
-    seen: Any = None
-    """The gradient that its moments were given."""
-    update: Any = None
-    """The gradient at first, then the update of the segments so far."""
-    program: Any = None
-    """Its program in the segment at hand."""
+    index: int  # its place in the tree, from which its random bits are made
+    grad: Any  # that the run was given
+    param: Any  # None if `update` was given none; its dtype alone is used if no stage reads it
+    formats: list[Format | None] = field(default_factory=list[Any])  # of its moments, by stage
+    kept: list[Kept] = field(default_factory=list[Any])  # its state, by stage
+    active: list[bool] = field(default_factory=list[bool])  # whether each stage's mask has it
+    shards: Shards | None = None  # how it is split over a mesh for its step
+    seen: Any = None  # the gradient that its moments were given
+    update: Any = None  # the gradient at first, then the update of the segments so far
+    program: Any = None  # in the segment at hand
 
     def __post_init__(self) -> None:
         """The gradient is the first update."""

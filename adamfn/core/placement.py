@@ -32,8 +32,7 @@ class Shards:
     """How a leaf is split over a mesh for its step."""
 
     mesh: Mesh | AbstractMesh
-    axes: Axes
-    """The mesh axes that split each dimension of its moments."""
+    axes: Axes  # the mesh axes that split each dimension of its moments
     home: Axes
     """Likewise of the updates. So are parameters, unless explicit axes split them otherwise."""
 
@@ -153,25 +152,18 @@ def zeros_beside(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
         whole = axes_of_spec(device.spec, leaf.ndim)
         axes = axes_beside(like.shape, leaf.shape, whole, device.mesh) if fits else ()
         known = any(whole) or AxisType.Manual in device.mesh.axis_types
-        if traced and fits and not known and all(map(_divides, like.shape, leaf.shape)):
-            return _zeros_alike(leaf, like)
+        whole_blocks = fits and all(map(lambda m, n: m > 0 and n % m == 0, like.shape, leaf.shape))
+        if traced and whole_blocks and not known:
+            # XLA splits what is made of a leaf as it splits the leaf.
+            blocks = [k for m, n in zip(like.shape, leaf.shape, strict=True) for k in (m, n // m)]
+            first_of_each = leaf.reshape(blocks)[(slice(None), 0) * leaf.ndim]
+            return jnp.where(first_of_each == 0, jnp.zeros((), like.dtype), 0)
         split = NamedSharding(device.mesh, spec_of(axes), memory_kind=device.memory_kind)
         device = split if any(axes) or not traced else None
     elif device is not None and len(device.device_set) > 1:
         device = None  # a sharding of this one shape
     zeros = jnp.zeros(like.shape, like.dtype, device=device)
     return vary_together([zeros, leaf])[0] if traced else zeros
-
-
-def _zeros_alike(leaf: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Zeros that XLA splits as it splits a traced leaf: it says so of what is made of the leaf."""
-    blocks = [k for m, n in zip(like.shape, leaf.shape, strict=True) for k in (m, n // m)]
-    first_of_each = leaf.reshape(blocks)[(slice(None), 0) * leaf.ndim]
-    return jnp.where(first_of_each == 0, jnp.zeros((), like.dtype), 0)
-
-
-def _divides(m: Any, n: Any) -> bool:
-    return m > 0 and n % m == 0
 
 
 def _name(path: Path) -> str:

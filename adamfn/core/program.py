@@ -30,10 +30,8 @@ class Part(NamedTuple):
     name: str
     formula: Callable[..., Any]
     reads: tuple[str, ...]
-    keeps: tuple[str, ...]
-    """The names of the arrays that the stage keeps."""
-    format: Format | None
-    """How they are stored; None for as they are."""
+    keeps: tuple[str, ...]  # the names of the arrays that the stage keeps
+    format: Format | None  # how they are stored; None for as they are
 
     def decoded(self, row: Kept, dtype: Any) -> list[jax.Array]:
         """The arrays that it keeps, as its formula reads them."""
@@ -52,23 +50,15 @@ class Program:
     """The formulas of one segment for one leaf."""
 
     parts: tuple[Part, ...]
-    scalars: Any
-    """The structure of the scalars: a tuple with a tuple for each part."""
-    dtype: Any
-    """The real dtype that it computes in."""
-    moves: bool
-    """Whether it moves the parameter."""
-    update_dtype: Any
-    """The dtype of the update that it returns; None if it returns none."""
-    gated: bool = False
-    """Whether the last scalar is a gate: where it is 0, the step is skipped."""
-    elementwise: bool = True
-    """Whether each output element depends only on the matching input elements."""
+    scalars: Any  # their structure: a tuple with a tuple for each part
+    dtype: Any  # the real one that it computes in
+    moves: bool  # whether it moves the parameter
+    update_dtype: Any  # of the update that it returns; None if it returns none
+    gated: bool = False  # whether the last scalar is a gate: where it is 0, the step is skipped
+    elementwise: bool = True  # whether outputs depend only on the matching input elements
     given: tuple[tuple[int, Part], ...] = ()
-    """Parts of earlier segments that keep moments which this one reads, each with the place of its
-    stage in the run. XLA runs such a program."""
-    given_grads: bool = False
-    """Whether it is given the gradient besides the update. XLA runs such a program."""
+    """Parts of earlier segments whose moments it reads, each with its stage's place in the run."""
+    given_grads: bool = False  # whether it is given the gradient besides the update
 
     @property
     def fused(self) -> bool:
@@ -111,8 +101,7 @@ class Program:
           u: the gradient, or the update of an earlier segment.
           p: the parameter; None if the program does not read it.
           kept: the state of the leaf for each part.
-          indices: of a shard or a tile of a leaf, the indices of its elements in the whole leaf,
-            uint32 of u's shape; None for a whole leaf.
+          indices: of a shard's or a tile's elements in the whole leaf, uint32; None for all of it.
           given: the state of the leaf for each of the parts in `given`, then the gradient.
         """
         taken = scalars[-1] > 0 if self.gated else None
@@ -190,8 +179,7 @@ class Call:
 
     program: Program
     leaves: int
-    kept: Any
-    """The structure of the state: a list with a list over the parts for each leaf."""
+    kept: Any  # the structure of the state: a list with a list over the parts for each leaf
     strides: tuple[tuple[int, ...], ...] | None = None
     """Of shards: the strides of each whole leaf, in which elements are indexed."""
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from adamfn.formats.bits import INFINITY, float_of
 
@@ -31,23 +32,18 @@ class Weights:
         """The dtype of corrections; None if there are none."""
         return {16: None, 24: jnp.int8, 32: jnp.int16}[self.bits]
 
-    def decode(self, stored: jax.Array, correction: jax.Array | None = None) -> jax.Array:
+    def decode(self, stored: Array, correction: Array | None = None) -> Array:
         """The float32 weight of a bfloat16 one, given in float32, and its correction."""
         if correction is None:
             return stored
         return float_of(_word(stored) + (correction.astype(jnp.int32) << (32 - self.bits)))
 
-    def split(
-        self, x: jax.Array, random: jax.Array | int | None = None
-    ) -> tuple[jax.Array, jax.Array]:
+    def split(self, x: Array, random: Array | None = None) -> tuple[Array, Array]:
         """A float32 weight as a bfloat16 one and a correction, both in float32.
 
-        Args:
-          x: the weight.
-          random: int32, added to the word before bits are dropped; None rounds to nearest.
+        `random`, int32, is added to the word before bits are dropped; None rounds to nearest.
         """
-        word = _word(x)
-        dropped = (1 << (32 - self.bits)) - 1
+        word, dropped = _word(x), (1 << (32 - self.bits)) - 1
         rounded = (word + ((dropped + 1) >> 1 if random is None else random)) & ~dropped
         nearest = (rounded + 0x8000) & ~0xFFFF
         finite = (word & INFINITY) != INFINITY  # infinity and NaN have no bits to keep
@@ -55,35 +51,21 @@ class Weights:
         return jnp.where(finite, float_of(nearest), x), correction.astype(jnp.float32)
 
     def __call__(
-        self,
-        u: jax.Array,
-        weight: jax.Array,
-        stored: jax.Array,
-        noise: jax.Array,
-        *corrections: jax.Array,
-    ) -> tuple[jax.Array, ...]:
+        self, u: Array, weight: Array, stored: Array, noise: Array, *corrections: Array
+    ) -> tuple[Array, ...]:
         """The update that lands on the new bfloat16 weight, and the new correction, if any.
 
-        Args:
-          u: the update.
-          weight: the weight, from `decode`.
-          stored: the bfloat16 parameter, in float32.
-          noise: uint32 of their shape.
-          *corrections: the old correction.
+        The weight is from `decode`, and the bfloat16 that is stored is given in float32. Noise is
+        uint32 of their shape, and a correction the old one.
         """
-        new, correction = (
-            self.split(weight + u) if self.bits == 32 else self._split_sum(weight, u, noise)
-        )
+        exact = self.bits == 32
+        new, lower = self.split(weight + u) if exact else self._split_sum(weight, u, noise)
         u = new - stored
-        if not corrections:
-            return (u,)
         # From 1 to 1e-9 in one step, the sum of weight and update misses: no correction fits.
         lands = (stored + u).astype(jnp.bfloat16).astype(jnp.float32) == new
-        return u, jnp.where(lands, correction, 0)
+        return (u, jnp.where(lands, lower, 0)) if corrections else (u,)
 
-    def _split_sum(
-        self, p: jax.Array, u: jax.Array, noise: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def _split_sum(self, p: Array, u: Array, noise: Array) -> tuple[Array, Array]:
         """`split` of `p + u` in exact arithmetic, rounded without bias.
 
         The sum in float32 has already lost most of an update of 1e-8 to a weight of 1, the same way
@@ -102,5 +84,5 @@ class Weights:
         return self.split(total, (noise >> bits).astype(jnp.int32) + carried)
 
 
-def _word(x: jax.Array) -> jax.Array:
+def _word(x: Array) -> Array:
     return jax.lax.bitcast_convert_type(x, jnp.int32)
