@@ -10,9 +10,8 @@ from jax.typing import DTypeLike
 
 from adamfn.chains.chain import chain
 from adamfn.chains.transform import GradientTransformation
-from adamfn.core.hyperparameters import ScalarOrSchedule
+from adamfn.core.hyperparameters import ScalarOrSchedule, explained
 from adamfn.core.masks import Mask
-from adamfn.core.naming import explained
 from adamfn.formats import Moments, with_mu_dtype
 from adamfn.stages.moments import (
     bias_correct,

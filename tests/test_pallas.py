@@ -20,7 +20,7 @@ from adamfn.backends.gpu import triton
 from adamfn.backends.tile import means_in
 from adamfn.backends.tpu import kernel as mosaic
 from adamfn.backends.xla import run_call
-from adamfn.formats.indices import strides_of
+from adamfn.formats.noise import strides_of
 
 DEVICES = {
     "tpu": {"platform": "tpu", "device_kind": "TPU v5e", "num_cores": 1},

@@ -15,10 +15,9 @@ from adamfn.backends.primitive import Backend, bind_primitive
 from adamfn.backends.shards import run_on_shards
 from adamfn.backends.xla import run_call, run_whole
 from adamfn.core.leaf import Leaf
-from adamfn.core.placement import Shards, split_like, split_together
+from adamfn.core.placement import Shards, axes_of, split_like, split_together
 from adamfn.core.program import Call, Program
 from adamfn.core.stage import Stage
-from adamfn.core.varying import axes_of
 from adamfn.formats.noise import mixed
 from adamfn.trees import at_least
 

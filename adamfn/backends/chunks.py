@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from adamfn.backends import tile
+from adamfn.core.placement import vary_together
 from adamfn.core.program import Call
-from adamfn.core.varying import vary_together
 from adamfn.formats.format import answer
-from adamfn.formats.indices import indices_at, runs_of
-from adamfn.formats.noise import Seed
+from adamfn.formats.noise import Seed, indices_at, runs_of
 
 ELEMENTS = 2**20
 """Elements of a chunk, unless a row is longer: with 60 temporary bytes for each, 60 MiB."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from adamfn.backends import tile
 from adamfn.core.program import Call
 from adamfn.formats.blocks import along, size_for
-from adamfn.formats.indices import indices_at, runs_of
+from adamfn.formats.noise import indices_at, runs_of
 
 
 def can_run(call: Call, avals: Sequence[Any]) -> bool:

@@ -10,8 +10,8 @@ from jax.interpreters import ad, batching, mlir
 
 from adamfn.backends.cpu import lowering
 from adamfn.backends.xla import by_leaf, run_call
+from adamfn.core.placement import vary_together
 from adamfn.core.program import Call
-from adamfn.core.varying import vary_together
 
 Backend = Literal["auto", "xla", "pallas", "mosaic_gpu"]
 """What runs a program: the fastest known where it is lowered, plain XLA, or Pallas kernels, on GPU

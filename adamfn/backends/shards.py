@@ -26,7 +26,7 @@ from adamfn.core.placement import (
 from adamfn.core.program import Call
 from adamfn.formats.blocks import cut_block
 from adamfn.formats.format import answer
-from adamfn.formats.indices import strides_of
+from adamfn.formats.noise import strides_of
 from adamfn.trees import describe
 
 

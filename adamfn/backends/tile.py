@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from adamfn.core.placement import shape_like
 from adamfn.core.program import Call
-from adamfn.core.varying import shape_like
 from adamfn.formats.blocks import Largest
 from adamfn.formats.format import InTile, answer
 from adamfn.formats.noise import Seed

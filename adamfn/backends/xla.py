@@ -7,10 +7,9 @@ from typing import Any
 import jax
 
 from adamfn.core.leaf import Kept
+from adamfn.core.placement import vary_together
 from adamfn.core.program import Call, Program
-from adamfn.core.varying import vary_together
-from adamfn.formats.indices import indices_of
-from adamfn.formats.noise import Seed
+from adamfn.formats.noise import Seed, indices_of
 
 
 def run_call(

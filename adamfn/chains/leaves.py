@@ -13,9 +13,8 @@ from adamfn.backends.shards import split_of
 from adamfn.core.averages import increment
 from adamfn.core.leaf import Leaf, as_fields, check_corrections, first_fields, kept_by_leaf
 from adamfn.core.masks import broadcast_mask
-from adamfn.core.placement import Path, Shards
+from adamfn.core.placement import Path, Shards, with_type_of
 from adamfn.core.stage import Stage, counted
-from adamfn.core.varying import with_type_of
 from adamfn.formats import choose_formats
 from adamfn.trees import (
     PyTree,

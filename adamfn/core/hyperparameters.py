@@ -1,16 +1,20 @@
 """Hyperparameters: numbers, scalar arrays and functions of the count, and their checks."""
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, TypeAlias, cast
+from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from adamfn.trees import Numeric, describe, shown
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 Schedule: TypeAlias = Callable[[jax.Array], Numeric]
 """A function of the number of steps taken so far; any optax schedule is one."""
@@ -29,11 +33,9 @@ def scalar(name: str, value: Any, *, below: float = math.inf, narrow: bool = Fal
     value = _unboxed(value)
     if isinstance(value, jax.Array):
         return _scalar_array(name, value, narrow)
-    if isinstance(value, np.ndarray | np.generic) and jnp.issubdtype(value.dtype, jnp.floating):
-        value = float(value) if value.ndim == 0 else value  # bfloat16 is no Real
-    elif isinstance(value, np.ndarray) and value.ndim == 0:
-        value = value.item()
-    if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
+    if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
+        value = value.item()  # bfloat16 is no Real
+    if isinstance(value, bool) or not isinstance(value, Real):
         hint = " optax.inject_hyperparams makes one of a schedule." if callable(value) else ""
         if len(jax.tree.leaves(value)) > 1:
             hint = " Parameters are for init: state = tx.init(params)."
@@ -112,3 +114,38 @@ def _scalar_array(name: str, value: jax.Array, narrow: bool) -> jax.Array:
             " expected float32. With optax.inject_hyperparams, pass hyperparam_dtype=jnp.float32."
         )
     return value
+
+
+_WAYS_OUT = {
+    "mu_dtype": "how the moments are stored is moments=, such as moments='bfloat16'",
+    "nesterov": "adam(nesterov=...) is Adam with and without it",
+    "lr": "the rate is learning_rate=",
+    **dict.fromkeys(("betas", "beta1", "beta2"), "the decays are b1= and b2="),
+    "epsilon": "it is eps=",
+    "weight_decay": "decoupled decay is adamw(weight_decay=...), and an L2 penalty is"
+    " chain(add_decayed_weights(...), adam(...))",
+    "amsgrad": "it is a recipe of its own, amsgrad(...)",
+    "maximize": "negate the loss, or chain optax.scale(-1.0) before it",
+    "bias_correction": "without it the chain is chain(scale_by_moments(...), scale_by_lr(...))",
+}
+
+
+def explained(recipe: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The recipe, with a TypeError for unknown arguments that says what to write instead."""
+    name, spec = recipe.__name__, inspect.getfullargspec(recipe)
+    known = [*spec.args, *spec.kwonlyargs]
+
+    @functools.wraps(recipe)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if len(args) > (most := len(spec.args)):
+            raise TypeError(
+                f"{name}: found {len(args)} positional arguments, and {shown(args[most])} as the"
+                f" {most + 1}th; expected at most {most}: {', '.join(spec.args)}. Give all others"
+                " by name."
+            )
+        for key in [key for key in kwargs if key not in known]:
+            way_out = _WAYS_OUT.get(key, f"it takes {', '.join(known)}")
+            raise TypeError(f"{name}: found the argument {key}={shown(kwargs[key])}; {way_out}.")
+        return recipe(*args, **kwargs)
+
+    return checked

@@ -189,12 +189,10 @@ def decode(format: Format, fields: Sequence[str], kept: Kept) -> list[jax.Array]
     mu, nu, *more, (scales, *more_scales) = kept
     moments = [*format.decode(Stored(mu, nu, scales))]
     for name, codes, own in zip(fields[2:], more, more_scales, strict=True):
-        if name.startswith("mu"):
-            stored = Stored(None, codes, own) if mu is None else Stored(codes, nu, own)
-            moments.append(format.decode(stored)[0])
-        else:
-            nothing = jax.tree.map(jnp.zeros_like, mu)
-            moments.append(format.decode(Stored(nothing, codes, own))[1])
+        like_nu = not name.startswith("mu")
+        zeros = jax.tree.map(jnp.zeros_like, mu)  # None if nu's place has the codes of both
+        stored = Stored(zeros, codes, own) if like_nu or mu is None else Stored(codes, nu, own)
+        moments.append(format.decode(stored)[like_nu])
     return moments
 
 
@@ -204,12 +202,10 @@ def encode(format: Format, fields: Sequence[str], moments: Sequence[Any], noise:
     stored = format.encode(mu, nu, noise)
     codes, scales = [stored.mu, stored.nu], [stored.scales]
     for name, x in zip(fields[2:], more, strict=True):
-        if name.startswith("mu"):
-            other = format.encode(x, nu, noise)
-            codes.append(other.nu if other.mu is None else other.mu)
-        else:  # to the nearest: noise would make a maximum climb
-            other = format.encode(jnp.zeros_like(x), x, None)
-            codes.append(other.nu)
+        like_nu = not name.startswith("mu")  # to the nearest: noise would make a maximum climb
+        operands = (jnp.zeros_like(x), x, None) if like_nu else (x, nu, noise)
+        other = format.encode(*operands)
+        codes.append(other.nu if like_nu or other.mu is None else other.mu)
         scales.append(other.scales)
     return *codes, tuple(scales)
 

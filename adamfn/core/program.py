@@ -19,8 +19,7 @@ from adamfn.core.leaf import Kept, decode, encode
 from adamfn.core.weights import Weights
 from adamfn.formats import Format
 from adamfn.formats.format import answer
-from adamfn.formats.indices import indices_of, strides_of
-from adamfn.formats.noise import Seed, noise_at
+from adamfn.formats.noise import Seed, indices_of, noise_at, strides_of
 from adamfn.trees import describe, widened
 
 

@@ -32,7 +32,7 @@ import numpy as np
 from jax import Array
 
 from adamfn.chains.transform import wide_sum
-from adamfn.core.varying import vary_together
+from adamfn.core.placement import vary_together
 from adamfn.trees import wide_dtype
 
 Figures = dict[str, Array]

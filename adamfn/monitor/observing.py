@@ -11,7 +11,7 @@ import numpy as np
 from adamfn.chains import step as stepping
 from adamfn.chains.transform import Transformation, apply_updates, where_updated
 from adamfn.core.averages import increment
-from adamfn.core.varying import vary_together
+from adamfn.core.placement import vary_together
 from adamfn.monitor.chain_states import count_of, moments_of, rate_of, states_of
 from adamfn.monitor.figures import Figures, measure
 from adamfn.stages.round_weights import rounding_states, whole_weights

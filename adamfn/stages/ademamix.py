@@ -10,9 +10,8 @@ from adamfn.chains.chain import chain
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core import formulas
 from adamfn.core.averages import Averages, decay
-from adamfn.core.hyperparameters import ScalarOrSchedule, scheduled, value_at
+from adamfn.core.hyperparameters import ScalarOrSchedule, explained, scheduled, value_at
 from adamfn.core.masks import Mask
-from adamfn.core.naming import explained
 from adamfn.core.stage import Scalars, exported_state, zeros
 from adamfn.formats import Moments, with_mu_dtype
 from adamfn.stages.moments import PAIR, from_moments

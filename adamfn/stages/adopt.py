@@ -10,8 +10,7 @@ from adamfn.chains.chain import chain
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core import formulas
 from adamfn.core.averages import NO_DECAY, Averages
-from adamfn.core.hyperparameters import ScalarOrSchedule, value_at
-from adamfn.core.naming import explained
+from adamfn.core.hyperparameters import ScalarOrSchedule, explained, value_at
 from adamfn.core.stage import Scalars
 from adamfn.formats import Moments, with_mu_dtype
 from adamfn.stages.moments import from_moments

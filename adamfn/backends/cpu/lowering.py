@@ -23,7 +23,7 @@ from adamfn.core.program import Call, Program
 from adamfn.formats import Format
 from adamfn.formats.blocks import size_for
 from adamfn.formats.format import answer
-from adamfn.formats.indices import runs_of
+from adamfn.formats.noise import runs_of
 
 _UNREAD = 1000
 """The least number of operations for which XLA takes a thread of its own."""

@@ -16,7 +16,7 @@ from adamfn.backends import tile
 from adamfn.core.program import Call
 from adamfn.formats.bits import Operations, lending
 from adamfn.formats.blocks import size_for
-from adamfn.formats.indices import indices_at, runs_of
+from adamfn.formats.noise import indices_at, runs_of
 
 WARPS, LANES = 4, 32
 _LARGEST_BLOCK = 256

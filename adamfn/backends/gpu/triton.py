@@ -17,7 +17,7 @@ from adamfn.backends import tile
 from adamfn.core.program import Call
 from adamfn.formats.bits import Operations, lending
 from adamfn.formats.blocks import along, size_for
-from adamfn.formats.indices import indices_at, runs_of
+from adamfn.formats.noise import indices_at, runs_of
 
 _ELEMENTS = 256
 """Elements of a warp, eight for each thread. With blocks no longer than that, a tile is one warp,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from adamfn.formats.blocks import size_for
-from adamfn.formats.indices import wrapped
+from adamfn.formats.noise import wrapped
 
 LANES = 128
 _WIDEST = 2048

@@ -24,7 +24,7 @@ from adamfn.backends.xla import run_call
 from adamfn.core.program import Call
 from adamfn.formats.blocks import along
 from adamfn.formats.format import answer
-from adamfn.formats.indices import runs_of
+from adamfn.formats.noise import runs_of
 
 
 def _cut_for(call: Call, avals: Sequence[Any]) -> Cut | None:
