@@ -366,10 +366,16 @@ def test_a_schedule_that_returns_no_scalar(name):
 
 
 @pytest.mark.parametrize(
-    ("value", "error"), [(True, TypeError), (-1.0, ValueError), (float("nan"), ValueError)]
+    ("value", "error", "found"),
+    [
+        (True, TypeError, ": its schedule returned the Python bool True"),
+        (-1.0, ValueError, " is -1.0"),
+        (np.float32(-1), ValueError, " is -1.0"),
+        (float("nan"), ValueError, " is nan"),
+    ],
 )
-def test_a_number_from_a_schedule_is_checked_as_any_other(value, error):
-    with refused(error, f"learning_rate is {value}; expected a number"):
+def test_a_number_from_a_schedule_is_checked_as_any_other(value, error, found):
+    with refused(error, f"learning_rate{found}; expected a number"):
         adamfn.adam(lambda count: value).init(PARAMS)
 
 

@@ -463,11 +463,10 @@ def test_threads_share_no_memory_without_order(tmp_path):
 
 
 def test_formats_it_knows():
-    # What is kept in float32 has no format.
     names = adamfn.formats.FORMATS
     known = {name for name in names if answer(get(name), "native_code") is not None}
-    assert known == {"bfloat16", "8bit"}
-    assert answer(None, "native_code") == 0
+    assert known == {"float32", "bfloat16", "8bit"}
+    assert answer(None, "native_code") == answer(get("float32"), "native_code") == 0
 
 
 def test_other_dtypes_go_through_xla():
