@@ -168,10 +168,6 @@ def zeros_beside(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
     return vary_together([zeros, leaf])[0] if traced else zeros
 
 
-def _name(path: Path) -> str:
-    return jax.tree_util.keystr(path) or "the root"
-
-
 def axes_of(x: Any) -> frozenset[Any]:
     """The mesh axes over which an array may vary; none outside `jax.shard_map`."""
     kind: Any = jax.typeof(x)
@@ -202,3 +198,7 @@ def _vary(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
     if not missing:
         return x
     return lax.pcast(x, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, missing)
+
+
+def _name(path: Path) -> str:
+    return jax.tree_util.keystr(path) or "the root"
