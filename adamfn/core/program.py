@@ -142,7 +142,9 @@ class Program:
             read = [known[name] for name in part.reads]
             if isinstance(part.formula, Weights):
                 read += [stored, random_bits(weights=True)]
-            with _promoting(u, *read, *live):
+            # With complex numbers formulas multiply real ones, which strict promotion refuses.
+            mixed = any(map(jnp.iscomplexobj, (u, *read, *live)))
+            with jax.numpy_dtype_promotion("standard") if mixed else nullcontext():
                 u, *new = _checked(part, u, live, part.formula(u, *read, *live, *own))
             known |= zip(part.keeps, new, strict=True)
             if part.format is None:
@@ -203,12 +205,6 @@ def _unchanged_rows(
         row,
         old,
     )
-
-
-def _promoting(*arrays: jax.Array) -> Any:
-    # With complex numbers formulas multiply real ones, which JAX's strict promotion refuses.
-    mixed = any(map(jnp.iscomplexobj, arrays))
-    return jax.numpy_dtype_promotion("standard") if mixed else nullcontext()
 
 
 def _checked(part: Part, u: jax.Array, live: Sequence[jax.Array], returned: Any) -> Sequence[Any]:
