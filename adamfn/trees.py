@@ -207,19 +207,14 @@ def raise_mismatch(
 ) -> NoReturn:
     """Raises the error of `matching_leaves`, which names the first leaf that differs."""
     found, expected = _paths(tree), _paths(other)
-    for path in {**expected, **found}:
-        a, b = found.get(path), expected.get(path)
-        if path not in found or path not in expected or not fits(a, b):
-            differ, a, b = f"differ at {path}", describe(a), describe(b)
-            break
-    else:
+    alike = {path for path in found.keys() & expected if fits(found[path], expected[path])}
+    path = next((path for path in {**expected, **found} if path not in alike), None)
+    if path is None:
         differ = "have the same leaves in different containers"
         a, b = structure_name(tree), structure_name(other)
-    if (
-        found.keys() != expected.keys()
-        and type(tree) is not type(other)
-        and None not in (tree, other)
-    ):
+    elif found.keys() == expected.keys() or type(tree) is type(other) or None in (tree, other):
+        differ, a, b = f"differ at {path}", describe(found.get(path)), describe(expected.get(path))
+    else:
         differ, a, b = "differ at the root", describe(tree), describe(other)
         if type(tree) is tuple and jax.tree.structure(other) in map(jax.tree.structure, tree):
             way_out = "jax.value_and_grad, and has_aux=True, return a pair: pass its gradients."
