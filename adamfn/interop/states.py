@@ -71,24 +71,21 @@ def fill_moments(
     `leaf_of` makes a moment from its field, the path of its leaf, and what `like` has there.
     """
 
-    def fill(node: Any) -> Any:
+    def filled(node: Any) -> Any:
         moments = leaf_fields(node) if holds_moments(node) else []
-
-        def new(field: str, part: Any) -> Any:
+        new: dict[str, Any] = {}
+        for field, part in node._asdict().items() if _counts_steps(node) else ():
             if field == "count":
-                return jnp.array(count, jnp.int32)  # a copy: a buffer is donated once
-            if field in moments:
-                return jax.tree.map_with_path(lambda p, x: leaf_of(field, path_name(p), x), part)
-            return scalars.get(field, walk(part))
+                new[field] = jnp.array(count, jnp.int32)  # a copy: a buffer is donated once
+            elif field in moments:
+                new[field] = jax.tree.map_with_path(
+                    lambda path, x, field=field: leaf_of(field, path_name(path), x), part
+                )
+            else:
+                new[field] = scalars.get(field, fill_moments(part, count, leaf_of, **scalars))
+        return node._replace(**new) if new else node
 
-        return node._replace(**{k: new(k, part) for k, part in node._asdict().items()})
-
-    def walk(tree: PyTree) -> PyTree:
-        return jax.tree.map(
-            lambda node: fill(node) if _counts_steps(node) else node, tree, is_leaf=_counts_steps
-        )
-
-    return walk(like)
+    return jax.tree.map(filled, like, is_leaf=_counts_steps)
 
 
 def _counts_steps(node: Any) -> bool:
