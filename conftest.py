@@ -5,11 +5,11 @@ those that tests start have none: a file is not written at once, and tests kill 
 
 The code of Markdown pages is a test for each page (`website/samples.py`).
 
-Tests that do not depend on XLA's optimizations are compiled without them: the documentation's
-examples, and what says `pytestmark = pytest.mark.unoptimized` (a file) or has that mark (a test),
-with the reason. Compiling is three quarters of all tests' time, and takes a third as long without
-LLVM's optimizations and XLA's fusion emitters. Roundings, compiled text, bytes and long loops are
-tested in the others, whose programs are compiled as a user's are.
+Compiling is three quarters of all tests' time, and takes half as long without LLVM's optimizations
+(a third before JAX 0.12, where fusion emitters can be left out too). So tests and the
+documentation's examples are compiled without them. What depends on them is compiled as a user's
+programs are: tests of roundings near their bounds, of compiled text, memory and long loops, which
+have the mark `optimized`, and those of the folders `BY_OTHER_COMPILERS`.
 """
 
 import os
@@ -27,6 +27,7 @@ if FOLDER:
 
     jax.config.update("jax_compilation_cache_dir", os.path.join(FOLDER, PROCESS))
 
+BY_OTHER_COMPILERS = ("accelerators", "gpu", "peers")
 UNOPTIMIZED = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
@@ -88,14 +89,14 @@ class PageFile(pytest.File):
 
 
 def _depends_on_optimizations(item):
-    if isinstance(item, pytest.DoctestItem | PageItem):
-        return False
-    return item is None or item.get_closest_marker("unoptimized") is None
+    if item is None or item.path.parent.name in BY_OTHER_COMPILERS:
+        return True
+    return item.get_closest_marker("optimized") is not None
 
 
 def pytest_configure(config):
     """Tells pytest the mark."""
-    config.addinivalue_line("markers", "unoptimized: compiled without XLA's optimizations")
+    config.addinivalue_line("markers", "optimized: compiled with XLA's optimizations")
 
 
 @pytest.hookimpl(tryfirst=True)

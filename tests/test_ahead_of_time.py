@@ -12,6 +12,8 @@ import adamfn
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from ahead_of_time import candidates, cost, hlo, machines, meshes, traffic, trees
 
+pytestmark = pytest.mark.optimized  # what compiled programs cost
+
 MIB = 2**20
 BUFFER = "f32[4,512,512]{2,1,0}"
 LOOP = (Path(__file__).parent / "data" / "loop_over_chunks.hlo").read_text()

@@ -10,9 +10,6 @@ import pytest
 
 import adamfn
 
-# Averages to some roundings.
-pytestmark = pytest.mark.unoptimized
-
 DECAY, STEPS = 0.75, 6
 
 

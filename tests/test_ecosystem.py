@@ -24,9 +24,6 @@ from flax.training.train_state import TrainState
 
 import adamfn
 
-# Which steps other libraries take with ours, not their last digits.
-pytestmark = pytest.mark.unoptimized
-
 ROUNDING = 1e-6
 OPTAX = 3e-5
 

@@ -9,6 +9,8 @@ import reference
 
 import adamfn
 
+pytestmark = pytest.mark.optimized  # the bounds are a few roundings
+
 STEPS, SIZE = 60, 4096
 LAST = 2**31 - 1
 

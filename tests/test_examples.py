@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-# They run, and say what they are to say; the curves that are compared are told apart by far more.
-pytestmark = pytest.mark.unoptimized
 QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # of processes that tests start
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NOTEBOOK = (
@@ -64,11 +62,9 @@ def test_digits_reads_the_rate_from_the_state():
     assert example("digits")["rate_in"](state, None) == 0.25
 
 
-def test_digits_runs_with_few_steps(tmp_path):
-    main = example("digits")["main"]
-    for steps in ("1", "3"):
-        main(["--steps", steps, "--out", str(tmp_path / steps / "folder")])
-        assert (tmp_path / steps / "folder" / "digits.png").exists()
+def test_digits_runs_with_one_step(tmp_path):
+    example("digits")["main"](["--steps", "1", "--out", str(tmp_path / "a" / "folder")])
+    assert (tmp_path / "a" / "folder" / "digits.png").exists()
 
 
 @pytest.mark.parametrize("argument", ["0", "-3", "many"])

@@ -24,12 +24,12 @@ STAGES = {
 LAST = 2**31 - 1
 
 
-def gradients(steps, seed, dtype=np.float32):
+def gradients(steps, seed, side=64):
     """Rows of scales over nine decades, which grow and shrink over time; some rows are zero."""
     rng = np.random.default_rng(seed)
-    scales = 10 ** rng.uniform(-6, 3, (64, 64)) * 2 ** np.sin(np.arange(steps))[:, None, None]
-    rows = rng.random((steps, 64, 1)) < 0.9
-    return (scales * rng.standard_normal((steps, 64, 64)) * rows).astype(dtype)
+    scales = 10 ** rng.uniform(-6, 3, (side, side)) * 2 ** np.sin(np.arange(steps))[:, None, None]
+    rows = rng.random((steps, side, 1)) < 0.9
+    return (scales * rng.standard_normal((steps, side, side)) * rows).astype(np.float32)
 
 
 @cache
@@ -68,6 +68,7 @@ def worst_error(member, grads, **hyperparameters):
     return reference.worst_error(found, expected)
 
 
+@pytest.mark.optimized  # roundings near their bounds
 @pytest.mark.parametrize("member", MEMBERS)
 @pytest.mark.parametrize("seed", range(3))
 def test_agrees_with_its_formula(member, seed):
@@ -76,8 +77,9 @@ def test_agrees_with_its_formula(member, seed):
     assert worst_error(member, gradients(60, seed)) < (9e-7 if member == "adamax" else 5e-7)
 
 
+@pytest.mark.optimized  # roundings near their bounds
 @pytest.mark.parametrize("member", MEMBERS)
-@pytest.mark.parametrize(("b1", "b2"), [(0.0, 0.9), (0.5, 0.5), (0.99, 0.9999), (0.9, 0.0)])
+@pytest.mark.parametrize(("b1", "b2"), [(0.0, 0.9), (0.99, 0.9999), (0.9, 0.0)])
 def test_agrees_with_its_formula_for_other_decays(member, b1, b2):
     assert worst_error(member, gradients(60, 3), b1=b1, b2=b2, eps=1e-3) < 6e-7
 
@@ -87,11 +89,12 @@ def test_nadam_with_other_momenta(momentum_decay):
     assert worst_error("nadam", gradients(60, 4), momentum_decay=momentum_decay) < 7e-7
 
 
+@pytest.mark.optimized  # roundings near their bounds
 @pytest.mark.parametrize("member", MEMBERS)
 def test_many_steps(member):
     # Averages forget their roundings; b2^t and the products of momenta must be right. Measured:
     # 0.9e-6 to 1.5e-6.
-    grads = gradients(3000, 5)[:, ::8, ::8]
+    grads = gradients(3000, 5, side=8)
     found = run_in_a_loop(transformation(member), jnp.asarray(grads))
     expected = np.stack(list(getattr(reference, member)(grads)))
     assert reference.worst_error(found, expected) < 3e-6
@@ -246,7 +249,6 @@ def test_nadam_refuses_a_negative_momentum_decay():
         adamfn.nadam(momentum_decay=-1)
 
 
-@pytest.mark.unoptimized  # structures
 @pytest.mark.parametrize("member", MEMBERS)
 def test_schedules_decay_and_masks_go_round_any_member(member):
     tx = optax.chain(

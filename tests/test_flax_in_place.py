@@ -9,6 +9,8 @@ from flax_networks import TRANSFORMATIONS, Network, linen_state, linen_step, tra
 import adamfn
 from adamfn.interop.flax import Optimizer, TrainState
 
+pytestmark = pytest.mark.optimized  # memory of compiled programs
+
 native = pytest.mark.skipif(adamfn.backend().name != "native", reason="there is no native code")
 
 

@@ -94,6 +94,8 @@ BOUNDS = {  # of the cosine, the length and the largest entry, for 1, 2 and 4 de
 }
 
 
+@pytest.mark.optimized  # a long loop
+@pytest.mark.optimized  # a long loop
 @pytest.mark.parametrize(("place", "decades"), [(0, 1), (1, 2), (2, 4)])
 def test_updates_stay_near_those_of_float32(place, decades):
     found = stress(tuple((name, FORMATS[name]) for name in BOUNDS), decades)
@@ -132,6 +134,7 @@ def test_bytes_a_parameter(name, bound):
     assert nbytes(states) <= bound * sum(leaf.size for leaf in leaves)
 
 
+@pytest.mark.optimized  # a long loop
 @pytest.mark.parametrize("name", ["bfloat16", "8bit"])
 def test_rounding_is_unbiased(name):
     mu, nu = (jnp.asarray(x) for x in moments((4, 300), seed=3))
@@ -192,7 +195,6 @@ def test_four_bits_round_nu_to_the_right_logarithm_on_average():
     assert abs(error.mean()) < 0.05
 
 
-@pytest.mark.unoptimized  # shapes; codes of numbers to their unit
 @pytest.mark.parametrize("name", PER_ELEMENT)
 @pytest.mark.parametrize(
     "shape", [(4, 256), (3, 100), (2, 257), (5, 511), (2, 3, 130), (3, 640), (1, 1)]
@@ -481,6 +483,7 @@ def test_no_exp_and_no_log(name):
     assert not any(f" {op} " in text for op in ("exp", "exp2", "log", "log1p", "pow", "expm1"))
 
 
+@pytest.mark.optimized  # constants that XLA adds up
 def test_get():
     for name, fmt in FORMATS.items():
         assert formats.get(name) is fmt

@@ -28,8 +28,6 @@ from flax_networks import (
 import adamfn
 from adamfn.interop.flax import Optimizer, TrainState
 
-# Two curves of one run, apart by roundings; copies of states, to the bit; and errors.
-pytestmark = pytest.mark.unoptimized
 # Roundings of float32, which training pulls apart; in 8 bits one can turn a code to its neighbour.
 TOLERANCE = dict.fromkeys(TRANSFORMATIONS, 1e-5) | {"8bit": 1e-4}
 OF_A_LOSS = 5e-7  # four roundings of the first loss, which is 1: later ones are sums that cancel
@@ -47,20 +45,22 @@ def assert_equal(found, expected):
 
 JITTED = [("jit", name) for name in TRANSFORMATIONS]
 EAGER = [("eager", name) for name in ("adamw", "clipped", "optax")]
+COUNTS = {"jit": STEPS, "eager": 4}
 
 
 @pytest.mark.parametrize(("how", "name"), JITTED + EAGER)
 def test_nnx_curves_are_flaxs(how, name):
     losses, steps = [], []
+    count = COUNTS[how]
     for cls in (Optimizer, nnx.Optimizer):
         model = Network()
         optimizer = cls(model, TRANSFORMATIONS[name](), wrt=nnx.Param)
         step = nnx.jit(train_step) if how == "jit" else train_step
-        losses.append([float(step(model, optimizer)) for _ in range(STEPS)])
+        losses.append([float(step(model, optimizer)) for _ in range(count)])
         steps.append(int(optimizer.step[...]))
-    assert losses[0][-1] < 0.9 * losses[0][0]
+    assert losses[0][-1] < (0.9 if how == "jit" else 1) * losses[0][0]
     np.testing.assert_allclose(*losses, rtol=TOLERANCE[name], atol=OF_A_LOSS)
-    assert steps == [STEPS, STEPS]
+    assert steps == [count, count]
 
 
 @pytest.mark.parametrize(("how", "name"), JITTED + EAGER)
@@ -70,12 +70,12 @@ def test_linen_curves_are_flaxs(how, name):
         state = linen_state(cls, TRANSFORMATIONS[name]())
         step = jax.jit(linen_step) if how == "jit" else linen_step
         losses.append([])
-        for _ in range(STEPS):
+        for _ in range(COUNTS[how]):
             state, loss = step(state)
             losses[-1].append(float(loss))
         assert type(state) is cls
-        assert state.step == STEPS
-    assert losses[0][-1] < 0.9 * losses[0][0]
+        assert state.step == COUNTS[how]
+    assert losses[0][-1] < (0.9 if how == "jit" else 1) * losses[0][0]
     np.testing.assert_allclose(*losses, rtol=TOLERANCE[name], atol=OF_A_LOSS)
 
 
@@ -226,7 +226,8 @@ def test_parameters_need_not_be_a_dictionary(params):
 def test_the_guide_on_eight_devices():
     # Elsewhere its examples run on one.
     guide = Path(__file__).parent.parent / "docs" / "many_devices.md"
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    quick = "--xla_backend_optimization_level=0"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {quick} --xla_force_host_platform_device_count=8"
     code = (
         "import pathlib, sys, jax; from website import samples; assert len(jax.devices()) == 8;"
         "samples.run(pathlib.Path(sys.argv[1]))"

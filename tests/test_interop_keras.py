@@ -8,9 +8,6 @@ import pytest
 import adamfn
 from adamfn.interop.keras import Optimizer
 
-# Keras's own program is compared with itself, or within the tolerances beside.
-pytestmark = pytest.mark.unoptimized
-
 X = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
 Y = X @ np.array([[1.0], [-2.0], [0.5]], np.float32)
 

@@ -11,9 +11,6 @@ import pytest
 import adamfn
 from adamfn.interop.optax import from_state, to_state
 
-# A run goes on in the other library: what is forgotten is far more than a rounding.
-pytestmark = pytest.mark.unoptimized
-
 PARAMS = {
     "a": jnp.linspace(-1, 1, 6).reshape(2, 3),
     "b": {"mu": jnp.ones(3), "count": jnp.ones(())},

@@ -62,7 +62,6 @@ def same(a, b):
 PARAMS = {"w": jnp.ones((2, 3)), "z": jnp.ones(3)}
 
 
-@pytest.mark.unoptimized  # which numbers go where: test_torch holds the steps to torch's
 @pytest.mark.parametrize(("problem", "run"), CASES)
 def test_a_torch_run_goes_on(problem, run):
     _, params = begin(problem)

@@ -41,7 +41,7 @@ def unrolled_model(params, x):
 
 
 def train(tx, model, params):
-    x, y = jax.random.normal(jax.random.key(1), (2, 16, 4))
+    x, y = np.random.default_rng(1).normal(size=(2, 16, 4)).astype(np.float32)
 
     @jax.jit
     def step(state, params):
@@ -55,15 +55,16 @@ def train(tx, model, params):
 
 
 def parameters():
-    keys = jax.random.split(jax.random.key(0), 3)
-    scale = 10.0 ** jnp.arange(LAYERS).reshape(LAYERS, 1, 1)  # layers that differ
-    return {
+    rng = np.random.default_rng(0)
+    scale = 10.0 ** np.arange(LAYERS).reshape(LAYERS, 1, 1)  # layers that differ
+    params = {
         "layers": {
-            "kernel": jax.random.normal(keys[0], (LAYERS, 4, 4)) * scale / 10,
-            "bias": jax.random.normal(keys[1], (LAYERS, 4)),
+            "kernel": rng.normal(size=(LAYERS, 4, 4)) * scale / 10,
+            "bias": rng.normal(size=(LAYERS, 4)),
         },
-        "head": jax.random.normal(keys[2], (4, 4)),
+        "head": rng.normal(size=(4, 4)),
     }
+    return jax.tree.map(jnp.float32, params)
 
 
 def furthest(a, b):

@@ -11,9 +11,6 @@ from flax import nnx
 import adamfn
 from adamfn.trees import path_name
 
-# Which leaves are masked.
-pytestmark = pytest.mark.unoptimized
-
 
 def chosen(mask, params):
     return {path_name(path) for path, yes in jax.tree.leaves_with_path(mask(params)) if yes}

@@ -12,9 +12,6 @@ import pytest
 import adamfn
 from adamfn import formats, monitor
 
-# Definitions of figures, names and errors: tolerances far above what optimizations change.
-pytestmark = pytest.mark.unoptimized
-
 
 def float64_figures(g, u, p, mu, nu, rate, count, b1=0.9, b2=0.999, eps=1e-8):
     """The definitions once more, in float64 and with a sort."""

@@ -12,8 +12,6 @@ import pytest
 import adamfn
 from adamfn import monitor
 
-# Which layer is named: what is wrong is wrong by powers of ten.
-pytestmark = pytest.mark.unoptimized
 WIDTH, HIDDEN, EXAMPLES = 16, 128, 256
 ADAM = adamfn.adam()  # its rate is given to each step: compiled once for all runs that share it
 BITS = jnp.bfloat16

@@ -79,6 +79,7 @@ def copies_in_a_loop(observed):
     return body.count(f"= f32[{WIDTH},{HIDDEN}]{{1,0}} copy(")
 
 
+@pytest.mark.optimized  # compiled text
 def test_a_step_that_waits_for_its_look_copies_nothing():
     def in_no_order(tx, grads, state, params):
         seen = monitor.observe(tx, grads, state, params, every=10)

@@ -10,9 +10,6 @@ import pytest
 
 import adamfn
 
-# Tolerances far above roundings.
-pytestmark = pytest.mark.unoptimized
-
 MASK = {"matrix": True, "scalar": False}
 NAMES = ["adam", "adamw", "scale_by_adam", "amsgrad", "nadam", "radam", "adamax"]
 CALLS = [

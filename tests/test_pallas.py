@@ -2,7 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from inspect import signature
 
 import jax
@@ -21,6 +21,8 @@ from adamfn.backends.tile import means_in
 from adamfn.backends.tpu import kernel as mosaic
 from adamfn.backends.xla import run_call
 from adamfn.formats.noise import strides_of
+
+pytestmark = pytest.mark.optimized  # bits of two programs
 
 DEVICES = {
     "tpu": {"platform": "tpu", "device_kind": "TPU v5e", "num_cores": 1},
@@ -55,10 +57,8 @@ def mesh_of(platform):
 
 
 def tree(seed, leaves):
-    keys = zip(jax.random.split(jax.random.key(seed), len(leaves)), leaves, strict=True)
-    return {
-        name: jax.random.normal(key, LEAVES[name].shape, LEAVES[name].dtype) for key, name in keys
-    }
+    rng, of = np.random.default_rng(seed), LEAVES
+    return {name: rng.standard_normal(of[name].shape).astype(of[name].dtype) for name in leaves}
 
 
 def counted(monkeypatch):
@@ -111,10 +111,12 @@ def check_close(found, expected):
 )
 def test_same_as_the_reference(monkeypatch, moments, nesterov):
     made = counted(monkeypatch)
-    found = trained("pallas", moments, sorted(LEAVES), nesterov=nesterov)
-    shapes = {LEAVES[name].shape for name in LEAVES} - {LEAVES["empty"].shape}
+    # Without blocks, shapes differ less.
+    leaves = sorted(LEAVES) if moments == "8bit" else ["blocks", "cube", "edges", "empty", "scalar"]
+    found = trained("pallas", moments, leaves, nesterov=nesterov)
+    shapes = {LEAVES[name].shape for name in leaves} - {LEAVES["empty"].shape}
     assert set(made) == shapes
-    check_close(found, trained("xla", moments, sorted(LEAVES), nesterov=nesterov))
+    check_close(found, trained("xla", moments, leaves, nesterov=nesterov))
 
 
 def special(rng, shape, dtype):
@@ -146,6 +148,16 @@ def check_same_but_means(found, expected, means, bfloat16):
     check_same(*others, bfloat16)
     for k in means:  # sums in two orders: of positive numbers, a few roundings apart
         np.testing.assert_allclose(found[k], expected[k], rtol=2.0**-21)
+
+
+@cache
+def compiled(kernel, moments, shape):
+    """The call of a leaf's first step, its operands, and its program by a kernel and by XLA."""
+    leaf = jnp.zeros(shape, jnp.bfloat16 if len(shape) == 4 else jnp.float32)
+    call, operands = call_of(adamfn.adamw(0.1, moments=moments), leaf, leaf)
+    assert kernel.can_run(call, operands)
+    run = jax.jit(partial(kernel.run_leaf, call, platform="cpu"))
+    return call, operands, run, jax.jit(partial(run_call, call))
 
 
 MEANS = [
@@ -184,13 +196,9 @@ MEANS = [
 )
 def test_codes_are_those_of_xla_to_the_bit(kernel, moments, shape):
     rng = np.random.default_rng(0)
-    dtype = jnp.bfloat16 if len(shape) == 4 else jnp.float32
-    tx = adamfn.adamw(0.1, moments=moments)
-    p = special(rng, shape, dtype)
-    call, operands = call_of(tx, p, p)
-    assert kernel.can_run(call, operands)
-    run = jax.jit(partial(kernel.run_leaf, call, platform="cpu"))
-    reference = jax.jit(partial(run_call, call))
+    call, operands, run, reference = compiled(kernel, moments, shape)
+    dtype = operands[-1].dtype
+    operands = [*operands[:-1], special(rng, shape, dtype)]
     for count in (1, 2**31 - 1):
         operands[1], operands[-2] = jnp.int32(count), special(rng, shape, dtype)
         found, expected = run(*operands), reference(*operands)
@@ -203,11 +211,10 @@ def test_codes_are_those_of_xla_to_the_bit(kernel, moments, shape):
 def test_every_element_meets_its_own_means(kernel, moments, shape):
     """Of ordinary gradients: one NaN would make all means NaN."""
     rng = np.random.default_rng(0)
-    dtype = jnp.bfloat16 if len(shape) == 4 else jnp.float32
+    call, operands, run, reference = compiled(kernel, moments, shape)
+    dtype = operands[-1].dtype
     p, *grads = (jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(4))
-    call, operands = call_of(adamfn.adamw(0.1, moments=moments), p, p)
-    run = jax.jit(partial(kernel.run_leaf, call, platform="cpu"))
-    reference = jax.jit(partial(run_call, call))
+    operands = [*operands[:-1], p]
     for count, g in enumerate(grads, start=1):
         operands[1], operands[-2] = jnp.int32(count), g
         found, expected = run(*operands), reference(*operands)
@@ -277,8 +284,10 @@ def lowered(tx, params, platform):
 @pytest.mark.parametrize("moments", ["8bit", "4bit", "factored", "blockmean"])
 def test_every_recipe_and_a_stage_of_ones_own_has_a_kernel(moments):
     params = jax.ShapeDtypeStruct((200, 768), jnp.float32)
-    recipes = [adamfn.adam, adamfn.adamw, adamfn.amsgrad, adamfn.nadam, adamfn.radam, adamfn.adamax]
-    recipes += [adamfn.ademamix, adamfn.adopt]
+    recipes = [adamfn.amsgrad]
+    if moments in ("8bit", "factored"):  # one whose blocks have scales, and one of means
+        recipes += [adamfn.adam, adamfn.adamw, adamfn.nadam, adamfn.radam, adamfn.adamax]
+        recipes += [adamfn.ademamix, adamfn.adopt]
     on_gpu = moments in ("8bit", "4bit")
     for make in (*(partial(recipe, 0.1) for recipe in recipes), with_a_stage_of_ones_own):
         tx = make(moments=moments)
@@ -314,22 +323,21 @@ def test_kernels_divide_by_an_instruction_where_it_is_known(platform, lent):
         pytest.param(gpu_mosaic, "8bit", marks=has_mosaic),
     ],
 )
-@pytest.mark.parametrize("taken", [True, False])
-def test_a_gate_skips_the_step(kernel, moments, taken):
+def test_a_gate_skips_the_step(kernel, moments):
     shape = (2, 131, 320 if kernel is gpu_mosaic else 300)
     p, g = np.float32(np.random.default_rng(0).standard_normal(shape))
     gate = adamfn.skip_outliers(["grad_norm"])
     call, operands = call_of(adamfn.chain(gate, adamfn.adamw(0.1, moments=moments)), g, p)
-    operands[-2] = jnp.asarray(g) if taken else jnp.full_like(g, jnp.nan)
     assert call.program.gated
-    operands[0] = operands[0].at[-1].set(taken)
     run = jax.jit(partial(kernel.run_leaf, call, platform="cpu"))
-    found = run(*operands)
-    check_close(found, jax.jit(partial(run_call, call))(*operands))
-    if not taken:
-        kept = operands[3 : 3 + call.arrays_kept]
-        for before, after in zip((*kept, p), found, strict=True):
-            np.testing.assert_array_equal(before, after)
+    reference = jax.jit(partial(run_call, call))
+    for taken, operands[-2] in ((True, g), (False, np.full_like(g, np.nan))):
+        operands[0] = operands[0].at[-1].set(taken)
+        found = run(*operands)
+        check_close(found, reference(*operands))
+    kept = operands[3 : 3 + call.arrays_kept]
+    for before, after in zip((*kept, p), found, strict=True):
+        np.testing.assert_array_equal(before, after)
 
 
 class OnesOwn(formats.EightBit):

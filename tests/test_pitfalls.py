@@ -17,9 +17,6 @@ import reference
 
 import adamfn
 
-# What those issues name goes wrong by far more than a rounding.
-pytestmark = pytest.mark.unoptimized
-
 DTYPES = [jnp.float32, jnp.float16, jnp.bfloat16]
 RECIPES = {
     "adam": adamfn.adam(0.1),

@@ -104,7 +104,6 @@ def test_follows_its_paper(name, way):
     assert worst(np.float64(path), expected) <= TOLERANCE
 
 
-@pytest.mark.unoptimized  # to a tenth of the way
 @pytest.mark.parametrize("name", RECIPES)
 def test_runs_beside_moments_in_8_bits(name):
     p, grads = problem(SHAPE)

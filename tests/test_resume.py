@@ -33,8 +33,6 @@ TX = adamfn.adamw(1e-3, moments="8bit")
 SHAPES = {"kernel": (64, 128), "bias": (128,)}
 
 
-# Which bits come back, whatever XLA makes of a step.
-pytestmark = pytest.mark.unoptimized
 FLAGS = "--xla_backend_optimization_level=0"
 
 

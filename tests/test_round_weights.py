@@ -114,6 +114,8 @@ def constant_gradient(tx, steps, apply=adamfn.apply_updates, **extra):
 ROUNDING = {bits: rounding(bits) for bits in BITS}
 
 
+@pytest.mark.optimized  # a long loop
+@pytest.mark.optimized  # a long loop
 @pytest.mark.parametrize(
     "apply", [adamfn.apply_updates, optax.apply_updates], ids=["ours", "optax"]
 )
@@ -160,6 +162,7 @@ def random_gradient(k):
 START = np.asarray(jax.random.normal(jax.random.key(1), MANY).astype(BFLOAT16))
 
 
+@pytest.mark.optimized  # bits
 def test_32_bits_are_float32_to_the_bit_in_native_code():
     def run(tx, params):
         def body(carry, k):
@@ -175,6 +178,7 @@ def test_32_bits_are_float32_to_the_bit_in_native_code():
     np.testing.assert_array_equal(params, Weights(32).split(wide)[0].astype(BFLOAT16))
 
 
+@pytest.mark.optimized  # bits
 def test_32_bits_are_float32_to_the_bit_operation_by_operation():
     # Not in one program: there, XLA on CPU takes a product and its sum in one rounding or in two.
     tx, plain = decayed(adamfn.round_weights(32)), decayed()
@@ -215,6 +219,7 @@ def test_32_bits_by_xla_are_float32_but_for_a_rounding_of_each_step():
         assert np.all(np.abs(found - expected) <= unit)
 
 
+@pytest.mark.optimized  # bits
 @pytest.mark.parametrize("moments", ["float32", "bfloat16", "8bit"])
 @pytest.mark.parametrize("bits", BITS)
 def test_native_code_is_xlas_program_and_step_is_update_and_apply_updates(bits, moments):

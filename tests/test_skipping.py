@@ -12,9 +12,6 @@ import pytest
 
 import adamfn
 
-# Which steps are taken.
-pytestmark = pytest.mark.unoptimized
-
 PARAMS = {"w": jnp.ones((3, 4)), "b": jnp.ones(())}
 GRADS = jax.tree.map(lambda p: 0.1 + jnp.arange(p.size, dtype=p.dtype).reshape(p.shape), PARAMS)
 

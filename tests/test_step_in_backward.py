@@ -13,6 +13,8 @@ import pytest
 
 import adamfn
 
+pytestmark = pytest.mark.optimized  # memory, and where bfloat16 is rounded
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 

@@ -11,9 +11,6 @@ import pytest
 
 import adamfn
 
-# Structures, orders and dtypes.
-pytestmark = pytest.mark.unoptimized
-
 STAGES = {
     "moments": lambda: adamfn.scale_by_moments(),
     "bias": lambda: adamfn.bias_correct(),

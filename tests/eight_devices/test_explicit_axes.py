@@ -11,9 +11,6 @@ from jax.sharding import AxisType
 import adamfn
 from adamfn import formats
 
-# Where arrays are, and whose noise they have.
-pytestmark = pytest.mark.unoptimized
-
 P = jax.P
 MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
 SPECS = {"rows": P("data"), "blocks": P(None, "data"), "everywhere": P(), "bias": P("data")}

@@ -11,6 +11,8 @@ from jax.sharding import AxisType
 import adamfn
 from adamfn.sharding import sharded, state_shardings
 
+pytestmark = pytest.mark.optimized  # compiled text and memory
+
 MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 SPLIT = jax.NamedSharding(MESH, jax.P("data"))
 SHAPE = (64, 512)

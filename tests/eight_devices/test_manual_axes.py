@@ -12,9 +12,6 @@ from jax.sharding import AxisType
 import adamfn
 from adamfn import formats
 
-# What varies over an axis, and whose noise it has.
-pytestmark = pytest.mark.unoptimized
-
 P = jax.P
 MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 BACKENDS = ("auto", "xla", "pallas")

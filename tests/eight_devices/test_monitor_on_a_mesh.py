@@ -12,6 +12,8 @@ import adamfn
 from adamfn import formats, monitor
 from adamfn.sharding import state_shardings
 
+pytestmark = pytest.mark.optimized  # compiled text and memory
+
 SHAPES = {"blocks": (2, 512, 256), "kernel": (128, 1024), "bias": (1024,)}
 SPECS = {"blocks": (None, "data"), "kernel": ("data", "model"), "bias": ("model",)}
 

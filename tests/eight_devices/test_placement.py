@@ -9,9 +9,6 @@ import adamfn
 from adamfn import formats
 from adamfn.sharding import state_shardings
 
-# Where arrays are.
-pytestmark = pytest.mark.unoptimized
-
 P = jax.P
 MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 RECIPES = {

@@ -17,6 +17,8 @@ from adamfn.backends.gpu import triton
 from adamfn.backends.tpu import kernel as mosaic
 from adamfn.sharding import sharded, state_shardings, whole_blocks
 
+pytestmark = pytest.mark.optimized  # compiled text and memory
+
 P = jax.P
 MESH = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 SHAPES = {
