@@ -180,7 +180,7 @@ def test_twenty_updates_in_a_model_and_optimizer():
     assert_ends_alike(found, by_hand(by_leaf()))
 
 
-@pytest.mark.parametrize("name", ["adamw", *MEMBERS])
+@pytest.mark.parametrize("name", ["adamw", "amsgrad"])
 def test_twenty_updates_in_a_train_state(name):
     state = TrainState.create(apply_fn=None, params=weights(name), tx=by_leaf(name))
     step = jax.jit(lambda state, g: state.apply_gradients(grads=g))

@@ -48,7 +48,7 @@ def python(*program, **environment):
     """Runs a program in a process of its own, and returns what it prints."""
     done = subprocess.run(
         [sys.executable, "-c", "".join(map(textwrap.dedent, program))],
-        env={**os.environ, **environment},
+        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", **environment},
         capture_output=True,
         text=True,
         timeout=120,

@@ -92,7 +92,7 @@ def test_every_leaf_follows_the_reference(grads, b1, nesterov):
             assert_close(u[step], expected[step], g.dtype)
 
 
-@few
+@settings(few, max_examples=12)  # each compiles twice
 @given(st.lists(leaves(), max_size=12).flatmap(lambda x: st.tuples(st.just(x), st.permutations(x))))
 def test_the_order_of_the_leaves_does_not_matter(both):
     straight, shuffled = both
