@@ -15,7 +15,7 @@ def call_of(tx, g, p):
     states = leaves.first_states(stages, p)
     count = leaves.next_count(stages, states)
     (leaf,) = leaves.leaves_of(stages, g, states, request)
-    step = segment.step_at(stages, states, count, {"grads": [g]}, "auto")
+    step = segment.step_at(stages, states, count, [g], request)
     (whole,) = segment.segments_of(stages)
     program = segment.program_of(step, whole, leaf, request)
     places = tuple(place for place in whole if leaf.active[place])

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import jax
 
@@ -34,9 +34,6 @@ class Chain:
     of one.
     """
 
-    fuses = True
-    """Whether a chain around it may fuse its stages with their neighbours."""
-
     def __init__(self, structure: Structure) -> None:
         self.structure = structure
         self._runs: list[list[Any]] = []
@@ -57,12 +54,15 @@ class Chain:
     @property
     def stages(self) -> list[Stage]:
         """All its stages in their order, those of wrapped chains included."""
-        return [part for part in unwrapped(self.structure) if isinstance(part, Stage)]
+        return stages_of(self.structure)
 
     @property
     def takes(self) -> frozenset[str] | None:
         """The extra arguments of `update` that some part takes; None for any."""
-        taken = list(map(_taken_by, self.parts))
+        taken = [
+            {*part.takes} - {"grads"} if isinstance(part, Stage) else extra_arguments(part.update)
+            for part in unwrapped(self.structure)
+        ]
         return None if None in taken else frozenset[str]().union(*filter(None, taken))
 
     def init(self, params: PyTree) -> PyTree:
@@ -85,16 +85,24 @@ class Chain:
     def advance(self, updates: PyTree, state: PyTree, request: Request) -> Moved:
         """One step, of `update` or of `step`."""
         states, next_states = flat_states(self.structure, state), list[PyTree]()
-        moved: PyTree = None
+        moved, decays = None, request.decays
         for parts in self._runs:
             last = parts is self._runs[-1]
             now = request if last else request._replace(updates=True, moves=False)
+            now = now._replace(decays=decays)
             old = states[len(next_states) :][: len(parts)]
             if isinstance(parts[0], Stage):
                 updates, moved, new = segment.run(parts, updates, old, now)
+            elif (inner := chain_of(parts[0])) is not None:
+                updates, moved, *new = inner.advance(updates, old[0], now)
             else:
-                updates, moved, *new = _advance(parts[0], updates, old[0], now)
+                update, moved = parts[0].update, None
+                takes = extra_arguments(update)
+                known = {k: x for k, x in request.extra.items() if takes is None or k in takes}
+                updates, *new = update(updates, old[0], request.params, **known)
             next_states += new
+            for stage in stages_of(tuple(parts)):
+                decays = stage.decays or decays
         if request.moves and moved is None:
             moved = apply_updates(request.params, updates)
         return updates, moved, nested(self.structure, iter(next_states))
@@ -103,17 +111,10 @@ class Chain:
 class Wrapped(Chain):
     """A chain inside a wrapper of ours: it has the same stages, and is not fused with others."""
 
-    fuses = False
-
     def __init__(self, inner: Chain, **changes: Any) -> None:
         super().__init__(inner.structure)
         self.inner = inner
         self._changes = changes  # of the requests to the chain inside
-
-    @property
-    def takes(self) -> frozenset[str] | None:
-        """The extra arguments of the chain inside."""
-        return self.inner.takes
 
     def init(self, params: PyTree) -> PyTree:
         """The state of the chain inside."""
@@ -135,21 +136,13 @@ def chain_of(tx: Any) -> Chain | None:
 
 
 def from_stage(stage: Stage) -> GradientTransformation:
-    """The transformation of one stage.
+    """The transformation of one stage, fused with its neighbours in a `chain`.
 
-    Args:
-      stage: the stage. A formula that closes over values is traced again for each transformation
-        made with it; use a function of a module, and pass the values as scalars.
+    Its state has the stage's type, with a field `count` if the stage stands alone. A formula that
+    closes over values is traced again for each transformation made with it; use a function of a
+    module, and pass the values as scalars. What is not a `Stage` raises a TypeError.
 
-    Returns:
-      A `GradientTransformation`. In a `chain` it is fused with its neighbours. Its state has the
-      stage's type, with a field `count` if the stage stands alone.
-
-    Raises:
-      TypeError: it is not a `Stage`.
-
-    >>> import adamfn
-    >>> import jax.numpy as jnp
+    >>> import adamfn, jax.numpy as jnp
     >>> def agree(u, g):
     ...     return jnp.where(u * g > 0, u, 0)
     >>> where_they_agree = adamfn.from_stage(adamfn.Stage("agree", agree, reads=("grads",)))
@@ -178,16 +171,12 @@ def chain(*transformations: Transformation) -> GradientTransformation:
     Args:
       *transformations: ours and optax's, in any order; none at all gives the identity.
 
-    Returns:
-      A `GradientTransformation`.
-
     Raises:
       TypeError: an argument has no `init` and `update`.
       ValueError: stages that contradict one another, such as two weight decays; at `update`, the
         state has another number of parts than the chain.
 
-    >>> import adamfn
-    >>> import jax.numpy as jnp
+    >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.chain(adamfn.add_decayed_weights(0.5), adamfn.scale_by_lr(0.5))
     >>> params = jnp.array([1.0, 2.0])
     >>> updates, state = tx.update(jnp.zeros(2), tx.init(params), params)
@@ -213,52 +202,34 @@ def unwrapped(structure: Structure) -> Iterator[Any]:
         yield from [part] if inner is None else unwrapped(inner.structure)
 
 
+def stages_of(structure: Structure) -> list[Stage]:
+    """All stages of a structure, those of wrapped chains included."""
+    return [part for part in unwrapped(structure) if isinstance(part, Stage)]
+
+
 def nested(structure: Structure, states: Iterator[PyTree]) -> PyTree:
     """The state of a structure, from the states of its elements."""
     return jax.tree.unflatten(jax.tree.structure(structure, is_leaf=_is_element), states)
 
 
 def flat_states(structure: Structure, state: PyTree) -> list[PyTree]:
-    """The states of a structure's elements: the inverse of `nested`.
-
-    Raises:
-      ValueError: the state has another number of parts.
-    """
+    """The states of a structure's elements: the inverse of `nested`. Raises as `chain` says."""
     if _is_element(structure):
         return [state]
-    is_tuple = isinstance(state, tuple)
-    states = cast("tuple[PyTree, ...]", state if is_tuple else ())
-    if not is_tuple or len(states) != len(structure):
-        found = f"a tuple of {len(states)}" if is_tuple else f"a {type(state).__name__}"
+    states: Any = state if isinstance(state, tuple) else None
+    if states is None or len(states) != len(structure):
+        found = f"a {type(state).__name__}" if states is None else f"a tuple of {len(states)}"
         raise ValueError(
             f"chain: found {found} as the state, expected a tuple of {len(structure)}, one part for"
-            f" each transformation. {way_out(None if is_tuple else state, 'chain')}"
+            f" each transformation. {way_out(state if states is None else None, 'chain')}"
         )
-    pairs = zip(structure, states, strict=True)
-    return [flat for part, inner in pairs for flat in flat_states(part, inner)]
+    return [flat for pair in zip(structure, states, strict=True) for flat in flat_states(*pair)]
 
 
 def _structure_of(tx: Transformation) -> Structure:
     chain = chain_of(tx)
-    return chain.structure if chain is not None and chain.fuses else tx
+    return tx if chain is None or isinstance(chain, Wrapped) else chain.structure
 
 
 def _is_element(part: Structure) -> bool:
     return type(part) is not tuple
-
-
-def _taken_by(part: Any) -> frozenset[str] | None:
-    if isinstance(part, Stage):
-        return frozenset(part.takes) - {"grads"}
-    inner = chain_of(part)
-    return extra_arguments(part.update) if inner is None else inner.takes
-
-
-def _advance(tx: Any, updates: PyTree, state: PyTree, request: Request) -> Moved:
-    """One step of a transformation that is not fused."""
-    inner, takes = chain_of(tx), extra_arguments(tx.update)
-    if inner is not None:
-        return inner.advance(updates, state, request)
-    known = {k: x for k, x in request.extra.items() if takes is None or k in takes}
-    updates, state = tx.update(updates, state, request.params, **known)
-    return updates, None, state

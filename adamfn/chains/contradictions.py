@@ -1,6 +1,7 @@
 """Stages that contradict one another, or stand where they do something else than they say."""
 
 from collections.abc import Sequence
+from itertools import combinations, pairwise
 from typing import Any
 
 from adamfn.core.stage import Stage
@@ -10,7 +11,7 @@ from adamfn.trees import shown
 INDEPENDENT = "add_decayed_weights(independent=True)"
 """The name of the stage whose decay no rate multiplies."""
 
-_DECAYS = ("add_decayed_weights", "add_corrected_decay", INDEPENDENT)
+_DECAYS = {"add_decayed_weights", "add_corrected_decay", INDEPENDENT}
 
 _NOT_AFTER = {
     ("scale_by_lr", "scale_by_lr"): "which turns the signs around: two rates would go uphill. Leave"
@@ -33,29 +34,22 @@ _NOT_AFTER = {
 
 
 def check_order(parts: Sequence[Any], unwrapped: Sequence[Any]) -> None:
-    """Checks the parts of a chain, in their order.
+    """Raises ValueError if two parts of a chain contradict one another; says what to do.
 
     Args:
       parts: stages, and transformations that are not fused with them.
       unwrapped: the same, with the stages inside our wrappers in place of these.
-
-    Raises:
-      ValueError: two contradict one another; says why, and what to do.
     """
-    for place, part in enumerate(parts):
-        after = [other for other in parts[place:] if not isinstance(other, Stage)]
-        if isinstance(part, Stage) and "taken" in part.start and after:
+    for part, after in combinations(parts, 2):
+        if "taken" in getattr(part, "start", ()) and not isinstance(after, Stage):
             raise ValueError(
-                f"chain: {part.name} stands before {shown(after[0])}, which is not fused with it"
-                " and"
+                f"chain: {part.name} stands before {shown(after)}, which is not fused with it and"
                 " would still update on skipped steps. Put other transformations first, or skip the"
                 " whole chain with optax.apply_if_finite or a condition of your own."
             )
-    for place, part in enumerate(unwrapped):
-        if not isinstance(part, Stage):
-            continue
-        before = unwrapped[place - 1] if place else None
-        if "grads" in part.takes and isinstance(before, Stage) and "grads" not in before.takes:
+    for before, part in pairwise(unwrapped):
+        stages = isinstance(before, Stage) and isinstance(part, Stage)
+        if stages and "grads" in part.takes and "grads" not in before.takes:
             rate = " The rate of a step after it would no longer be the one that was set."
             raise ValueError(
                 f"chain: {part.name} stands after {before.name}. It looks at the gradients that"
@@ -63,23 +57,20 @@ def check_order(parts: Sequence[Any], unwrapped: Sequence[Any]) -> None:
                 f"{rate if before.name == 'scale_by_lr' else ''} Put it first; to clip updates,"
                 " optax.clip_by_global_norm may stand anywhere."
             )
-        lands = isinstance(part.formula, Weights) or "new_params" in part.reads
-        for after in unwrapped[place + 1 :] if lands else ():
-            if "new_params" not in getattr(after, "reads", ()) or "new_params" in part.reads:
-                raise ValueError(
-                    f"chain: {part.name} stands before {getattr(after, 'name', after)!s}. It needs"
-                    " to know where the weights land, so nothing may change the updates after it."
-                    " Put it last."
-                )
-    stages = [part for part in unwrapped if isinstance(part, Stage)]
-    for place, stage in enumerate(stages):
-        for before in stages[:place]:
-            if (before.name, stage.name) in _NOT_AFTER:
-                reason = _NOT_AFTER[before.name, stage.name]
-                raise ValueError(f"chain: {stage.name} stands after {before.name}, {reason}")
-    decays = [stage for stage in stages if stage.name in _DECAYS]
-    if len(decays) > 1 and any(stage.mask is None for stage in decays):
-        raise ValueError(
-            f"chain: {decays[0].name} and {decays[1].name} would both decay the same parameters."
-            " Leave one out, or give each a mask of its own parameters."
-        )
+    for part, after in combinations(unwrapped, 2):
+        name, next_name = (getattr(each, "name", "") for each in (part, after))
+        if (name, next_name) in _NOT_AFTER:
+            reason = _NOT_AFTER[name, next_name]
+            raise ValueError(f"chain: {next_name} stands after {name}, {reason}")
+        reads, reads_after = (getattr(each, "reads", ()) for each in (part, after))
+        lands = isinstance(getattr(part, "formula", None), Weights) or "new_params" in reads
+        if lands and ("new_params" not in reads_after or "new_params" in reads):
+            raise ValueError(
+                f"chain: {name} stands before {next_name or shown(after)}. It needs to know where"
+                " the weights land, so nothing may change the updates after it. Put it last."
+            )
+        if {name, next_name} <= _DECAYS and (part.mask is None or after.mask is None):
+            raise ValueError(
+                f"chain: {name} and {next_name} would both decay the same parameters. Leave one"
+                " out, or give each a mask of its own parameters."
+            )

@@ -10,7 +10,7 @@ from jax.core import Tracer
 from adamfn.backends.calls import Step
 from adamfn.backends.primitive import Backend
 from adamfn.backends.shards import split_of
-from adamfn.core.averages import increment
+from adamfn.core.averages import Decays, increment
 from adamfn.core.leaf import Leaf, as_fields, check_corrections, first_fields, kept_by_leaf
 from adamfn.core.masks import broadcast_mask
 from adamfn.core.placement import Path, Shards, with_type_of
@@ -38,16 +38,17 @@ class Request(NamedTuple):
     """Whether to return the updates."""
     moves: bool = False
     """Whether to return the moved parameters."""
+    decays: Decays | None = None
+    """Those of the last moments in earlier runs of the chain, if there are any."""
     backend: Backend = "auto"
     shards: Mapping[Path, Shards] | None = None
     """How leaves are split, by path; None to take it from their types."""
 
 
 def check_call(call: str, updates: PyTree, state: PyTree, params: PyTree) -> None:
-    """Checks the arguments of a call, such as `update(updates, state, params)`.
+    """Raises TypeError if two arguments of a call are swapped, or one holds shapes alone.
 
-    Raises:
-      TypeError: two are swapped, or one holds shapes without values.
+    `call` says their order, such as `update(updates, state, params)`.
     """
     caller = call.split("(")[0]
     for name, tree in (("gradients", updates), ("params", params)):
@@ -57,11 +58,7 @@ def check_call(call: str, updates: PyTree, state: PyTree, params: PyTree) -> Non
 
 
 def first_states(stages: Sequence[Stage], params: PyTree) -> list[PyTree]:
-    """The states of a run before the first step.
-
-    Raises:
-      TypeError: a leaf is not an array of floating-point or complex numbers.
-    """
+    """The states of a run before the first step. Raises as `check_inexact`."""
     check_inexact(params, f"{stages[0].name}: params")
     states: list[PyTree] = []
     for place, stage in enumerate(stages):
@@ -83,29 +80,22 @@ def first_states(stages: Sequence[Stage], params: PyTree) -> list[PyTree]:
 def next_count(stages: Sequence[Stage], states: Sequence[PyTree]) -> jax.Array:
     """The count of the step to come, 1 at the first.
 
-    Raises:
-      TypeError: a state has the wrong type, or its count is not an int32 scalar.
+    Raises TypeError if a state has the wrong type, or its count is not an int32 scalar.
     """
-    for stage, state in zip(stages, states, strict=True):
-        if not isinstance(state, stage.states):
+    counting = [place for place, state in enumerate(states) if has_field(state, "count")]
+    for place, (stage, state) in enumerate(zip(stages, states, strict=True)):
+        kinds = [kind for kind in stage.states if counting or place or has_field(kind, "count")]
+        if not isinstance(state, tuple(kinds)):
             raise TypeError(
                 f"{stage.name}: found a state of type {type(state).__name__}, expected"
-                f" {stage.state.__name__}. {way_out(state, 'transformation')}"
+                f" {kinds[0].__name__}. {way_out(state, 'transformation')}"
             )
-    counting = [state for state in states if "count" in state._fields]
-    if not counting:
-        raise TypeError(
-            f"{stages[0].name}: found a state of type {type(states[0]).__name__}, which has no"
-            f" count; expected {counted(type(states[0])).__name__}."
-            f" {way_out(None, 'transformation')}"
-        )
-    count: Any = counting[0].count
+    count: Any = states[counting[0]].count
     count = jnp.asarray(count) if isinstance(count, int) else as_array(count)
     if describe(count) != "int32[]":
         raise TypeError(
-            f"{stages[states.index(counting[0])].name}: the state's count is {describe(count)};"
-            " expected int32[]. Pass the state that `update` returned, or restore into"
-            " tx.init(params)."
+            f"{stages[counting[0]].name}: the state's count is {describe(count)}; expected int32[]."
+            " Pass the state that `update` returned, or restore into tx.init(params)."
         )
     return increment(count)
 
@@ -131,31 +121,30 @@ def leaves_of(
     counts = [getattr(state, "count", None) for state in states]
     reads = request.moves or any("params" in stage.reads for stage in stages)
     for leaf in leaves:
-        if not isinstance(leaf.grad, Tracer):
-            param = leaf.param if reads else None
-            _check_devices(stages[0].name, leaf, param, counts)
+        param, state = leaf.param if reads else None, (leaf.kept, counts)
+        arrays = {"gradient": leaf.grad, "parameter": param, "state": state}
+        if not isinstance(leaf.grad, Tracer) and len(found := devices_of(arrays)) > 1:
+            (here, what), (there, other), *_ = found.items()
+            raise ValueError(
+                f"{stages[0].name}: at {leaf.name} the {what} is on {len(here)} devices"
+                f" ({min(map(str, here))} first), and the {other} on {len(there)}"
+                f" ({min(map(str, there))} first); expected the same. Move the state:"
+                " jax.device_put(state, adamfn.sharding.state_shardings(tx, params, shardings))."
+            )
         leaf.shards = split_of(leaf, request.shards)
     for place, stage in enumerate(stages):
         check_corrections(stage, place, leaves)
     return leaves
 
 
-def _check_devices(name: str, leaf: Leaf, param: Any, counts: Sequence[Any]) -> None:
-    """Outside `jit`, checks that the arrays of a leaf are on the same devices."""
-    found: dict[Any, str] = {}
-    arrays = {"gradient": leaf.grad, "parameter": param, "state": (leaf.kept, counts)}
-    for what, tree in arrays.items():
+def devices_of(trees: Mapping[str, PyTree]) -> dict[frozenset[Any], str]:
+    """The sets of devices on which arrays are outside `jit`, each with the first tree there."""
+    found: dict[frozenset[Any], str] = {}
+    for name, tree in trees.items():
         for x in jax.tree.leaves(tree):
             if not isinstance(x, Tracer) and getattr(x, "committed", False):
-                found.setdefault(frozenset(x.sharding.device_set), what)
-    if len(found) > 1:
-        (here, what), (there, other), *_ = found.items()
-        raise ValueError(
-            f"{name}: at {leaf.name} the {what} is on {len(here)} devices ({min(map(str, here))}"
-            f" first), and the {other} on {len(there)} ({min(map(str, there))} first); expected"
-            " the same. Move the state: jax.device_put(state, adamfn.sharding.state_shardings(tx,"
-            " params, shardings))."
-        )
+                found.setdefault(frozenset(x.sharding.device_set), name)
+    return found
 
 
 def masks_of(stages: Sequence[Stage], updates: PyTree, params: PyTree) -> list[list[bool]]:
@@ -185,6 +174,17 @@ def next_states(step: Step, leaves: Sequence[Leaf], treedef: Any) -> list[PyTree
     return found
 
 
+def has_field(node: Any, field: str) -> bool:
+    """True for a named tuple with this field; every tuple has a method `count`."""
+    return field in getattr(node, "_fields", ())
+
+
+def states_with(field: str, state: PyTree) -> list[Any]:
+    """The named tuples with a field inside a state, whatever wraps them."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: has_field(node, field))
+    return [node for node in nodes if has_field(node, field)]
+
+
 def way_out(state: Any, owner: str) -> str:
     """The end of an error's message: what to do about a state that is not its owner's."""
     if isinstance(state, Mapping | list) or type(state) is tuple:
@@ -201,16 +201,13 @@ def _params_of(stages: Sequence[Stage], updates: PyTree, request: Request) -> li
     params, moves = request.params, request.moves
     readers = [stage.name for stage in stages if {"params", "new_params"} & {*stage.reads}]
     name, number = (readers or [stages[0].name])[0], len(jax.tree.leaves(updates))
-    if params is None:
-        if updates is not None and (readers or moves):
-            raise ValueError(
-                f"{name}: update got no params, and it needs them. Call update(updates, state,"
-                " params)."
-            )
-        return [None] * number
-    if not (readers or moves):  # read for their dtype alone
+    if params is None and updates is not None and (readers or moves):
+        raise ValueError(
+            f"{name}: update got no params, and it needs them. Call update(updates, state, params)."
+        )
+    if params is None or not (readers or moves):  # read for their dtype alone
         leaves = [*map(as_array, jax.tree.leaves(params))]
         return leaves if len(leaves) == number else [None] * number
     way_out = "Pass the parameters that the gradients are of."
     leaves = matching_leaves(f"{name}: updates", updates, "params", params, way_out)
-    return [as_array(leaf) for leaf in leaves]
+    return [*map(as_array, leaves)]

@@ -14,13 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from adamfn.backends.calls import Step, run_leaves, together
-from adamfn.backends.primitive import Backend
 from adamfn.chains.leaves import Request, leaves_of, next_count, next_states
 from adamfn.core.leaf import Leaf
 from adamfn.core.program import Part, Program
 from adamfn.core.stage import Stage
 from adamfn.core.weights import Weights
-from adamfn.formats import Format
 from adamfn.trees import PyTree, describe, shown
 
 
@@ -34,8 +32,7 @@ def run(
     """
     count, treedef = next_count(stages, states), jax.tree.structure(updates)
     leaves = leaves_of(stages, updates, states, request)
-    extra = {**request.extra, "grads": [leaf.grad for leaf in leaves]}
-    step = step_at(stages, states, count, extra, request.backend)
+    step = step_at(stages, states, count, [leaf.grad for leaf in leaves], request)
     for segment in segments_of(stages):
         if "mu" in stages[segment.start].keeps:
             for leaf in leaves:
@@ -60,12 +57,12 @@ def step_at(
     stages: Sequence[Stage],
     states: Sequence[Any],
     count: jax.Array,
-    extra: Mapping[str, Any],
-    backend: Backend,
+    grads: Sequence[Any],
+    request: Request,
 ) -> Step:
     """The scalars of the stages at a step, what their states remember of it, and its gate."""
-    step, gates = Step(stages, states, count, backend), list[jax.Array]()
-    extra = {**extra, "decays": None}
+    step, gates = Step(stages, states, count, request.backend), list[jax.Array]()
+    extra = {**request.extra, "grads": grads, "decays": request.decays}
     for stage, state in zip(stages, states, strict=True):
         match stage.scalars(count, state, extra):
             case (tuple() | list() as own, Mapping() as new):
@@ -122,7 +119,9 @@ def program_of(step: Step, segment: range, leaf: Leaf, request: Request) -> Prog
       ValueError: a stage reads moments that no stage before it keeps.
     """
     parts = {
-        k: _part(step.stages[k], leaf.formats[k]) for k in range(segment.stop) if leaf.active[k]
+        k: Part(stage.name, stage.formula, tuple(stage.reads), tuple(stage.keeps), leaf.formats[k])
+        for k, stage in enumerate(step.stages[: segment.stop])
+        if leaf.active[k]
     }
     own = {k: part for k, part in parts.items() if k in segment}
     # Moments, and the gradient that they were given, may come from an earlier segment.
@@ -163,10 +162,6 @@ def program_of(step: Step, segment: range, leaf: Leaf, request: Request) -> Prog
         tuple(given.items()),
         given_grads,
     )
-
-
-def _part(stage: Stage, format: Format | None) -> Part:
-    return Part(stage.name, stage.formula, tuple(stage.reads), tuple(stage.keeps), format)
 
 
 def update_dtype_of(grad: Any, param: Any) -> Any:

@@ -38,21 +38,19 @@ def step(
         this is called in, and return them in the order in which that function takes them: they
         are then written in place. (JAX pairs donated arrays of one shape with results by order;
         `(state, params)` against `(params, state)` costs a copy of each.)
-      params: the parameters: any pytree, such as an Equinox module.
-      return_updates: whether to return the updates too, to be logged.
+      params: any pytree, such as an Equinox module.
+      return_updates: whether to return the updates too, after the next parameters and state.
       **extra: what `update` takes besides, such as `learning_rate=`.
 
     Returns:
-      The next parameters and the next state; with `return_updates` the updates after them.
+      The next parameters, of their dtypes and shapes, and the next state.
 
     Raises:
       TypeError, ValueError: as `tx.update` and `apply_updates`; an argument in `extra` that no part
         of the chain takes.
 
     >>> from functools import partial
-    >>> import adamfn
-    >>> import jax
-    >>> import jax.numpy as jnp
+    >>> import adamfn, jax, jax.numpy as jnp
     >>> tx = adamfn.adam(0.1)
     >>> params = {"w": jnp.array([1.0, -2.0])}
     >>> state = tx.init(params)
@@ -81,22 +79,14 @@ def step(
 
 
 def check_extra(tx: Transformation, extra: Mapping[str, Any], name: str) -> None:
-    """Checks that some part of a chain of ours takes each extra argument.
+    """Raises TypeError if no part of a chain of ours takes an extra argument of the caller `name`.
 
-    Args:
-      tx: any transformation; of one that is not ours nothing is known.
-      extra: the arguments.
-      name: what the error message calls the function that was given them.
-
-    Raises:
-      TypeError: no part takes one of them.
+    Of a transformation that is not ours nothing is known.
     """
     chain = chain_of(tx)
     takes = chain and chain.takes
-    if takes is None:
-        return
     for argument, value in extra.items():
-        if argument not in takes:
+        if takes is not None and argument not in takes:
             known = ", ".join(f"{taken}=" for taken in sorted(takes)) or "none"
             raise TypeError(
                 f"{name}: found the argument {argument}={shown(value)}, which no part of the chain"

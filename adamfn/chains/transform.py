@@ -40,8 +40,7 @@ class GradientTransformation(_InitAndUpdate):
 
     Optax accepts it wherever it accepts its own, and the reverse.
 
-    >>> import adamfn
-    >>> import jax.numpy as jnp
+    >>> import adamfn, jax.numpy as jnp
     >>> def update(updates, state, params=None, **extra):
     ...     return updates * 2, state
     >>> double = adamfn.GradientTransformation(init=lambda params: (), update=update)
@@ -91,15 +90,7 @@ class Transformation(Protocol):
 
 
 def check_transformation(name: str, tx: Any) -> None:
-    """Checks that something has an `init` and an `update`.
-
-    Args:
-      name: what the error message calls it.
-      tx: what is to be a transformation.
-
-    Raises:
-      TypeError: it is something else.
-    """
+    """Raises TypeError if what the message calls `name` has no `init` and `update`."""
     if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
         raise TypeError(
             f"{name} is {shown(tx)}; expected a transformation with `init` and `update`. Call the"
@@ -117,19 +108,10 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     An update below a five-hundredth of its bfloat16 parameter is lost in the sum; `round_weights`,
     last in the chain, makes updates that are not.
 
-    Args:
-      params: any pytree of floating-point or complex arrays.
-      updates: a tree of the same structure and shapes, or with `None` in place of a leaf.
+    Raises ValueError if structure or shapes differ, and TypeError if a leaf is not an array of
+    floating-point or complex numbers; both name the leaf.
 
-    Returns:
-      The new parameters.
-
-    Raises:
-      ValueError: structure or shapes differ; names the leaf.
-      TypeError: a leaf is not an array of floating-point or complex numbers.
-
-    >>> import adamfn
-    >>> import jax.numpy as jnp
+    >>> import adamfn, jax.numpy as jnp
     >>> params = {"w": jnp.array([1.0, 2.0]), "frozen": jnp.array(3.0)}
     >>> updates = {"w": jnp.array([0.5, -0.5]), "frozen": None}
     >>> print(adamfn.apply_updates(params, updates)["w"])

@@ -113,7 +113,8 @@ def kept_by_leaf(
         try:
             columns.append(treedef.flatten_up_to(field))
         except (TypeError, ValueError):
-            way_out = _REPACK if hasattr(field, "buffers") else _WAY_OUT
+            packed = hasattr(field, "buffers") or hasattr(updates, "buffers")
+            way_out = _REPACK if packed else _WAY_OUT
             raise_mismatch(name, updates, part, field, has_shape_of, way_out)
     rows: list[Kept] = []
     for (path, leaf), format, *parts in zip(leaves, formats, *columns, strict=True):
