@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamfn.chains import step as stepping
+from adamfn.chains.leaves import states_with
 from adamfn.chains.transform import Transformation, apply_updates, where_updated
 from adamfn.core.averages import increment
 from adamfn.core.placement import vary_together
 from adamfn.monitor.chain_states import count_of, moments_of, rate_of, states_of
 from adamfn.monitor.figures import Figures, measure
-from adamfn.stages.round_weights import rounding_states, whole_weights
+from adamfn.stages.round_weights import whole_weights
 from adamfn.trees import (
     Numeric,
     PyTree,
@@ -107,7 +108,9 @@ def observe(
     def look() -> dict[tuple[str, str], jax.Array]:
         updates, after = tx.update(grads, state, params, **extra)
         us, weights = _by_path("updates", updates), ps
-        if rounding_states(after):  # measure the weights that bfloat16 and corrections stand for
+        if states_with(
+            "correction", after
+        ):  # measure the weights that bfloat16 and corrections stand for
             moved = whole_weights(apply_updates(params, updates), after)
             weights = _by_path("params", whole_weights(params, state))
             us = {path: w - weights[path] for path, w in _by_path("params", moved).items()}

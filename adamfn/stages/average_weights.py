@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from adamfn.chains.chain import from_stage
+from adamfn.chains.leaves import states_with
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core import averages, formulas
 from adamfn.core.stage import Scalars, Stage, exported_state
@@ -19,8 +20,7 @@ class AverageWeightsState(NamedTuple):
     count: jax.Array
     """Steps taken: int32 scalar."""
     average: PyTree
-    """The average of the weights after each step, in the parameters' tree and shapes, float32 at
-    least; the parameters before the first."""
+    """In the parameters' tree and shapes, float32 at least; before the first step, the weights."""
 
 
 def average_weights(decay: Numeric = 0.999) -> GradientTransformation:
@@ -51,11 +51,8 @@ def average_weights(decay: Numeric = 0.999) -> GradientTransformation:
     def scalars(count: jax.Array, *_: Any) -> Scalars:
         return (average.complement / average.bias(count),), {}
 
-    def first(leaf: Any) -> jax.Array:
-        return jnp.array(leaf, wide_dtype(jnp.result_type(leaf)))
-
+    keeps = {"average": lambda leaf: jnp.array(leaf, wide_dtype(jnp.result_type(leaf)))}
     name, formula, state = "average_weights", formulas.average_of_new, AverageWeightsState
-    keeps = {"average": first}
     return from_stage(Stage(name, formula, ("new_params",), keeps, scalars=scalars, state=state))
 
 
@@ -72,9 +69,8 @@ def averaged_weights(params: PyTree, state: PyTree) -> PyTree:
     >>> print(adamfn.averaged_weights(params, tx.init(params))["w"])
     [1. 1.]
     """
-    nodes = [node for node in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(node)]
+    nodes = states_with("average", state)
     found = {k: x for node in nodes for k, x in jax.tree.leaves_with_path(node.average)}
-
     leaves, treedef = jax.tree.flatten_with_path(params)
     paths = {path for path, _ in leaves}
     if (paths and not paths & {*found}) or any(
@@ -88,7 +84,3 @@ def averaged_weights(params: PyTree, state: PyTree) -> PyTree:
     return treedef.unflatten(
         [found[path].astype(jnp.result_type(p)) if path in found else p for path, p in leaves]
     )
-
-
-def _is_state(node: Any) -> bool:
-    return "average" in getattr(node, "_fields", ())

@@ -37,11 +37,11 @@ def scale_by_lr(learning_rate: ScalarOrSchedule = 1e-3) -> GradientTransformatio
     this step instead. If x is an argument of a jitted function, a new x compiles nothing.
 
     The state holds the rate that was used last. `optax.tree.set(state, learning_rate=x)` sets it:
-    x is the rate from then on, instead of a number or a schedule, in checkpoints too. Setting it to
-    `state.written`, or one step with `update(..., learning_rate=...)`, ends this. A rate that was
-    not set does not outlive its transformation: a state that is restored into one with another rate
-    goes on with the new rate. If the rate is an array, its caller has it, and the state has none:
-    under `optax.inject_hyperparams` it is in `state.hyperparams` alone.
+    x is the rate from then on, in checkpoints too, until it is set to `state.written`, or for one
+    step given to `update`. A rate that was not set does not outlive its transformation: a state
+    that is restored into one with another rate goes on with the new rate. If the rate is an array,
+    its caller has it, and the state has none: under `optax.inject_hyperparams` it is in
+    `state.hyperparams` alone.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_lr(lambda count: 0.5 / (1 + count))
@@ -70,9 +70,8 @@ def scale_by_lr(learning_rate: ScalarOrSchedule = 1e-3) -> GradientTransformatio
 
     begin = None if isinstance(configured, jax.Array) else first
     start, takes = {"learning_rate": begin, "written": begin}, ("learning_rate",)
-    state = ScaleByLrState
-    stage = Stage("scale_by_lr", multiply, scalars=scalars, start=start, state=state, takes=takes)
-    return from_stage(stage)
+    name, state = "scale_by_lr", ScaleByLrState
+    return from_stage(Stage(name, multiply, scalars=scalars, start=start, state=state, takes=takes))
 
 
 def add_decayed_weights(
@@ -88,11 +87,10 @@ def add_decayed_weights(
 
     Just before `scale_by_lr` it is AdamW's decoupled decay, which shrinks parameters by
     $\alpha\lambda$ a step. Before `scale_by_moments` it is an L2 penalty, as in torch's
-    `Adam(weight_decay=...)`. After `scale_by_lr` it would make parameters grow, and is refused;
-    under `optax.chain`, where it cannot see the rate before it, it is not: use `adamfn.chain`.
-
-    Sources: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2
-    (arXiv 1711.05101); Chen et al., Cautious Weight Decay, 2025, algorithm 1 (arXiv 2510.12402).
+    `Adam(weight_decay=...)`. After `scale_by_lr` it would make parameters grow, and is refused
+    (under `optax.chain` it cannot see the rate: use `adamfn.chain`). Sources: Loshchilov and
+    Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2 (arXiv 1711.05101); Chen et
+    al., Cautious Weight Decay, 2025, algorithm 1 (arXiv 2510.12402).
 
     Args:
       weight_decay: $\lambda$, given like the rate of `scale_by_lr`.
@@ -101,8 +99,8 @@ def add_decayed_weights(
       independent: decay by $u \leftarrow u - \lambda \theta$ after `scale_by_lr`, so that no rate
         multiplies it: the first paper's decay, which only its schedule scales.
       cautious: decay by $u \leftarrow u + \lambda \mathbb 1(u \theta \ge 0)\, \theta$: only the
-        elements that the update shrinks too. It compares signs, and so stands before `scale_by_lr`,
-        which turns them around. Complex numbers agree if their angle is at most a right one.
+        elements that the update shrinks too. It stands before `scale_by_lr`, which turns the signs
+        that it compares. Complex numbers agree if their angle is at most a right one.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.add_decayed_weights(0.5, mask=lambda p: {"w": True, "b": False})
@@ -140,26 +138,20 @@ def add_corrected_decay(
     $$ u \leftarrow u + \lambda \frac{\alpha_t}{\alpha_\text{max}} \theta $$
 
     Before `scale_by_lr` it shrinks parameters by $\lambda \alpha_t^2 / \alpha_\text{max}$ a step.
-    The scale of weights before a normalization does not matter. Their size settles where update and
-    decay balance, with AdamW at $\sqrt{\alpha / \lambda}$, so that gradients grow as the rate
-    falls; here the balance stays. Source: Defazio, Why Gradients Rapidly Increase Near the End of
-    Training, 2025, algorithm 2 (arXiv 2506.02285). timm decays all parameters so, with the first
-    rate as the peak.
-
-    weight_decay and mask are as in `add_decayed_weights`, the rate is that of `scale_by_lr`
-    (`update(..., learning_rate=x)` wins over both; a rate set in the state is `scale_by_lr`'s
-    alone), and the peak, $\alpha_\text{max}$, is above 0.
-    In the paper the weights of normalized layers decay so. An output layer without a normalization
-    decays as in AdamW, by an `add_decayed_weights` with the opposite mask.
+    So the size at which update and decay balance, with AdamW $\sqrt{\alpha / \lambda}$, stays as
+    the rate falls. weight_decay and mask are as in `add_decayed_weights`, the rate is that of
+    `scale_by_lr` (`update(..., learning_rate=x)` wins over both; a rate set in the state is
+    `scale_by_lr`'s alone), and the peak, $\alpha_\text{max}$, is above 0. In the paper the weights
+    of normalized layers decay so, and an output layer as in AdamW: give an `add_decayed_weights`
+    the opposite mask. Source: Defazio, Why Gradients Rapidly Increase Near the End of Training,
+    2025, algorithm 2 (arXiv 2506.02285). timm decays all parameters so.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.add_corrected_decay(0.5, lambda count: 0.1 / (1 + count), peak=0.1)
-    >>> params = jnp.array([2.0])
-    >>> state = tx.init(params)
+    >>> params, state = jnp.array([2.0]), tx.init(jnp.zeros(1))
     >>> for _ in range(2):
     ...     updates, state = tx.update(jnp.zeros(1), state, params)
-    ...     print(updates)
-    [1.]
+    >>> print(updates)  # half of the first step's
     [0.5]
     """
     decay, rate = scheduled("weight_decay", weight_decay), scheduled("learning_rate", learning_rate)

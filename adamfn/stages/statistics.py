@@ -28,11 +28,10 @@ def cautious_updates(floor: Numeric = 1e-3, *, stacked: Mask = None) -> Gradient
 
     g is the gradient that the adamfn stage of moments before it was given; `update` refuses a chain
     without one, such as optax's. After `bias_correct`, and before the decay and `scale_by_lr`,
-    which turns signs, it makes AdamW the paper's C-AdamW.
-    Inside `jax.shard_map` the share is that of a shard. Complex numbers agree if their angle is
-    below a right one. Source: Liang et al., Cautious Optimizers: Improving Training with One Line
-    of Code, 2024, algorithms 1 and 2 (arXiv 2411.16085), which divide by s + eps, or by s + 1/n for
-    n elements; the floor is in timm and in the authors' later code.
+    which turns signs, it makes AdamW the paper's C-AdamW. Inside `jax.shard_map` the share is that
+    of a shard. Complex numbers agree if their angle is below a right one. Source: Liang et al.,
+    Cautious Optimizers: Improving Training with One Line of Code, 2024, algorithms 1 and 2 (arXiv
+    2411.16085), which divide by s + eps, or by s + 1/n; the floor is in the authors' later code.
 
     Args:
       floor: $s_\text{min}$, at least 0.
@@ -63,12 +62,11 @@ def clip_updates(
     R = \sqrt{\operatorname{mean} \frac{g^2}{\max(\hat v, \epsilon^2)}} $$
 
     The mean is over a leaf. g and stacked are as in `cautious_updates`, eps as in `adam`; b2 is
-    that of the moments, and need not be given.
-    Just before `scale_by_lr`, with b2 of 0.99 and eps of 1e-6 in all stages, it makes AdamW the
-    paper's StableAdamW, which clips the decay too; before `add_decayed_weights` it does not.
-    `update` refuses it where no adamfn stage of moments stands before it in its chain. Sources:
-    Wortsman et al., Stable and Low-Precision Training for Large-Scale Vision-Language Models, 2023,
-    algorithm 2 (arXiv 2304.13013); Shazeer and Stern, Adafactor, 2018, section 6.
+    that of the moments, and need not be given. Just before `scale_by_lr`, with b2 of 0.99 and eps
+    of 1e-6 in all stages, it makes AdamW the paper's StableAdamW, which clips the decay too; before
+    `add_decayed_weights` it does not. Sources: Wortsman et al., Stable and Low-Precision Training
+    for Large-Scale Vision-Language Models, 2023, algorithm 2 (arXiv 2304.13013); Shazeer and Stern,
+    Adafactor, 2018, section 6.
 
     >>> import adamfn, jax.numpy as jnp
     >>> parts = adamfn.scale_by_moments(b1=0), adamfn.bias_correct(b1=0), adamfn.clip_updates()
