@@ -101,13 +101,6 @@ def scale_by_ademamix(
         return (averages.at_step(count), slow, (averages.correction(count), share * root_of_c2)), {}
 
     more = {"keeps": PAIR | {"mu_slow": zeros}, "state": ScaleByAdemamixState}
+    name, formula, decays = "scale_by_ademamix", formulas.mixed_ratio, averages.decays
     moments = with_mu_dtype(moments, mu_dtype)
-    return from_moments(
-        "scale_by_ademamix",
-        formulas.mixed_ratio,
-        moments,
-        scalars,
-        decays=averages.decays,
-        seed=seed,
-        **more,
-    )
+    return from_moments(name, formula, moments, scalars, decays=decays, seed=seed, **more)

@@ -44,17 +44,13 @@ def adopt(
     For decoupled decay, chain `scale_by_adopt`, `add_decayed_weights` and `scale_by_lr`.
 
     >>> import adamfn, jax.numpy as jnp
-    >>> tx = adamfn.adopt(learning_rate=0.1, b1=0.0)
-    >>> state = tx.init(jnp.zeros(2))
-    >>> for _ in range(2):
-    ...     updates, state = tx.update(jnp.array([3.0, -5.0]), state)
-    >>> print(updates)
+    >>> tx, g = adamfn.adopt(learning_rate=0.1, b1=0.0), jnp.array([3.0, -5.0])
+    >>> _, state = tx.update(g, tx.init(g))
+    >>> print(tx.update(g, state)[0])
     [-0.1  0.1]
     """
-    ratio = scale_by_adopt(
-        b1, b2, eps, mu_dtype, nesterov=nesterov, use_clipping=use_clipping,
-        clip_value_fn=clip_value_fn, moments=moments, seed=seed,
-    )  # fmt: skip
+    more: Any = {"nesterov": nesterov, "use_clipping": use_clipping, "clip_value_fn": clip_value_fn}
+    ratio = scale_by_adopt(b1, b2, eps, mu_dtype, moments=moments, seed=seed, **more)
     return chain(ratio, scale_by_lr(learning_rate))
 
 
@@ -78,21 +74,16 @@ def scale_by_adopt(
     m \leftarrow m + (1 - b_1)(x - m), \qquad v \leftarrow v + (1 - b_2)(|g|^2 - v), \qquad u = m $$
 
     v does not know g yet where it divides it, so the two are independent: hence the convergence.
-    No `bias_correct` belongs after this stage. The state's mu is $m \max(\sqrt v, \epsilon)$,
-    in the gradients' units, in which formats store it. Source: arXiv 2411.02853, algorithms 1 and
-    2; as `optax.contrib.scale_by_adopt`.
-
-    Args: as in `adam`, and
-      nesterov: look one step ahead: $u = b_1 m + (1 - b_1) x$.
-      use_clipping: whether x is clipped.
-      clip_value_fn: c, a function of the steps taken so far: their fourth root.
+    clip_value_fn, c, is a function of the steps taken so far, their fourth root; use_clipping says
+    whether x is clipped at all. With nesterov, $u = b_1 m + (1 - b_1) x$. All else is as in `adam`.
+    No `bias_correct` belongs after it. The state's mu is $m \max(\sqrt v, \epsilon)$, in the
+    gradients' units, in which formats store it. Source: arXiv 2411.02853, algorithms 1 and 2; as
+    `optax.contrib.scale_by_adopt`.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_adopt(b1=0.5)
-    >>> state = tx.init(jnp.zeros(2))
-    >>> for g in ([3.0, -5.0], [3.0, -50.0]):
-    ...     updates, state = tx.update(jnp.array(g), state)
-    >>> print(updates)  # half of x, which is at most 1 at this step
+    >>> _, state = tx.update(jnp.array([3.0, -5.0]), tx.init(jnp.zeros(2)))
+    >>> print(tx.update(jnp.array([3.0, -50.0]), state)[0])  # half of x, which is at most 1
     [ 0.5 -0.5]
     """
     averages = Averages.of(b1, b2, eps)

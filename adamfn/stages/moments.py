@@ -79,9 +79,8 @@ def scale_by_moments(
     $$ m \leftarrow m + (1 - b_1)(g - m), \qquad v \leftarrow v + (1 - b_2)(|g|^2 - v), \qquad
     u = \frac{m}{\sqrt{v + c_2\,\epsilon_\text{root}} + \sqrt{c_2}\,\epsilon} $$
 
-    `bias_correct` corrects u for the zero, by $\sqrt{c_2} / c_1$. eps is in units of the
-    *corrected* second moment: so $\sqrt{c_2}$ multiplies it, and both stages together give exactly
-    $\hat m / (\sqrt{\hat v} + \epsilon)$. With `nesterov`, m in the ratio becomes
+    `bias_correct` corrects u by $\sqrt{c_2} / c_1$. eps is in units of the *corrected* root: both
+    stages give exactly $\hat m / (\sqrt{\hat v} + \epsilon)$. With `nesterov`, m in the ratio is
     $b_1 m\, c_1(t) / c_1(t + 1) + (1 - b_1) g$. Sources: Kingma and Ba, Adam: A Method for
     Stochastic Optimization, 2015, algorithm 1 (arXiv 1412.6980); Dozat, Incorporating Nesterov
     Momentum into Adam, 2016, algorithm 2.
@@ -127,27 +126,23 @@ def scale_by_max_moments(
 
     All else is as in `scale_by_moments`. If `bias_correct(b1, 0)` comes after it, and v stays
     uncorrected, `corrected=False` makes $c_2 = 1$. The maximum is of the uncorrected v, as in torch
-    and the paper. (In `optax.amsgrad` it is of the corrected one, which the first gradients decide
-    for a long time.) Source: Reddi et al., On the Convergence of Adam and Beyond, 2018, algorithm 2
-    (arXiv 1904.09237).
+    and the paper. (`optax.amsgrad` corrects v first.) Source: Reddi et al., On the Convergence of
+    Adam and Beyond, 2018, algorithm 2 (arXiv 1904.09237).
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_max_moments(b1=0.0, b2=0.0)  # v is the last g^2
-    >>> state = tx.init(jnp.zeros(1))
-    >>> for g in (4.0, 1.0):
-    ...     updates, state = tx.update(jnp.array([g]), state)
-    >>> print(updates, state.nu, state.nu_max)
-    [0.25] [1.] [16.]
+    >>> _, state = tx.update(jnp.array([4.0]), tx.init(jnp.zeros(1)))
+    >>> print(tx.update(jnp.array([1.0]), state)[0])
+    [0.25]
     """
     averages = Averages.of(b1, b2, eps, eps_root)
-    keeps, state = PAIR | {"nu_max": real_zeros}, ScaleByMaxMomentsState
-    more = {"keeps": keeps, "state": state, "decays": averages.decays, "seed": seed}
-    name, formula = "scale_by_max_moments", formulas.max_ratio
+    more = {"keeps": PAIR | {"nu_max": real_zeros}, "state": ScaleByMaxMomentsState}
 
     def scalars(count: jax.Array, *_: Any) -> Scalars:
         return (averages.at_step(count) if corrected else averages,), {}
 
-    return from_moments(name, formula, moments, scalars, **more)
+    name, formula, decays = "scale_by_max_moments", formulas.max_ratio, averages.decays
+    return from_moments(name, formula, moments, scalars, decays=decays, seed=seed, **more)
 
 
 def scale_by_infinity_moments(
@@ -167,11 +162,9 @@ def scale_by_infinity_moments(
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_infinity_moments(b1=0.0, b2=0.5)
-    >>> state = tx.init(jnp.zeros(1))
-    >>> for g in (4.0, 1.0):
-    ...     updates, state = tx.update(jnp.array([g]), state)
-    >>> print(updates, state.nu)
-    [0.5] [2.]
+    >>> _, state = tx.update(jnp.array([4.0]), tx.init(jnp.zeros(1)))
+    >>> print(tx.update(jnp.array([1.0]), state)[0])  # v is 2
+    [0.5]
     """
     averages, name = Averages.of(b1, b2, eps), "scale_by_infinity_moments"
     more: dict[str, Any] = {"state": ScaleByInfinityMomentsState, "seed": seed}
@@ -185,13 +178,11 @@ def bias_correct(b1: Numeric | None = None, b2: Numeric | None = None) -> Gradie
 
     $$ u \leftarrow u \sqrt{c_2} / c_1, \qquad c_i = 1 - b_i^t $$
 
-    After t steps of a constant x, an average that began at zero holds $c x$. So m is too small by
-    $c_1$, and $\sqrt v$ by $\sqrt{c_2}$ (Kingma and Ba, section 3). The factor is right to 3e-7 at
-    every step. With `b2=0` only the numerator is corrected, with `b1=0` only the denominator.
-
-    Decays that are not given are those of the adamfn stage of moments before it in its chain; given
-    ones must agree with them. Under `optax.chain`, where it cannot see that stage, give it both:
-    without a stage of moments before it, they are 0.9 and 0.999.
+    After t steps of a constant x, an average that began at zero holds $c x$ (Kingma and Ba, section
+    3). The factor is right to 3e-7 at every step. With `b2=0` only the numerator is corrected, with
+    `b1=0` only the denominator. Decays that are not given are those of the adamfn stage of moments
+    before it in its chain, in wrappers of ours or not; given ones must agree with them. Under
+    `optax.chain`, where it cannot see that stage, give it both: else they are 0.9 and 0.999.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.bias_correct(b1=0.9, b2=0.0)

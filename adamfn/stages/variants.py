@@ -49,9 +49,8 @@ def scale_by_nesterov_moments(
       + \frac{(1 - \mu_t)\, g}{1 - \prod_{i=1}^{t} \mu_i} $$
 
     momentum_decay, $\psi$, is at least 0: in $1 / \psi$ steps the momentum's distance to b1 shrinks
-    to 0.96 of itself. The products correct $\bar m$ for its beginning at zero, and
-    `bias_correct(0, b2)` after this stage the denominator. Source: Dozat, Incorporating Nesterov
-    Momentum into Adam, 2016, section 3; torch.optim.NAdam.
+    to 0.96 of itself. The products correct $\bar m$, and `bias_correct(0, b2)` after this stage the
+    denominator. Source: Dozat, as in `scale_by_moments`, section 3; torch.optim.NAdam.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_nesterov_moments(b1=0.0, b2=0.0)  # no memory: the gradient's sign
@@ -141,10 +140,9 @@ def scale_by_atan2_moments(
     with all else as in `scale_by_moments`. a and b are at least 0. An update is at most
     $a \pi / 2$; a of 1.27, about $4 / \pi$, makes it 1 where $m = \sqrt v$. Gradients multiplied by
     any number give the same updates, as long as their squares are in the range of the moments'
-    dtype. The averages are corrected here: no `bias_correct` belongs after it. A complex m keeps
-    its direction; its size goes into the angle. Source: Everett et al., Scaling Exponents Across
-    Parameterizations and Optimizers, 2024, section 4.3 (arXiv 2407.05872), with the a and b of the
-    packages that implement it.
+    dtype. No `bias_correct` belongs after it. A complex m keeps its direction; its size goes into
+    the angle. Source: Everett et al., Scaling Exponents Across Parameterizations and Optimizers,
+    2024, section 4.3 (arXiv 2407.05872), with the a and b of the packages that implement it.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_atan2_moments()
@@ -177,18 +175,15 @@ def scale_by_lazy_moments(
     with all else as in `scale_by_moments`. A row extends along the last axis: one embedding of a
     table of shape (tokens, features), or a whole vector; a scalar is a row by itself. Where a row's
     gradient is all zero, m and v stay as they are, and $u = 0$. The count, and with it
-    `bias_correct(b1, b2)` after this stage, goes on for all rows alike. eps is in units of the
-    uncorrected root, as in torch. `init` refuses a format in which several rows share a number,
-    such as `"factored"`. Source: torch.optim.SparseAdam, whose sparse gradients name the rows that
-    are found here.
+    `bias_correct` after this stage, goes on for all rows alike. eps is in units of the uncorrected
+    root. `init` refuses a format in which several rows share a number, such as `"factored"`. As
+    torch.optim.SparseAdam, whose sparse gradients name the rows that are found here.
 
     >>> import adamfn, jax.numpy as jnp
-    >>> tx = adamfn.scale_by_lazy_moments(b1=0.0, b2=0.0)
-    >>> table = jnp.ones((3, 2))
-    >>> print(tx.update(jnp.zeros((3, 2)).at[1].set(5.0), tx.init(table))[0])
-    [[0. 0.]
-     [1. 1.]
-     [0. 0.]]
+    >>> tx, g = adamfn.scale_by_lazy_moments(b1=0.0, b2=0.0), jnp.array([[0.0, 0.0], [5.0, -5.0]])
+    >>> print(tx.update(g, tx.init(g))[0])
+    [[ 0.  0.]
+     [ 1. -1.]]
     """
     averages, moments = Averages.of(b1, b2, eps, eps_root), _stored_by_rows(moments)
 
