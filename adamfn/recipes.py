@@ -285,9 +285,9 @@ def lazy_adam(
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx, g = adamfn.lazy_adam(learning_rate=0.1), jnp.array([[0.0, 0.0], [5.0, -5.0]])
-    >>> print(tx.update(g, tx.init(g))[0])
-    [[ 0.   0. ]
-     [-0.1  0.1]]
+    >>> print(adamfn.step(tx, g, tx.init(g), jnp.ones((2, 2)))[0])
+    [[1.  1. ]
+     [0.9 1.1]]
     """
     ratio = scale_by_lazy_moments(b1, b2, eps, eps_root=eps_root, moments=moments, seed=seed)
     return chain(ratio, bias_correct(b1, b2), scale_by_lr(learning_rate))

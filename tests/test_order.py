@@ -107,6 +107,18 @@ def test_a_correction_takes_its_decays_from_the_moments_before_it():
         for tx in (found, half):
             updates = tx.update(g, tx.init(g), g, decays="of others")[0]
             np.testing.assert_array_equal(updates, expected.update(g, expected.init(g), g)[0])
+    moments, correct = adamfn.scale_by_moments(0.8, 0.95), adamfn.bias_correct()
+    expected = adamfn.chain(moments, correct)
+    for apart in (
+        adamfn.chain(adamfn.with_backend(moments, "xla"), correct),
+        adamfn.chain(adamfn.packed(moments), optax.identity(), correct),
+        adamfn.chain(moments, adamfn.with_backend(adamfn.packed(correct), "xla")),
+    ):
+        found = apart.update(g, apart.init(g))[0]
+        np.testing.assert_array_equal(found, expected.update(g, expected.init(g))[0])
+    tx = adamfn.chain(adamfn.with_backend(moments, "xla"), adamfn.bias_correct(0.9))
+    with pytest.raises(ValueError, match=r"b1 is 0\.9, and that of the moments .* is 0\.8"):
+        tx.update(g, tx.init(g))
     tx = adamfn.chain(optax.chain(adamfn.scale_by_moments()), adamfn.bias_correct())
     np.testing.assert_allclose(tx.update(g, tx.init(g))[0], [1, -1], rtol=1e-6)  # the defaults
 

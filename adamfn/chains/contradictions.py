@@ -45,7 +45,8 @@ def check_order(parts: Sequence[Any], unwrapped: Sequence[Any]) -> None:
             raise ValueError(
                 f"chain: {part.name} stands before {shown(after)}, which is not fused with it and"
                 " would still update on skipped steps. Put other transformations first, or skip the"
-                " whole chain with optax.apply_if_finite or a condition of your own."
+                " whole chain with optax.apply_if_finite (of gradients no narrower than their"
+                " updates) or a condition of your own."
             )
     for before, part in pairwise(unwrapped):
         stages = isinstance(before, Stage) and isinstance(part, Stage)

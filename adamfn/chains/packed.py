@@ -164,12 +164,12 @@ class _PackedChain(Wrapped):
     def repacked(self, state: PyTree, params: PyTree) -> PyTree:
         layout = _Layout(self.inner, params, self._below)
         nodes = jax.tree.leaves(state, is_leaf=_is_packed)
-        like, converted = params, cast("Callable[[Any], Any]", layout.pack)
+        like, converted = params, layout.pack
         if any(map(_is_packed, nodes)):
             like, converted = jax.eval_shape(layout.pack, params), layout.unpack
         states: list[Any] = []
         for stage, own in zip(self.stages, flat_states(self.structure, state), strict=True):
-            fields = {name: getattr(own, name, None) for name in stage.keeps}
+            fields: dict[str, Any] = {name: getattr(own, name, None) for name in stage.keeps}
             for name, field in fields.items():
                 matching_leaves("repack: params", like, f"{name} of the state", field, _WAY_OUT)
             states.append(own._replace(**{k: converted(x) for k, x in fields.items()}))
