@@ -73,24 +73,25 @@ def get(name_or_format: Any) -> Format:
     return cast("Format", format)
 
 
-def check_moments(moments: Any, b1: Numeric = 0.0) -> Moments:
+def check_moments(moments: Any, b1: Numeric = 0.0, name: str = "b1") -> Moments:
     """Returns `moments`, with a dtype or None as a name; a function as one that checks its results.
 
-    Raises as `get`, and ValueError for a format that does not bear b1, if that is a number.
+    Raises as `get`, and ValueError for a format that does not bear the decay of mu, if that is a
+    number; `name` is what the message calls it.
     """
     moments = _name_of(moments)
     if callable(moments) and not isinstance(moments, type):
-        return partial(_checked, moments, b1)
-    _checked(moments, b1)
+        return partial(_checked, moments, b1, name)
+    _checked(moments, b1, name)
     return cast("Moments", moments)
 
 
-def _checked(moments: Any, b1: Numeric, *leaf: Any) -> Format:
+def _checked(moments: Any, b1: Numeric, name: str, *leaf: Any) -> Format:
     format = get(moments(*leaf) if leaf else moments)
     if isinstance(b1, float) and b1 > (most := answer(format, "largest_b1")):
         where = f" at {leaf[0] or 'the root'}" if leaf else ""
         raise ValueError(
-            f"b1 is {b1:g}, and moments{where} is {format!r}; expected a b1 of at most {most}, as"
+            f"{name} is {b1:g}, and moments{where} is {format!r}; expected at most {most}, as"
             " beyond it this format turns and lengthens updates. Use moments='8bit'."
         )
     return format

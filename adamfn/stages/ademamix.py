@@ -13,7 +13,7 @@ from adamfn.core.averages import Averages, decay
 from adamfn.core.hyperparameters import ScalarOrSchedule, explained, scheduled, value_at
 from adamfn.core.masks import Mask
 from adamfn.core.stage import Scalars, exported_state, zeros
-from adamfn.formats import Moments, with_mu_dtype
+from adamfn.formats import Moments, check_moments, with_mu_dtype
 from adamfn.stages.moments import PAIR, from_moments
 from adamfn.stages.rates import add_decayed_weights, scale_by_lr
 from adamfn.trees import Numeric, PyTree
@@ -49,8 +49,8 @@ def ademamix(
     r"""AdEMAMix, by Pagliardini, Ablin and Grangier (2024, arXiv 2409.03137): AdamW that remembers.
 
     The update of `scale_by_ademamix` takes the place of Adam's in `adamw`. The state takes 12 bytes
-    a parameter, or fewer with other `moments`. Arguments as in `optax.contrib.ademamix`; with a
-    weight_decay of 0 there is no such stage.
+    a parameter in float32. Arguments as in `optax.contrib.ademamix`; with a weight_decay of 0 there
+    is no such stage.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.ademamix(learning_rate=0.1)
@@ -84,8 +84,9 @@ def scale_by_ademamix(
 
     s is not corrected for its beginning at zero, so that it comes in slowly; no `bias_correct`
     belongs after this stage. b3, the decay of s, and alpha, its weight, are numbers, scalar arrays
-    or functions of the count: the paper raises both over the run, from b1 and from 0. All else is
-    as in `adam`. Source: arXiv 2409.03137, algorithm 1; as `optax.contrib.scale_by_ademamix`.
+    or functions of the count: the paper raises both over the run, from b1 and from 0. `"4bit"` does
+    not bear a b3 above 0.95, nor a schedule of it. All else is as in `adam`.
+    Source: arXiv 2409.03137, algorithm 1; as `optax.contrib.scale_by_ademamix`.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_ademamix(b3=0.5, alpha=2.0)
@@ -102,5 +103,6 @@ def scale_by_ademamix(
 
     more = {"keeps": PAIR | {"mu_slow": zeros}, "state": ScaleByAdemamixState}
     name, formula, decays = "scale_by_ademamix", formulas.mixed_ratio, averages.decays
-    moments = with_mu_dtype(moments, mu_dtype)
+    slowest = 1.0 if fixed is None else 1 - fixed.complement  # a schedule rises towards 1
+    moments = check_moments(with_mu_dtype(moments, mu_dtype), slowest, "b3")
     return from_moments(name, formula, moments, scalars, decays=decays, seed=seed, **more)
