@@ -167,7 +167,8 @@ def test_gradients_of_unlike_sizes(moments, shared, least, longer):
 
 
 @pytest.mark.parametrize(
-    "make", [adamfn.adam, adamfn.nadam, adamfn.adamax, adamfn.lazy_adam, adamfn.radam]
+    "make",
+    [adamfn.adam, adamfn.nadam, adamfn.adamax, adamfn.lazy_adam, adamfn.radam, adamfn.adopt],
 )
 def test_4_bits_bear_no_larger_b1(make):
     for moments in ("4bit", formats.FourBit(64), "8bit"):

@@ -12,7 +12,7 @@ from adamfn.core import formulas
 from adamfn.core.averages import NO_DECAY, Averages
 from adamfn.core.hyperparameters import ScalarOrSchedule, explained, value_at
 from adamfn.core.stage import Scalars
-from adamfn.formats import Moments, with_mu_dtype
+from adamfn.formats import Moments, check_moments, with_mu_dtype
 from adamfn.stages.moments import from_moments
 from adamfn.stages.rates import scale_by_lr
 from adamfn.trees import Numeric
@@ -92,7 +92,8 @@ def scale_by_adopt(
         bound = value_at("clip_value_fn", clip_value_fn, count - 1) if use_clipping else None
         return (averages, count > 1, bound, averages.b1 if nesterov else None), {}
 
-    name, moments = "scale_by_adopt", with_mu_dtype(moments, mu_dtype)
+    moments = check_moments(with_mu_dtype(moments, mu_dtype), 1 - averages.b1.complement)
+    name = "scale_by_adopt"
     return from_moments(
         name, formulas.normalized_average, moments, scalars, decays=(NO_DECAY, NO_DECAY), seed=seed
     )
