@@ -121,17 +121,22 @@ def leaves_of(
     counts = [getattr(state, "count", None) for state in states]
     reads = request.moves or any("params" in stage.reads for stage in stages)
     for leaf in leaves:
+        leaf.shards = split_of(leaf, request.shards)
         param, state = leaf.param if reads else None, (leaf.kept, counts)
         arrays = {"gradient": leaf.grad, "parameter": param, "state": state}
-        if not isinstance(leaf.grad, Tracer) and len(found := devices_of(arrays)) > 1:
-            (here, what), (there, other), *_ = found.items()
+        places: dict[Any, str] = {}
+        if not isinstance(leaf.grad, Tracer):
+            places = devices_of(arrays)
+        elif leaf.shards is not None and request.shards is None and any(leaf.shards.axes):
+            rows = [row for stage, row in zip(stages, leaf.kept, strict=True) if stage.elementwise]
+            places = _meshes_of(arrays | {"state": rows}, leaf.grad.shape)
+        if len(places) > 1:
+            (here, what), (there, other), *_ = places.items()
             raise ValueError(
-                f"{stages[0].name}: at {leaf.name} the {what} is on {len(here)} devices"
-                f" ({min(map(str, here))} first), and the {other} on {len(there)}"
-                f" ({min(map(str, there))} first); expected the same. Move the state:"
-                " jax.device_put(state, adamfn.sharding.state_shardings(tx, params, shardings))."
+                f"{stages[0].name}: at {leaf.name} the {what} is on {_place(here)}, and the {other}"
+                f" on {_place(there)}; expected the same. Move the state: jax.device_put(state,"
+                " adamfn.sharding.state_shardings(tx, params, shardings))."
             )
-        leaf.shards = split_of(leaf, request.shards)
     for place, stage in enumerate(stages):
         check_corrections(stage, place, leaves)
     return leaves
@@ -145,6 +150,19 @@ def devices_of(trees: Mapping[str, PyTree]) -> dict[frozenset[Any], str]:
             if not isinstance(x, Tracer) and getattr(x, "committed", False):
                 found.setdefault(frozenset(x.sharding.device_set), name)
     return found
+
+
+def _meshes_of(trees: Mapping[str, PyTree], shape: Any) -> dict[Any, str]:
+    """The same under `jit`, where types name explicit axes of a mesh, of arrays with a shape."""
+    arrays = [(name, x) for name, tree in trees.items() for x in jax.tree.leaves(tree)]
+    found = [(jax.typeof(x).sharding.mesh, name) for name, x in arrays if x.shape == shape]
+    return dict(reversed(found))
+
+
+def _place(place: Any) -> str:
+    if isinstance(place, frozenset):
+        return f"{len(place)} devices ({min(map(str, place))} first)"
+    return f"a mesh of {dict(place.shape)}" if place.shape else "no mesh"
 
 
 def masks_of(stages: Sequence[Stage], updates: PyTree, params: PyTree) -> list[list[bool]]:

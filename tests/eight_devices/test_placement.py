@@ -159,3 +159,22 @@ def test_a_state_on_one_device_and_parameters_on_a_mesh_are_named(how):
     if how == "update":  # parameters that nothing reads may be anywhere
         grads, adam = jax.device_put(drawn(0), jax.devices()[1]), adamfn.adam()
         adam.update(grads, adam.init(grads), params)
+
+
+@pytest.mark.parametrize("how", ["update", "step"])
+def test_under_jit_explicit_axes_tell_that_a_state_is_elsewhere(how):
+    tx = adamfn.adamw()
+    call = tx.update if how == "update" else lambda *arguments: adamfn.step(tx, *arguments)
+    types = (AxisType.Explicit,)
+    mesh, other = jax.make_mesh((8,), ("data",), types), jax.make_mesh((4, 2), "ab", types * 2)
+    whole = np.ones((8, 16), np.float32)
+    params = {"w": jax.device_put(whole, jax.NamedSharding(mesh, P("data")))}
+    apart = {"w": jax.device_put(whole, jax.NamedSharding(other, P("a")))}
+    elsewhere = r"on a mesh of \{'a': 4, 'b': 2\}"
+    cases = [(tx.init({"w": whole}), params, "state .*on no mesh")]
+    cases += [(tx.init(apart), params, f"state .*{elsewhere}")]
+    cases += [(tx.init(params), apart, f"parameter .*{elsewhere}")]
+    for state, weights, says in cases:
+        with pytest.raises(ValueError, match=f"scale_by_moments: at w the .*{says}"):
+            jax.jit(call)(params, state, weights)
+    jax.jit(call)(params, tx.init(params), params)
