@@ -28,11 +28,7 @@ Moved: TypeAlias = tuple[PyTree, PyTree, PyTree]
 
 
 class Chain:
-    """Stages and transformations, one after another.
-
-    Its bound methods `init` and `update` are a `GradientTransformation`; `chain_of` finds the chain
-    of one.
-    """
+    """Stages and transformations; its `init` and `update` are a `GradientTransformation`."""
 
     def __init__(self, structure: Structure) -> None:
         self.structure = structure
@@ -147,10 +143,8 @@ def from_stage(stage: Stage) -> GradientTransformation:
     ...     return jnp.where(u * g > 0, u, 0)
     >>> where_they_agree = adamfn.from_stage(adamfn.Stage("agree", agree, reads=("grads",)))
     >>> tx = adamfn.chain(adamfn.scale_by_moments(b1=0.5), where_they_agree)
-    >>> state = tx.init(jnp.zeros(1))
-    >>> for g in (4.0, -1.0):
-    ...     updates, state = tx.update(jnp.array([g]), state)
-    >>> print(updates)
+    >>> _, state = tx.update(jnp.array([4.0]), tx.init(jnp.zeros(1)))
+    >>> print(tx.update(jnp.array([-1.0]), state)[0])
     [0.]
     """
     if not isinstance(stage, Stage):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -165,22 +159,17 @@ def chain(*transformations: Transformation) -> GradientTransformation:
     of them, and nothing is rounded or written to memory in between. `step` moves the parameters at
     the end of that program.
 
-    The state is the tuple of their states. Fused stages share one count. Each extra argument of
+    The transformations are ours and optax's, in any order; none at all gives the identity. The
+    state is the tuple of their states. Fused stages share one count. Each extra argument of
     `update`, such as `learning_rate=`, goes to every transformation that takes it.
 
-    Args:
-      *transformations: ours and optax's, in any order; none at all gives the identity.
-
-    Raises:
-      TypeError: an argument has no `init` and `update`.
-      ValueError: stages that contradict one another, such as two weight decays; at `update`, the
-        state has another number of parts than the chain.
+    Raises TypeError if an argument has no `init` and `update`, and ValueError if stages contradict
+    one another, such as two weight decays; at `update`, if the state has another number of parts.
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.chain(adamfn.add_decayed_weights(0.5), adamfn.scale_by_lr(0.5))
     >>> params = jnp.array([1.0, 2.0])
-    >>> updates, state = tx.update(jnp.zeros(2), tx.init(params), params)
-    >>> print(updates)
+    >>> print(tx.update(jnp.zeros(2), tx.init(params), params)[0])
     [-0.25 -0.5 ]
     """
     for position, tx in enumerate(transformations):

@@ -197,10 +197,11 @@ def has_field(node: Any, field: str) -> bool:
     return field in getattr(node, "_fields", ())
 
 
-def states_with(field: str, state: PyTree) -> list[Any]:
-    """The named tuples with a field inside a state, whatever wraps them."""
+def kept_by_path(field: str, state: PyTree) -> dict[Any, Any]:
+    """What all named tuples in a state keep in a field, by the paths of leaves."""
     nodes = jax.tree.leaves(state, is_leaf=lambda node: has_field(node, field))
-    return [node for node in nodes if has_field(node, field)]
+    trees = [getattr(node, field) for node in nodes if has_field(node, field)]
+    return {path: x for tree in trees for path, x in jax.tree.leaves_with_path(tree)}
 
 
 def way_out(state: Any, owner: str) -> str:

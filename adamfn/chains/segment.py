@@ -25,11 +25,7 @@ from adamfn.trees import PyTree, describe, shown
 def run(
     stages: Sequence[Stage], updates: PyTree, states: Sequence[PyTree], request: Request
 ) -> tuple[PyTree, PyTree, list[PyTree]]:
-    """One step of a run: the updates and the moved parameters, if asked for, and the next states.
-
-    Raises:
-      TypeError, ValueError: trees or states that do not fit; names the stage and the leaf.
-    """
+    """One step: the updates and the moved parameters, if asked for, and the next states."""
     count, treedef = next_count(stages, states), jax.tree.structure(updates)
     leaves = leaves_of(stages, updates, states, request)
     step = step_at(stages, states, count, [leaf.grad for leaf in leaves], request)
@@ -113,11 +109,7 @@ def segments_of(stages: Sequence[Stage]) -> list[range]:
 
 
 def program_of(step: Step, segment: range, leaf: Leaf, request: Request) -> Program:
-    """The program of a leaf in a segment.
-
-    Raises:
-      ValueError: a stage reads moments that no stage before it keeps.
-    """
+    """The program of a leaf in a segment; ValueError if it reads moments that nothing keeps."""
     parts = {
         k: Part(stage.name, stage.formula, tuple(stage.reads), tuple(stage.keeps), leaf.formats[k])
         for k, stage in enumerate(step.stages[: segment.stop])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamfn.chains import step as stepping
-from adamfn.chains.leaves import states_with
+from adamfn.chains.leaves import kept_by_path
 from adamfn.chains.transform import Transformation, apply_updates, where_updated
 from adamfn.core.averages import increment
 from adamfn.core.placement import vary_together
@@ -108,9 +108,7 @@ def observe(
     def look() -> dict[tuple[str, str], jax.Array]:
         updates, after = tx.update(grads, state, params, **extra)
         us, weights = _by_path("updates", updates), ps
-        if states_with(
-            "correction", after
-        ):  # measure the weights that bfloat16 and corrections stand for
+        if kept_by_path("correction", after):  # measure the weights that they stand for
             moved = whole_weights(apply_updates(params, updates), after)
             weights = _by_path("params", whole_weights(params, state))
             us = {path: w - weights[path] for path, w in _by_path("params", moved).items()}

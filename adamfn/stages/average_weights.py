@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from adamfn.chains.chain import from_stage
-from adamfn.chains.leaves import states_with
+from adamfn.chains.leaves import kept_by_path
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core import averages, formulas
 from adamfn.core.stage import Scalars, Stage, exported_state
@@ -38,8 +38,7 @@ def average_weights(decay: Numeric = 0.999) -> GradientTransformation:
     weights (Kingma and Ba, section 7.2).
 
     >>> import adamfn, jax.numpy as jnp
-    >>> tx = adamfn.chain(adamfn.adam(0.5), adamfn.average_weights(0.5))
-    >>> params = jnp.zeros(1)
+    >>> tx, params = adamfn.chain(adamfn.adam(0.5), adamfn.average_weights(0.5)), jnp.zeros(1)
     >>> state = tx.init(params)
     >>> for _ in range(2):
     ...     params, state = adamfn.step(tx, jnp.ones(1), state, params)
@@ -69,9 +68,7 @@ def averaged_weights(params: PyTree, state: PyTree) -> PyTree:
     >>> print(adamfn.averaged_weights(params, tx.init(params))["w"])
     [1. 1.]
     """
-    nodes = states_with("average", state)
-    found = {k: x for node in nodes for k, x in jax.tree.leaves_with_path(node.average)}
-    leaves, treedef = jax.tree.flatten_with_path(params)
+    found, (leaves, treedef) = kept_by_path("average", state), jax.tree.flatten_with_path(params)
     paths = {path for path, _ in leaves}
     if (paths and not paths & {*found}) or any(
         path in found and found[path].shape != jnp.shape(p) for path, p in leaves

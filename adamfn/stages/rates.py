@@ -45,11 +45,9 @@ def scale_by_lr(learning_rate: ScalarOrSchedule = 1e-3) -> GradientTransformatio
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx = adamfn.scale_by_lr(lambda count: 0.5 / (1 + count))
-    >>> params = jnp.array([1.0, 2.0])
-    >>> updates, state = tx.update(params, tx.init(params))
-    >>> print(updates)
-    [-0.5 -1. ]
-    >>> updates, state = tx.update(params, state, learning_rate=0.125)
+    >>> updates = jnp.array([1.0, 2.0])
+    >>> _, state = tx.update(updates, tx.init(updates))
+    >>> updates, state = tx.update(updates, state, learning_rate=0.125)
     >>> print(updates, state.learning_rate)
     [-0.125 -0.25 ] 0.125
     """

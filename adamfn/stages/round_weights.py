@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from adamfn.chains.chain import from_stage
-from adamfn.chains.leaves import has_field, states_with
+from adamfn.chains.leaves import has_field, kept_by_path
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core.stage import EmptyState, Stage, exported_state
 from adamfn.core.weights import Weights
@@ -77,9 +77,7 @@ def whole_weights(params: PyTree, state: PyTree) -> PyTree:
     1 1.001
     """
     check_swapped("whole_weights(params, state)", state, params)
-    found: dict[Any, Any] = {}
-    for node in states_with("correction", state):
-        found |= dict(jax.tree.leaves_with_path(node.correction))
+    found = kept_by_path("correction", state)
 
     def whole(path: Any, p: Any) -> Any:
         if not _is_bfloat16(p):
