@@ -174,7 +174,10 @@ def chain(*transformations: Transformation) -> GradientTransformation:
     """
     for position, tx in enumerate(transformations):
         check_transformation(f"chain: argument {position}", tx)
-    structure = tuple(_structure_of(tx) for tx in transformations)
+    structure = tuple(
+        tx if own is None or isinstance(own, Wrapped) else own.structure
+        for own, tx in zip(map(chain_of, transformations), transformations, strict=True)
+    )
     check_order(elements(structure), list(unwrapped(structure)))
     return Chain(structure).transformation
 
@@ -213,11 +216,6 @@ def flat_states(structure: Structure, state: PyTree) -> list[PyTree]:
             f" each transformation. {way_out(state if states is None else None, 'chain')}"
         )
     return [flat for pair in zip(structure, states, strict=True) for flat in flat_states(*pair)]
-
-
-def _structure_of(tx: Transformation) -> Structure:
-    chain = chain_of(tx)
-    return tx if chain is None or isinstance(chain, Wrapped) else chain.structure
 
 
 def _is_element(part: Structure) -> bool:

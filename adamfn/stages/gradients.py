@@ -150,9 +150,8 @@ def _watched(name: str, extra: Mapping[str, Any], dtype: Any) -> jax.Array:
             "skip_outliers: update got no loss, and watches it. Call update(..., loss=x), or watch"
             " ['grad_norm'] alone."
         )
-    real = isinstance(value, int | float) or (
-        hasattr(value, "dtype") and not jnp.issubdtype(value.dtype, jnp.complexfloating)
-    )
+    kind = getattr(value, "dtype", type(value))
+    real = any(jnp.issubdtype(kind, each) for each in (jnp.floating, jnp.integer, jnp.bool_))
     if getattr(value, "shape", ()) != () or not real:
         raise TypeError(
             f"skip_outliers: {name} is {describe(value)}; expected a real number or a scalar array,"
