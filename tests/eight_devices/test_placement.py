@@ -166,7 +166,10 @@ def test_under_jit_explicit_axes_tell_that_a_state_is_elsewhere(how):
     tx = adamfn.adamw()
     call = tx.update if how == "update" else lambda *arguments: adamfn.step(tx, *arguments)
     types = (AxisType.Explicit,)
-    mesh, other = jax.make_mesh((8,), ("data",), types), jax.make_mesh((4, 2), "ab", types * 2)
+    mesh, other = (
+        jax.make_mesh((8,), ("data",), types),
+        jax.make_mesh((4, 2), ("a", "b"), types * 2),
+    )
     whole = np.ones((8, 16), np.float32)
     params = {"w": jax.device_put(whole, jax.NamedSharding(mesh, P("data")))}
     apart = {"w": jax.device_put(whole, jax.NamedSharding(other, P("a")))}
