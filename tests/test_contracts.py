@@ -183,7 +183,10 @@ def test_an_exported_step_is_the_jitted_one(name, platforms):
             )
 
 
-@pytest.mark.parametrize("name", EXPORTED)
+OTHERS = {"adam", "adamax", "nadam", "radam", "schedule"}  # whose formulas know no sizes
+
+
+@pytest.mark.parametrize("name", sorted(EXPORTED.keys() - OTHERS))
 def test_an_export_with_sizes_that_are_not_known(name):
     """A format holds a leaf if that is known: here "known" alone, by its constraint."""
     rows, length = export.symbolic_shape("rows, length", constraints=["rows >= 64"])

@@ -63,7 +63,7 @@ def test_nnx_curves_are_flaxs(how, name):
     assert steps == [count, count]
 
 
-@pytest.mark.parametrize(("how", "name"), JITTED + EAGER)
+@pytest.mark.parametrize(("how", "name"), [*JITTED[:3], *EAGER])
 def test_linen_curves_are_flaxs(how, name):
     losses = []
     for cls in (TrainState, train_state.TrainState):
