@@ -36,9 +36,7 @@ _NOT_AFTER = {
 def check_order(parts: Sequence[Any], unwrapped: Sequence[Any]) -> None:
     """Raises ValueError if two parts of a chain contradict one another; says what to do.
 
-    Args:
-      parts: stages, and transformations that are not fused with them.
-      unwrapped: the same, with the stages inside our wrappers in place of these.
+    `unwrapped` has the stages inside our wrappers in place of these.
     """
     for part, after in combinations(parts, 2):
         if "taken" in getattr(part, "start", ()) and not isinstance(after, Stage):

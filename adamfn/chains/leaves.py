@@ -46,10 +46,7 @@ class Request(NamedTuple):
 
 
 def check_call(call: str, updates: PyTree, state: PyTree, params: PyTree) -> None:
-    """Raises TypeError if two arguments of a call are swapped, or one holds shapes alone.
-
-    `call` says their order, such as `update(updates, state, params)`.
-    """
+    """Raises TypeError if arguments of a `call` are swapped, or one holds shapes alone."""
     caller = call.split("(")[0]
     for name, tree in (("gradients", updates), ("params", params)):
         if holds_state(tree):
@@ -78,10 +75,7 @@ def first_states(stages: Sequence[Stage], params: PyTree) -> list[PyTree]:
 
 
 def next_count(stages: Sequence[Stage], states: Sequence[PyTree]) -> jax.Array:
-    """The count of the step to come, 1 at the first.
-
-    Raises TypeError if a state has the wrong type, or its count is not an int32 scalar.
-    """
+    """The count of the step to come, 1 at the first; TypeError if a state has the wrong type."""
     counting = [place for place, state in enumerate(states) if has_field(state, "count")]
     for place, (stage, state) in enumerate(zip(stages, states, strict=True)):
         kinds = [kind for kind in stage.states if counting or place or has_field(kind, "count")]
