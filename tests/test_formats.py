@@ -214,6 +214,11 @@ def test_shapes_that_are_no_multiple_of_a_block(name, shape):
     np.testing.assert_array_less(np.abs(kept[0] - mu), step * np.sqrt(nu) + 1e-6 * np.abs(mu))
 
 
+def test_a_block_needs_the_least_padding():
+    # Of the multiples of 16 from 128 to 256.
+    assert [blocks.size_for(n, 256) for n in (208, 1048, 130, 100)] == [208, 176, 144, 128]
+
+
 @pytest.mark.parametrize("shape", [(128, 300), (300, 128), (2, 128, 3, 200), (150, 150, 2)])
 def test_factored_is_exact_for_an_outer_product(shape):
     a, b = (i for i, n in enumerate(shape) if n >= 128)
