@@ -1,11 +1,10 @@
 """The call of a chain's program on one leaf, for tests of the backends."""
 
-import jax
 import jax.numpy as jnp
 
+from adamfn.backends.call import Call, Operands
 from adamfn.chains import leaves, segment
 from adamfn.chains.chain import chain_of
-from adamfn.core.program import Call
 
 
 def call_of(tx, g, p):
@@ -20,6 +19,5 @@ def call_of(tx, g, p):
     program = segment.program_of(step, whole, leaf, request)
     places = tuple(place for place in whole if leaf.active[place])
     kept = [[leaf.kept[place] for place in places]]
-    arrays = [jnp.zeros((1, 2), jnp.uint32), *jax.tree.leaves(kept), g, p]
-    call = Call(program, 1, jax.tree.structure(kept))
-    return call, [step.vector(places, program.dtype), count, *arrays]
+    vector, indices = step.vector(places, program.dtype), jnp.zeros((1, 2), jnp.uint32)
+    return Call(program), Operands(vector, count, indices, kept, [g], [p])

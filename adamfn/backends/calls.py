@@ -11,12 +11,13 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType
 
+from adamfn.backends.call import Call, Operands, Results
 from adamfn.backends.primitive import Backend, bind_primitive
 from adamfn.backends.shards import run_on_shards
 from adamfn.backends.xla import run_call, run_whole
 from adamfn.core.leaf import Leaf
 from adamfn.core.placement import Shards, axes_of, split_like, split_together
-from adamfn.core.program import Call, Program
+from adamfn.core.program import Program
 from adamfn.core.stage import Stage
 from adamfn.formats.noise import mixed
 from adamfn.trees import at_least
@@ -105,44 +106,37 @@ def run_leaves(step: Step, leaves: Sequence[Leaf], segment: range) -> None:
     last = segment.stop == len(step.stages)
     places = tuple(place for place in segment if leaves[0].active[place])
     rows = [[leaf.kept[place] for place in places] for leaf in leaves]
-    vector = step.vector(places, program.dtype)
+    scalars, indices = step.vector(places, program.dtype), step.indices(leaves)
     if program.fused:
-        updates = [leaf.update for leaf in leaves]
+        call, updates = Call(program), [leaf.update for leaf in leaves]
         params = [leaf.param for leaf in leaves] if program.reads_params else []
-        call = Call(program, len(leaves), jax.tree.structure(rows))
-        indices = step.indices(leaves)
-        operands = [vector, step.count, indices, *jax.tree.leaves(rows), *updates, *params]
+        operands = Operands(scalars, step.count, indices, rows, updates, params)
         if not program.known:
-            jax.eval_shape(partial(run_call, call), *operands)  # mistakes show before it lowers
+            jax.eval_shape(partial(run_call, call), operands)  # mistakes show before it lowers
         shards = leaves[0].shards
         shards = shards if shards is None or last else replace(shards, home=shards.axes)
         results = bind(call, step.backend, shards, operands)
-        rows = jax.tree.unflatten(call.kept, results[: call.arrays_kept])
-        moved = [results[call.arrays_kept :][k :: len(leaves)] for k in range(len(leaves))]
     else:
         (leaf,), (row,) = leaves, rows
         given: list[Any] = [leaf.kept[place] for place, _ in program.given]
         given += [leaf.seen] if program.given_grads else []
         arrays = leaf.update, leaf.param if program.reads_params else None, row
-        index = step.indices(leaves)[0, 0]
-        homes = [] if program.update_dtype is None else [leaf.grad if last else leaf.update]
-        homes += [leaf.param] if program.moves else []
         arrays, given = split_together((arrays, given), leaf.update, row)
-        new, one = run_whole(program, vector, step.count, index, arrays, given)
-        rows, moved = [jax.tree.map(split_like, new, row)], [[*map(split_like, one, homes)]]
-    for leaf, row, own in zip(leaves, rows, moved, strict=True):
+        results = run_whole(program, scalars, step.count, indices[0, 0], arrays, given)
+        home = [leaf.grad if last else leaf.update][: len(results.updates)]
+        homes = Results([row], home, [leaf.param][: len(results.params)])
+        results = jax.tree.map(split_like, results, homes)
+    for leaf, row in zip(leaves, results.kept, strict=True):
         for place, new in zip(places, row, strict=True):
             leaf.kept[place] = new
-        if program.update_dtype is not None:
-            leaf.update = own[0]
-        if program.moves:
-            leaf.param = own[-1]
+    for leaf, u in zip(leaves, results.updates, strict=False):
+        leaf.update = u
+    for leaf, p in zip(leaves, results.params, strict=False):
+        leaf.param = p
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def bind(
-    call: Call, backend: Backend, shards: Shards | None, operands: list[jax.Array]
-) -> list[jax.Array]:
+def bind(call: Call, backend: Backend, shards: Shards | None, operands: Operands) -> Results:
     """The results of a call, on the shards of its leaves if they are split."""
     if shards is not None:
         return run_on_shards(call, backend, shards, operands)

@@ -4,35 +4,26 @@ Each pass decodes and averages the leaf again, to reduce its blocks once more; t
 it. In one pass XLA would keep what the next reduction reads in memory, nine bytes an element.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from adamfn.backends import tile
-from adamfn.core.program import Call
-from adamfn.formats.blocks import along, size_for
-from adamfn.formats.noise import indices_at, runs_of
+from adamfn.backends.tile import LeafCall
+from adamfn.formats.blocks import along
+from adamfn.formats.noise import indices_at
 
 
-def can_run(call: Call, avals: Sequence[Any]) -> bool:
-    """Whether passes save memory for a call, whose blocks are whole."""
-    block, leaf = tile.common_block(call, avals), avals[3 + call.arrays_kept]
-    if not block or tile.means_in(call) or leaf.size >= 2**31:
-        return False
-    return leaf.shape[-1] % size_for(leaf.shape[-1], block) == 0
-
-
-def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]:
-    """Replaces `run_call` for a call that it `can_run`."""
-    (vector, count, indices), arrays = operands[:3], operands[3:]
-    leaf, results = arrays[call.arrays_kept], tile.results_of(call, arrays)
-    size = size_for(leaf.shape[-1], tile.common_block(call, operands) or 0)
-    views = [x.reshape(-1, size if x.shape == leaf.shape else 1) for x in arrays]
-    shape = leaf.size // size, size
+def run_leaf(leaf: LeafCall, platform: str) -> list[jax.Array] | None:
+    """The results, if the blocks are whole."""
+    u, size = leaf.u, leaf.size
+    if not size or u.size >= 2**31 or u.shape[-1] % size:
+        return None
+    scalars, count, indices = leaf.operands[:3]
+    views = [x.reshape(-1, size if x.shape == u.shape else 1) for x in leaf.arrays]
+    shape = u.size // size, size
     row, within = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-    elements = indices_at(row * size + within, runs_of(leaf.shape, call.strides_of(0, leaf.shape)))
+    elements = indices_at(row * size + within, leaf.runs)
     known: list[jax.Array] = []
     while True:
         views, known = jax.lax.optimization_barrier((views, known))  # lest XLA join two passes
@@ -42,11 +33,9 @@ def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]
             asked.append(known[len(asked)] if len(asked) < len(known) else along(1)(x))
             return asked[-1]
 
-        step = vector, count.reshape(1), indices.reshape(2)
-        values = tile.run_tile(call, step, views, elements, None, largest)
+        step = scalars, count.reshape(1), indices.reshape(2)
+        values = leaf.run_tile(step, views, elements, None, largest)
         if len(asked) == len(known):
-            return [
-                value.astype(dtype).reshape(arrays[k].shape)
-                for (k, dtype), value in zip(results, values, strict=True)
-            ]
+            typed = [x.astype(dtype) for x, (_, dtype) in zip(values, leaf.results, strict=True)]
+            return leaf.shaped(typed)
         known = asked[: len(known) + 1]

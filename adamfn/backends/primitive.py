@@ -1,17 +1,18 @@
 """A call of programs as a primitive of JAX, which each platform lowers in its own way."""
 
+import threading
 import warnings
 from functools import partial
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from adamfn.backends.call import Call, Operands, Results, by_leaf
 from adamfn.backends.cpu import lowering
-from adamfn.backends.xla import by_leaf, run_call
+from adamfn.backends.xla import run_call
 from adamfn.core.placement import vary_together
-from adamfn.core.program import Call
 
 Backend = Literal["auto", "xla", "pallas", "mosaic_gpu"]
 """What runs a program: the fastest known where it is lowered, plain XLA, or Pallas kernels, on GPU
@@ -20,7 +21,7 @@ those by Mosaic first."""
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
-def bind_primitive(call: Call, backend: Backend, operands: list[Any]) -> list[jax.Array]:
+def bind_primitive(call: Call, backend: Backend, operands: Operands) -> Results:
     """The results of a call.
 
     With `"auto"` it is lowered for CPU to native code if there is any, and for GPU and TPU to a
@@ -32,85 +33,94 @@ def bind_primitive(call: Call, backend: Backend, operands: list[Any]) -> list[ja
 
     Results vary over every mesh axis that an operand varies over.
     """
-    operands = vary_together(operands)
+    flat, tree = jax.tree.flatten(operands)
+    flat = vary_together(flat)
     if backend == "xla":
-        return run_call(call, *operands)
-    results = _call_p.bind(*operands, call=call, backend=backend)
-    return cast("list[jax.Array]", results)
+        return run_call(call, tree.unflatten(flat))
+    results = _call_p.bind(*flat, call=call, tree=tree, backend=backend)
+    return jax.tree.unflatten(jax.tree.structure(call.replaced(operands)), results)
 
 
 _call_p = Primitive("adamfn_call")
 _call_p.multiple_results = True
 
 
-def _impl(*operands: Any, call: Call, backend: Backend = "auto") -> list[jax.Array]:
-    return run_call(call, *operands)
+def _run(*flat: Any, call: Call, tree: Any, **_: Any) -> list[jax.Array]:
+    return jax.tree.leaves(run_call(call, tree.unflatten(flat)))
 
 
-def _abstract_eval(*avals: Any, call: Call, backend: Backend) -> list[Any]:
-    kept, leaves = avals[3:][: call.arrays_kept], avals[3 + call.arrays_kept :]
-    grads, params = leaves[: call.leaves], leaves[call.leaves :]
+def _abstract_eval(*avals: Any, call: Call, tree: Any, **_: Any) -> list[Any]:
+    results: Any = call.replaced(tree.unflatten(avals))
     dtype = call.program.update_dtype
-    updates = [] if dtype is None else [g.update(dtype=dtype, weak_type=False) for g in grads]
-    return [*kept, *updates, *(params if call.program.moves else ())]
+    updates = [u.update(dtype=dtype, weak_type=False) for u in results.updates]
+    return jax.tree.leaves(results._replace(updates=updates))
 
 
-def _batch(
-    operands: Any, axes: Any, *, call: Call, backend: Backend
-) -> tuple[list[jax.Array], list[int]]:
-    results = jax.vmap(partial(run_call, call), in_axes=tuple(axes))(*operands)
+def _batch(flat: Any, axes: Any, **params: Any) -> tuple[list[jax.Array], list[int]]:
+    results = jax.vmap(partial(_run, **params), in_axes=tuple(axes))(*flat)
     return results, [0] * len(results)
 
 
-def _jvp(primals: Any, tangents: Any, *, call: Call, backend: Backend) -> Any:
-    tangents = tuple(ad.instantiate_zeros(tangent) for tangent in tangents)
-    return jax.jvp(partial(run_call, call), primals, tangents)
+def _jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+    return jax.jvp(partial(_run, **params), primals, tuple(map(ad.instantiate_zeros, tangents)))
 
 
-def _lower_for(platform: str, ctx: Any, *operands: Any, call: Call, backend: Backend) -> Any:
+def _lower_for(platform: str, ctx: Any, *flat: Any, call: Call, tree: Any, backend: Backend) -> Any:
     module = ctx.module_context
+    own = {"call": call, "tree": tree}
     # Of what a serialized program may hold, only TPU's kernels stay what they are.
     exported = module.lowering_parameters.for_export and platform != "tpu"
     if exported or not _is_whole(module.axis_context):
-        return _lower(ctx, *operands, call=call, backend=backend)
+        return _lower(ctx, *flat, **own)
     if platform == "cpu" and backend == "auto":
-        can_run = lowering.can_run(call, ctx.avals_in)
-        return (lowering.lower if can_run else _lower)(ctx, *operands, call=call)
+        can_run = lowering.can_run(call, tree.unflatten(ctx.avals_in))
+        return (lowering.lower if can_run else _lower)(ctx, *flat, **own)
     from adamfn.backends.kernels import kernels_on  # slow to import
 
     kernels = kernels_on(platform, backend, module.axis_context)
     while True:
-        run = partial(_run_by_kernels, kernels, platform, backend != "auto", call)
+        run = partial(_run_by_kernels, kernels, platform, backend != "auto", call, tree)
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "The Pallas Triton", DeprecationWarning)
-                return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
-        except Exception:
+            return _lower_quietly(run, platform, ctx, *flat)
+        except Exception as error:
             # A compiler for GPU may not know an operation of a user's stage, or the device.
-            if platform not in ("cuda", "rocm") or not kernels:
+            if platform == "tpu" or not kernels or not _is_unknown(error):
                 raise
             kernels = kernels[1:]
 
 
+_lock = threading.RLock()
+
+
+def _lower_quietly(run: Any, platform: str, ctx: Any, *flat: Any) -> Any:
+    """Lowers without the warning that Pallas' Triton is deprecated, which users cannot act on."""
+    lower = mlir.lower_fun(run, multiple_results=True)
+    if platform not in ("cuda", "rocm"):
+        return lower(ctx, *flat)
+    with _lock, warnings.catch_warnings():  # which threads must not enter at once
+        warnings.filterwarnings("ignore", "The Pallas Triton", DeprecationWarning)
+        return lower(ctx, *flat)
+
+
+def _is_unknown(error: BaseException | None) -> bool:
+    """Whether a compiler raised an error since it does not know an operation or the device."""
+    # Pallas raises RuntimeError of an unknown device, and may wrap either in a LoweringError.
+    unknown = isinstance(error, NotImplementedError) or type(error) is RuntimeError
+    return error is not None and (unknown or _is_unknown(error.__cause__))
+
+
 def _run_by_kernels(
-    kernels: Any, platform: str, asked: bool, call: Call, *operands: jax.Array
+    kernels: Any, platform: str, asked: bool, call: Call, tree: Any, *flat: jax.Array
 ) -> list[jax.Array]:
-    """`run_call`, with a kernel for each leaf that has one, and other large leaves in chunks."""
-    from adamfn.backends import chunks
-    from adamfn.backends.kernels import kernel_for
+    from adamfn.backends.kernels import run_leaf
 
-    def run_one(call: Call, *operands: jax.Array) -> list[jax.Array]:
-        kernel = kernel_for(kernels, call, operands, platform, asked=asked)
-        if kernel is not None:
-            return kernel(*operands)
-        return (chunks.run_leaf if chunks.can_run(call, operands) else run_call)(call, *operands)
-
-    if platform != "tpu" and call.leaves > 1:
+    operands: Operands = tree.unflatten(flat)
+    if platform != "tpu" and len(operands.updates) > 1:
         # XLA for GPU makes one kernel of several leaves if they read the same array. Without the
         # barrier it would take the scalars out of the array again.
-        vector, *others = operands
-        operands = jax.lax.optimization_barrier(vector), *others
-    return by_leaf(run_one, call, *operands)
+        scalars = jax.lax.optimization_barrier(operands.scalars)
+        operands = operands._replace(scalars=scalars)
+    return jax.tree.leaves(by_leaf(partial(run_leaf, kernels, platform, asked), call, operands))
 
 
 def _is_whole(axis_context: Any) -> bool:
@@ -120,8 +130,8 @@ def _is_whole(axis_context: Any) -> bool:
     return getattr(axis_context, "num_devices", 1) == 1
 
 
-_lower = mlir.lower_fun(_impl, multiple_results=True)
-_call_p.def_impl(_impl)
+_lower = mlir.lower_fun(_run, multiple_results=True)
+_call_p.def_impl(_run)
 _call_p.def_abstract_eval(_abstract_eval)
 batching.primitive_batchers[_call_p] = _batch
 ad.primitive_jvps[_call_p] = _jvp

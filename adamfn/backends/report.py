@@ -38,8 +38,7 @@ def backend(platform: Any = None) -> Runner:
 
     >>> import adamfn
     >>> print(adamfn.backend("tpu"))
-    kernels on tpu: moments in 8 and 4 bits, factored and blockmean in one kernel a leaf, by Mosaic;
-    XLA fuses the rest.
+    kernels on tpu: moments in 8 and 4 bits in one kernel a leaf, by Mosaic; XLA fuses the rest.
     """
     device = platform if hasattr(platform, "device_kind") else None
     platform = (
@@ -52,7 +51,15 @@ def backend(platform: Any = None) -> Runner:
             " same for all transformations; adamfn.with_backend chooses one for a transformation."
         )
     if platform != "cpu":
-        return _on_accelerator(platform, device)
+        from adamfn.backends.kernels import kernels_on  # slow to import
+
+        first = kernels_on("cuda" if platform == "gpu" else platform, context=device)[0].__name__
+        if first.endswith("passes"):
+            reason = "neither Triton nor Mosaic has kernels for this device and version of JAX."
+            return Runner(platform, "xla", reason)
+        compiler = "Triton" if first.endswith("triton") else "Mosaic"
+        reason = f"moments in 8 and 4 bits in one kernel a leaf, by {compiler}; XLA fuses the rest."
+        return Runner(platform, "kernels", reason)
     native = loader.load()
     if native.reason is not None:
         return Runner(platform, "xla", native.reason)
@@ -62,16 +69,3 @@ def backend(platform: Any = None) -> Runner:
         " through it, the rest through XLA."
     )
     return Runner(platform, "native", reason)
-
-
-def _on_accelerator(platform: str, device: Any) -> Runner:
-    from adamfn.backends.kernels import kernels_on  # slow to import
-
-    kept = "8 and 4 bits" if platform != "tpu" else "8 and 4 bits, factored and blockmean"
-    kernels = kernels_on({"gpu": "cuda"}.get(platform, platform), context=device)
-    compiler = {"triton": "Triton", "passes": ""}.get(kernels[0].__name__.split(".")[-1], "Mosaic")
-    if not compiler:
-        reason = "neither Triton nor Mosaic has kernels for this device and version of JAX."
-        return Runner(platform, "xla", reason)
-    reason = f"moments in {kept} in one kernel a leaf, by {compiler}; XLA fuses the rest."
-    return Runner(platform, "kernels", reason)

@@ -5,12 +5,14 @@ So native code and kernels, which XLA cannot partition, run on the shards.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from adamfn.backends.call import Call, Operands, Results
 from adamfn.backends.primitive import Backend, bind_primitive
 from adamfn.core.leaf import Leaf
 from adamfn.core.placement import (
@@ -23,7 +25,6 @@ from adamfn.core.placement import (
     spec_of,
     split_like,
 )
-from adamfn.core.program import Call
 from adamfn.formats.blocks import cut_block
 from adamfn.formats.format import answer
 from adamfn.formats.noise import strides_of
@@ -87,57 +88,53 @@ def _sharding_in_type(x: Any) -> Any:
     return jax.typeof(x).sharding
 
 
-def run_on_shards(
-    call: Call, backend: Backend, shards: Shards, operands: Sequence[jax.Array]
-) -> list[jax.Array]:
+def run_on_shards(call: Call, backend: Backend, shards: Shards, operands: Operands) -> Results:
     """The results of a call whose leaves are split alike, each shard by itself."""
-    vector, count, indices, *arrays = operands
     mesh, axes = shards.mesh, shards.axes
-    kept, leaves = arrays[: call.arrays_kept], arrays[call.arrays_kept :]
-    rows = jax.tree.unflatten(call.kept, kept)
-    strides = tuple(strides_of(u.shape) for u in leaves[: call.leaves])
-
-    def on_a_shard(
-        vector: jax.Array, count: jax.Array, indices: jax.Array, arrays: list[jax.Array]
-    ) -> list[jax.Array]:
-        parts = arrays[call.arrays_kept :][: call.leaves]
-        firsts = [_first_index(of, x, axes) for of, x in zip(strides, parts, strict=True)]
-        indices = jnp.stack([indices[:, 0], jnp.stack(firsts)], axis=1)
-        return bind_primitive(of_a_shard, backend, [vector, count, indices, *arrays])
-
-    def spec(x: jax.Array, leaf: jax.Array) -> PartitionSpec:
-        fits = x.ndim == leaf.ndim
-        return spec_of(axes_beside(x.shape, leaf.shape, axes, mesh)) if fits else PartitionSpec()
-
+    strides = tuple(strides_of(u.shape) for u in operands.updates)
     split = axes if any(axes) else ()
     parts = [
         part._replace(format=part.format and answer(part.format, "on_shards")(split))
         for part in call.program.parts
     ]
     program = replace(call.program, parts=tuple(parts))
-    of_a_shard = replace(call, program=program, strides=strides if split else None)
-    specs = [spec(x, u) for row, u in zip(rows, leaves, strict=False) for x in jax.tree.leaves(row)]
-    specs += [spec_of(axes)] * len(leaves)
-    updates = leaves[: call.leaves] if program.update_dtype is not None else []
-    like = [*kept, *updates, *(leaves[call.leaves :] if program.moves else [])]
-    everywhere = PartitionSpec()
+    of_a_shard = Call(program, strides if split else None)
+
+    def on_a_shard(operands: Operands) -> Results:
+        firsts = [
+            _first_index(of, x, axes) for of, x in zip(strides, operands.updates, strict=True)
+        ]
+        indices = jnp.stack([operands.indices[:, 0], jnp.stack(firsts)], axis=1)
+        return bind_primitive(of_a_shard, backend, operands._replace(indices=indices))
+
+    def spec(leaf: jax.Array, x: jax.Array) -> PartitionSpec:
+        fits = x.ndim == leaf.ndim
+        return spec_of(axes_beside(x.shape, leaf.shape, axes, mesh)) if fits else PartitionSpec()
+
+    rows = zip(operands.updates, operands.kept, strict=True)
+    kept = [jax.tree.map(partial(spec, u), row) for u, row in rows]
+    everywhere: Any = PartitionSpec()
+    whole: Any = [spec_of(axes)] * len(strides)
+    params = whole[: len(operands.params)]
+    specs = Operands(everywhere, everywhere, everywhere, kept, whole, params)
+    laid = jax.tree.map(partial(_laid, mesh), operands[3:], specs[3:])
     results = jax.shard_map(
         on_a_shard,
         mesh=mesh,
-        in_specs=(everywhere, everywhere, everywhere, specs),
-        out_specs=specs[: len(like)],
+        in_specs=(specs,),
+        out_specs=call.replaced(specs),
         check_vma=False,  # a leaf that is everywhere is computed everywhere
-    )(vector, count, indices, [_laid(x, mesh, s) for x, s in zip(arrays, specs, strict=True)])
-    if _is_explicit(mesh):
-        n, ends = len(kept), len(kept) + len(updates)
-        return [
-            *map(split_like, results[:n], kept),
-            *(_laid(x, mesh, spec_of(shards.home)) for x in results[n:ends]),
-            *map(split_like, results[ends:], like[ends:]),
-        ]
+    )(Operands(*operands[:3], *laid))
     home = NamedSharding(mesh, spec_of(shards.home))
-    moved = [jax.lax.with_sharding_constraint(x, home) for x in results[len(kept) :]]
-    return [*results[: len(kept)], *moved]
+    if not _is_explicit(mesh):
+        fixed = partial(jax.lax.with_sharding_constraint, shardings=home)
+        return Results(results.kept, *(list(map(fixed, xs)) for xs in results[1:]))
+    like = call.replaced(operands)
+    return Results(
+        jax.tree.map(split_like, results.kept, like.kept),
+        [_laid(mesh, x, home.spec) for x in results.updates],
+        list(map(split_like, results.params, like.params)),
+    )
 
 
 def _first_index(strides: Sequence[int], shard: jax.Array, axes: Axes) -> jax.Array:
@@ -150,7 +147,7 @@ def _first_index(strides: Sequence[int], shard: jax.Array, axes: Axes) -> jax.Ar
     return first
 
 
-def _laid(x: jax.Array, mesh: Any, spec: PartitionSpec) -> jax.Array:
+def _laid(mesh: Any, x: jax.Array, spec: PartitionSpec) -> jax.Array:
     """The array as its shards are to come: where axes are explicit, XLA may not see to it."""
     mine = _sharding_in_type(x)
     if not _is_explicit(mesh) or mine.mesh.empty:

@@ -1,138 +1,139 @@
-"""The program of a leaf on a tile of it, as kernels run it."""
+"""A call of one leaf as kernels see it, and its program on a tile of the leaf."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from adamfn.backends.call import Call, Operands
 from adamfn.core.placement import shape_like
-from adamfn.core.program import Call
-from adamfn.formats.blocks import Largest
+from adamfn.formats.blocks import Largest, size_for
 from adamfn.formats.format import InTile, answer
-from adamfn.formats.noise import Seed
+from adamfn.formats.noise import Runs, Seed, runs_of
 
 
-def common_block(call: Call, avals: Sequence[Any]) -> int | None:
-    """The largest block of a call's formats; 0 if all are elementwise, None if it has no kernel."""
-    leaves = avals[3 + call.arrays_kept :]
-    found = {0, *(answer(part.format, "kernel_block") for part in call.program.parts)}
-    fits = (
-        None not in found
-        and len(found) <= 2
-        and call.leaves == 1
-        and call.program.dtype == jnp.float32
-        and all(x.dtype in (jnp.float32, jnp.bfloat16) for x in leaves)
-        and leaves[0].size > 0
-    )
-    return max(found) if fits else None
+@dataclass(frozen=True)
+class LeafCall:
+    """A call of one leaf."""
 
+    call: Call
+    operands: Operands
 
-def means_in(call: Call) -> frozenset[int]:
-    """The places, in the state, of means of nu over more than a tile. Kernels leave them to XLA."""
-    (rows,) = jax.tree.unflatten(call.kept, range(call.arrays_kept))
-    return frozenset(
-        place
-        for part, row in zip(call.program.parts, rows, strict=True)
-        if answer(part.format, "factors")
-        for _, means in row[-1]
-        for place in jax.tree.leaves(means)
-    )
+    @cached_property
+    def arrays(self) -> list[jax.Array]:
+        """The state, the update, and the parameter if it is read."""
+        return jax.tree.leaves(self.operands[3:])
 
+    @property
+    def u(self) -> jax.Array:
+        """The update."""
+        return self.operands.updates[0]
 
-def results_of(call: Call, arrays: Sequence[Any]) -> list[tuple[int, Any]]:
-    """For each result of a call of one leaf, except means of nu: the array like it, and its dtype.
+    @cached_property
+    def results(self) -> list[tuple[int, Any]]:
+        """For each result the array like it, which it replaces unless it is u, and its dtype."""
+        program, at = self.call.program, self.place_of_u
+        places = [*range(at), *[at] * (program.update_dtype is not None), *[at + 1] * program.moves]
+        return [(k, program.update_dtype if k == at else self.arrays[k].dtype) for k in places]
 
-    Every result but the update replaces that array.
-    """
-    program, kept = call.program, call.arrays_kept
-    results = [(k, arrays[k].dtype) for k in range(kept) if k not in means_in(call)]
-    if program.update_dtype is not None:
-        results.append((kept, program.update_dtype))
-    if program.moves:
-        results.append((kept + 1, arrays[kept + 1].dtype))
-    return results
+    @property
+    def place_of_u(self) -> int:
+        """The place of the update among the arrays."""
+        return len(self.arrays) - 1 - len(self.operands.params)
 
+    @cached_property
+    def block(self) -> int | None:
+        """The largest block of its formats; 0 if all are elementwise, None if it has no kernel."""
+        program, leaves = self.call.program, self.arrays[self.place_of_u :]
+        found = {0, *(answer(part.format, "kernel_block") for part in program.parts)}
+        fits = (
+            None not in found
+            and len(found) <= 2
+            and program.dtype == jnp.float32
+            and all(x.dtype in (jnp.float32, jnp.bfloat16) for x in leaves)
+            and self.u.size > 0
+        )
+        return max(found) if fits else None
 
-def run_kernel(
-    kernel: Callable[..., None],
-    call: Call,
-    operands: Sequence[jax.Array],
-    views: Sequence[jax.Array],
-    platform: str,
-    **options: Any,
-) -> list[jax.Array]:
-    """Runs a Pallas kernel, in place, on views of a call's arrays.
+    @property
+    def size(self) -> int:
+        """The elements of a block; 0 if there are none."""
+        return size_for(self.u.shape[-1], self.block) if self.block else 0
 
-    The kernel gets references: three that `run_tile` takes as its step, and to views and results.
-    """
-    vector, count, indices = operands[:3]
-    results = results_of(call, views)
-    out_shape = [shape_like(views[k], dtype) for k, dtype in results]
-    moved, most = [*views, *out_shape], max(x.size for x in views)
-    aliases = {3 + k: at for at, (k, _) in enumerate(results) if k != call.arrays_kept}
-    cost = pl.CostEstimate(  # for XLA's scheduler; the operations are a guess
-        100 * most, 2 * most, sum(x.size * x.dtype.itemsize for x in moved)
-    )
-    with jax.enable_x64(False):  # Mosaic has no numbers of 64 bits, not even for constants
-        return pl.pallas_call(
-            lambda *refs: kernel(refs[:3], *refs[3:]),
-            out_shape,
-            input_output_aliases=aliases,
-            cost_estimate=cost,
-            interpret=platform == "cpu",
-            name="adamfn_step",
-            **options,
-        )(vector, count.reshape(1), indices.reshape(2).astype(jnp.int32), *views)
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Those in which its elements are indexed."""
+        return self.call.strides_of(0, self.u.shape)
 
+    @property
+    def runs(self) -> Runs:
+        """The axes along which its elements are indexed."""
+        return runs_of(self.u.shape, self.strides)
 
-def run_tile(
-    call: Call,
-    step: Sequence[Any],
-    arrays: Sequence[jax.Array],
-    indices: jax.Array,
-    inside: jax.Array | None,
-    largest: Largest,
-    factors: Sequence[jax.Array] = (),
-) -> list[jax.Array]:
-    """The values of `results_of` for a tile of whole blocks, in any dtype that holds them.
+    def shaped(self, results: Sequence[jax.Array]) -> list[jax.Array]:
+        """Results in the shapes of the arrays like them."""
+        return [
+            x.reshape(self.arrays[k].shape) for (k, _), x in zip(self.results, results, strict=True)
+        ]
 
-    Args:
-      call: the call of the leaf.
-      step: references to the scalars; to the count; to the leaf's index in the tree and the index
-        of its first element.
-      arrays: the tile of each array, with factors in place of means of nu.
-      indices: the elements' indices, int32, counted from the leaf's first element.
-      inside: True for elements of the leaf; None if all are.
-      largest: the largest of the tile's blocks.
-      factors: the tile of each factor of the next nu, in the order of `means_in`.
-    """
-    (rows,) = jax.tree.unflatten(call.kept, range(call.arrays_kept))
-    next_of = dict(zip(sorted(means_in(call)), factors, strict=True))
-    parts = list(call.program.parts)
-    for k, (part, row) in enumerate(zip(parts, rows, strict=True)):
-        if answer(part.format, "kernel_block"):
-            format = InTile(part.format, inside, largest)
-            if answer(part.format, "factors"):  # of the first nu; beside any other, mu is 0
-                places = jax.tree.leaves(row[-1][0][1])
-                format = format._replace(factors=[next_of[place] for place in places])
-            parts[k] = part._replace(format=format)
-    program = replace(call.program, parts=tuple(parts), gated=False)
-    vector, count, (leaf, first) = step[0], step[1][0], (step[2][0], step[2][1])
-    scalars = [vector[k] for k in range(program.scalars.num_leaves)]
-    (kept,) = jax.tree.unflatten(call.kept, arrays[: call.arrays_kept])
-    g, *p = arrays[call.arrays_kept :]
-    indices = indices.astype(jnp.uint32) + first.astype(jnp.uint32)
-    values = jax.tree.leaves(
-        program(Seed(count, leaf), scalars, g, p[0] if p else None, kept, indices)
-    )
-    if not call.program.gated:
-        return values
-    # The gate is applied here, as the state has means that a tile does not compute.
-    taken = vector[len(scalars)] > 0
-    return [
-        jnp.where(taken, x, 0 if k == call.arrays_kept else arrays[k].astype(x.dtype))
-        for (k, _), x in zip(results_of(call, arrays), values, strict=True)
-    ]
+    def run_kernel(
+        self, kernel: Callable[..., None], views: Sequence[jax.Array], platform: str, **options: Any
+    ) -> list[jax.Array]:
+        """Runs a Pallas kernel, in place, on views of the arrays.
+
+        The kernel gets three references that `run_tile` takes as its step, those to the views, and
+        those to the results.
+        """
+        scalars, count, indices = self.operands[:3]
+        out_shape = [shape_like(views[k], dtype) for k, dtype in self.results]
+        moved, most = [*views, *out_shape], max(x.size for x in views)
+        aliases = {3 + k: at for at, (k, _) in enumerate(self.results) if k != self.place_of_u}
+        cost = pl.CostEstimate(  # for XLA's scheduler; the operations are a guess
+            100 * most, 2 * most, sum(x.size * x.dtype.itemsize for x in moved)
+        )
+        with jax.enable_x64(False):  # Mosaic has no numbers of 64 bits, not even for constants
+            return pl.pallas_call(
+                lambda *refs: kernel(refs[:3], *refs[3:]),
+                out_shape,
+                input_output_aliases=aliases,
+                cost_estimate=cost,
+                interpret=platform == "cpu",
+                name="adamfn_step",
+                **options,
+            )(scalars, count.reshape(1), indices.reshape(2).astype(jnp.int32), *views)
+
+    def run_tile(
+        self,
+        step: Sequence[Any],
+        tiles: Sequence[jax.Array],
+        indices: jax.Array,
+        inside: jax.Array | None,
+        largest: Largest,
+    ) -> list[jax.Array]:
+        """The values of all results for a tile of whole blocks, in any dtype that holds them.
+
+        Args:
+          step: references to the scalars; to the count; to the leaf's index in the tree and the
+            index of its first element.
+          tiles: the tile of each array.
+          indices: the elements' indices, int32, counted from the leaf's first element.
+          inside: True for elements of the leaf; None if all are.
+          largest: the largest of the tile's blocks.
+        """
+        parts = tuple(
+            part._replace(format=InTile(part.format, inside, largest))
+            if answer(part.format, "kernel_block")
+            else part
+            for part in self.call.program.parts
+        )
+        program = replace(self.call.program, parts=parts)
+        vector, count, (leaf, first) = step[0], step[1][0], (step[2][0], step[2][1])
+        scalars = [vector[k] for k in range(program.scalars.num_leaves + program.gated)]
+        (kept,), (u,), p = jax.tree.unflatten(jax.tree.structure(self.operands[3:]), tiles)
+        indices = indices.astype(jnp.uint32) + first.astype(jnp.uint32)
+        seed = Seed(count, leaf)
+        return jax.tree.leaves(program(seed, scalars, u, p[0] if p else None, kept, indices))

@@ -8,7 +8,6 @@ two formulas. Every backend runs calls of programs.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +18,7 @@ from adamfn.core.leaf import Kept, decode, encode
 from adamfn.core.weights import Weights
 from adamfn.formats import Format
 from adamfn.formats.format import answer
-from adamfn.formats.noise import Seed, indices_of, noise_at, strides_of
+from adamfn.formats.noise import Seed, indices_of, noise_at
 from adamfn.trees import describe, widened
 
 
@@ -155,7 +154,10 @@ class Program:
             next_kept.append(row)
         if taken is not None:
             u = jnp.where(taken, u, 0)
-            next_kept = jax.tree.map(partial(jnp.where, taken), next_kept, list(kept))
+            # In a kernel, codes have not yet their narrow dtype.
+            next_kept = jax.tree.map(
+                lambda new, old: jnp.where(taken, new, old.astype(new.dtype)), next_kept, [*kept]
+            )
         results = [] if self.update_dtype is None else [u.astype(self.update_dtype)]
         if self.moves:
             results.append((stored + u).astype(p.dtype))  # pyright: ignore[reportOptionalMemberAccess]
@@ -166,32 +168,6 @@ class Program:
         u = u if self.moves else widened(u.astype(self.update_dtype), self.dtype)
         landed = widened((widened(p, self.dtype) + u).astype(p.dtype), self.dtype)
         return landed if self.weights is None else self.weights.decode(landed, correction)
-
-
-@dataclass(frozen=True)
-class Call:
-    """The static part of one call, in which some leaves with one program take a step.
-
-    Its operands are the scalars, a vector; the count, int32; for each leaf its index in the tree
-    and the index of its first element, uint32[n, 2]; the state; n updates; and n parameters if
-    the program reads them. Its results are the next state; n updates if the program returns them;
-    and n parameters if it moves them.
-    """
-
-    program: Program
-    leaves: int
-    kept: Any  # the structure of the state: a list with a list over the parts for each leaf
-    strides: tuple[tuple[int, ...], ...] | None = None
-    """Of shards: the strides of each whole leaf, in which elements are indexed."""
-
-    @property
-    def arrays_kept(self) -> int:
-        """How many arrays the state has."""
-        return self.kept.num_leaves
-
-    def strides_of(self, leaf: int, shape: Sequence[int]) -> tuple[int, ...]:
-        """The strides in which the elements of one of the leaves are indexed."""
-        return strides_of(shape) if self.strides is None else self.strides[leaf]
 
 
 def _unchanged_rows(

@@ -118,8 +118,7 @@ class Pair(BaseFormat):
 
     @property
     def kernel_block(self) -> int | None:
-        mu, nu = self._both("kernel_block")
-        return mu if self.factors else 0 if mu == nu == 0 else None
+        return 0 if self._both("kernel_block") == (0, 0) else None
 
     def ends(self, mu: Any, nu: Any) -> dict[str, Array]:
         return answer(self.mu, "ends")(mu, nu)
@@ -129,20 +128,6 @@ class Pair(BaseFormat):
 
     def on_shards(self, split: MeshAxes) -> "Pair":
         return Pair(*(on_shards(split) for on_shards in self._both("on_shards")))
-
-    def encode_blocks(self, mu: Array, nu: Array, noise: Array | None, largest: Largest) -> Stored:
-        """Stores mu's whole blocks, beside nu as it decodes; means of nu are left out."""
-        codec: Any = self.mu
-        codes, scale = codec.encode_blocks(_over_root(mu, nu), halves(noise)[0], largest)
-        return Stored(codes, None, (-scale, None))
-
-    def decode_blocks(self, stored: Stored) -> tuple[Array, Array]:
-        """Returns both moments of whole blocks, from factors of nu in place of its means."""
-        codec: Any = self.mu
-        scale, factors = stored.scales
-        nu: Any = math.prod(jax.tree.leaves(factors))
-        mu = _times_root(codec.decode_blocks(stored.mu, scale), stored.mu, nu)
-        return mu, jnp.broadcast_to(nu, mu.shape)
 
 
 def _over_root(mu: Array, nu: Array) -> Array:

@@ -96,13 +96,11 @@ class InTile(NamedTuple):
     format: Any
     inside: Array | None
     largest: Any
-    factors: Any = ()  # of the next nu, for a format with `factors`
 
     def encode(self, mu: Array, nu: Array, noise: Array | None) -> Stored:
         if self.inside is not None:
             mu, nu = (jnp.where(self.inside, x, 0) for x in (mu, nu))
-        shared: Any = math.prod(self.factors) if self.factors else nu
-        return self.format.encode_blocks(mu, shared, noise, self.largest)
+        return self.format.encode_blocks(mu, nu, noise, self.largest)
 
     def decode(self, stored: Stored) -> tuple[Array, Array]:
         return self.format.decode_blocks(stored)

@@ -95,7 +95,7 @@ class BlockMean(_Means):
 
     axis: int = -1
     split: MeshAxes = field(default=(), repr=False)
-    stores_rows = property(lambda self: self.axis == -1)
+    stores_rows = property(lambda self: self.axis == -1 and not any(self.split[-1:]))
 
     def __post_init__(self) -> None:
         if not isinstance(self.axis, int) or isinstance(self.axis, bool):  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -126,14 +126,13 @@ def test_llamas_leaves_compile_within_a_minute(measure, moments):
 @ways
 @dtypes
 def test_shared_moments_move_24_bytes(measure, machine, moments, name, way, dtype):
-    """By a kernel on TPU. XLA makes more passes on GPU: mu is scaled by nu's new means."""
+    """XLA makes more passes: mu is scaled by nu's new means. On TPU, rows of means go in chunks."""
     shape = SHAPES[name]
     moved, _, temporary = of_parameters(measure(way, moments, shape, dtype), shape)
     aim = reached = {"float32": 24, "bfloat16": 14}[dtype], 0.3
-    if machine.platform == "tpu" and way == "update":
-        # The update is written, and read by apply_updates.
-        reached = {"float32": (26.1, 4.1), "bfloat16": (14.2, 2.1)}[dtype]
-    elif machine.platform != "tpu":
+    if machine.platform == "tpu":
+        reached = {"float32": (78.1, 16.1), "bfloat16": (72.1, 16.1)}[dtype]
+    else:
         reached = {"float32": (37.3, 8.1), "bfloat16": (28.7, 8.1)}[dtype]
     assert moved <= reached[0]
     assert temporary <= reached[1]

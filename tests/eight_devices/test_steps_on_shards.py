@@ -132,7 +132,7 @@ def one_step(tx, params, grads):
 @pytest.mark.parametrize("kernel", [mosaic, triton, gpu_mosaic, passes])
 def test_kernels_run_on_shards(kernel, monkeypatch):
     """Interpreted: their noise is that of the element in the whole leaf, however it is cut."""
-    monkeypatch.setattr(pallas, "kernels_on", lambda *_: (kernel,))
+    monkeypatch.setattr(pallas, "kernels_on", lambda *_: [kernel])
     shapes = {"columns": (16, 2048), "slabs": (3, 256, 128), "short": (3, 128, 128)}
     random, where = np.random.default_rng(0), on(P(None, "model"))
     params = {k: random.normal(size=shape).astype(np.float32) for k, shape in shapes.items()}

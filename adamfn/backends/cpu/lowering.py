@@ -10,6 +10,7 @@ from jax import lax
 from jax.core import ShapedArray
 from jax.interpreters import mlir
 
+from adamfn.backends.call import Call, Operands
 from adamfn.backends.cpu import loader
 from adamfn.core.formulas import (
     add_agreeing_multiple,
@@ -19,7 +20,7 @@ from adamfn.core.formulas import (
     ratio,
     unchanged,
 )
-from adamfn.core.program import Call, Program
+from adamfn.core.program import Program
 from adamfn.formats import Format
 from adamfn.formats.blocks import size_for
 from adamfn.formats.format import answer
@@ -86,13 +87,13 @@ def format_of(program: Program) -> Format | None:
     return next((part.format for part in program.parts if part.formula in _MOMENTS), None)
 
 
-def can_run(call: Call, avals: Any) -> bool:
+def can_run(call: Call, operands: Operands) -> bool:
     """Whether a call can run in native code here, and gains by it."""
     # Of a float32 update alone XLA makes as few passes, with the parameters' sum in the last.
     format, bits = format_of(call.program), bits_of(call.program)
     if not call.program.moves and format is None and not bits:
         return False
-    leaves = avals[3 + call.arrays_kept :]
+    leaves = [*operands.updates, *operands.params]
     return (
         answer(format, "native_code") is not None
         and call.program.update_dtype in (None, jnp.float32 if bits else leaves[0].dtype)
@@ -113,32 +114,29 @@ def _counted(scalars: jax.Array, count: jax.Array) -> jax.Array:
     return lax.concatenate([scalars, counts + lax.iota(scalars.dtype, _UNREAD)], 0)
 
 
-def lower(ctx: Any, *operands: Any, call: Call) -> Any:
+def lower(ctx: Any, *flat: Any, call: Call, tree: Any) -> Any:
     """The lowering rule: one call of native code, whose results lie where its operands do."""
-    program, first, leaves = call.program, 3 + call.arrays_kept, call.leaves
-    format = format_of(program)
-    aliases = {3 + k: k for k in range(call.arrays_kept)}
-    if program.moves:
-        updates = 0 if program.update_dtype is None else leaves
-        aliases |= {first + leaves + k: call.arrays_kept + updates + k for k in range(leaves)}
-    grads, sizes = ctx.avals_in[first : first + leaves], [0] * leaves
-    if answer(format, "block"):
-        sizes = [size_for(g.shape[-1], answer(format, "block")) for g in grads]
+    program, format = call.program, format_of(call.program)
+    places: Operands = tree.unflatten(range(len(flat)))
+    replaced: list[int] = jax.tree.leaves(call.replaced(places))
+    aliases = {k: at for at, k in enumerate(replaced) if k not in places.updates}
+    grads, block = tree.unflatten(ctx.avals_in).updates, answer(format, "block")
+    sizes = [size_for(g.shape[-1], block) if block else 0 for g in grads]
     axes: list[int] = []
     for k, g in enumerate(grads):
         runs = runs_of(g.shape, call.strides_of(k, g.shape))
         axes += [len(runs), *(number for run in reversed(runs) for number in run)]
-    scalars, in_avals = operands[0], list(ctx.avals_in)
+    scalars, in_avals = flat[0], list(ctx.avals_in)
     if sum(g.size for g in grads) >= _WORTH_A_THREAD:
         in_avals[0] = ShapedArray((in_avals[0].size + _UNREAD,), jnp.float32)
         counted = mlir.lower_fun(_counted, multiple_results=False)
         own = ctx.replace(avals_in=ctx.avals_in[:2], avals_out=in_avals[:1])
-        (scalars,) = counted(own, *operands[:2])
+        (scalars,) = counted(own, *flat[:2])
     rule = jax.ffi.ffi_lowering(loader.TARGET, operand_output_aliases=aliases)
     return rule(
         ctx.replace(avals_in=in_avals),
         scalars,
-        *operands[1:],
+        *flat[1:],
         format=np.int32(answer(format, "native_code")),
         bits=np.int32(bits_of(program)),
         moves=program.moves,

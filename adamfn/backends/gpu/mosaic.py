@@ -12,11 +12,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu
 
-from adamfn.backends import tile
-from adamfn.core.program import Call
+from adamfn.backends.tile import LeafCall
 from adamfn.formats.bits import Operations, lending
-from adamfn.formats.blocks import size_for
-from adamfn.formats.noise import indices_at, runs_of
+from adamfn.formats.noise import indices_at
 
 WARPS, LANES = 4, 32
 _LARGEST_BLOCK = 256
@@ -27,17 +25,6 @@ plgpu: Any = mosaic_gpu
 def is_known() -> bool:
     """Whether this JAX has the interface that the kernel is written for, that of 0.12."""
     return hasattr(plgpu, "store")
-
-
-def can_run(call: Call, avals: Any) -> bool:
-    """Whether there is a kernel for a call."""
-    block, leaf = tile.common_block(call, avals), avals[3 + call.arrays_kept]
-    if not block or tile.means_in(call) or leaf.size >= 2**31:
-        return False
-    length = leaf.shape[-1]
-    size = size_for(length, block)
-    fits = size <= _LARGEST_BLOCK and size % LANES == 0 and length % size == 0
-    return fits and leaf.size >= WARPS * size
 
 
 def _layout_of(size: int) -> Any:
@@ -74,14 +61,18 @@ def _operations(layout: Any) -> Operations:
     return Operations(inverse, root)
 
 
-def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]:
-    """Replaces `run_call` for a call that it `can_run`. On CPU, tiles take turns in a loop."""
-    (vector, count, indices), arrays = operands[:3], operands[3:]
-    leaf, results = arrays[call.arrays_kept], tile.results_of(call, arrays)
-    size = size_for(leaf.shape[-1], tile.common_block(call, operands) or 0)
-    blocks, shape, emulated = leaf.size // size, (WARPS, size), platform == "cpu"
+def run_leaf(leaf: LeafCall, platform: str) -> list[jax.Array] | None:
+    """The results, if the blocks are whole, and so large that a warp can share one.
+
+    On CPU, tiles take turns in a loop.
+    """
+    u, size, emulated = leaf.u, leaf.size, platform == "cpu"
+    if not 0 < size <= _LARGEST_BLOCK or size % LANES or u.shape[-1] % size:
+        return None
+    if not WARPS * size <= u.size < 2**31:
+        return None
+    blocks, shape = u.size // size, (WARPS, size)
     full, rest = divmod(blocks, WARPS)
-    runs = runs_of(leaf.shape, call.strides_of(0, leaf.shape))
     layout = None if emulated else _layout_of(size)
 
     def laid(x: jax.Array) -> jax.Array:
@@ -106,14 +97,14 @@ def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]
         first = turn * WARPS + start
         rows, step, given = pl.ds(first, WARPS), refs[:3], refs[3:]
         row, within = (laid(jax.lax.broadcasted_iota(jnp.int32, shape, axis)) for axis in (0, 1))
-        elements = indices_at((first + row) * size + within, runs)
-        tiles = [load(ref, rows) for ref in given[: len(arrays)]]
+        elements = indices_at((first + row) * size + within, leaf.runs)
+        tiles = [load(ref, rows) for ref in given[: len(leaf.arrays)]]
         with lending(None if layout is None else _operations(layout)):
-            values = tile.run_tile(call, step, tiles, elements, None, largest)
+            values = leaf.run_tile(step, tiles, elements, None, largest)
         for k, value in zip(places, values, strict=True):
             target = given[k]
             if start:  # the first of these blocks have taken their step
-                old = tiles[k] if k < len(arrays) else load(target, rows)
+                old = tiles[k] if k < len(tiles) else load(target, rows)
                 value = jnp.where(first + row < full * WARPS, old.astype(value.dtype), value)
             value = value.astype(target.dtype)
             value = value if len(target.shape) == 2 else jnp.max(value, axis=1)
@@ -123,12 +114,13 @@ def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]
                 plgpu.store(target.at[rows], value, optimized=False)
 
     # The update, which replaces no array, comes after them.
-    places = [k if k != call.arrays_kept else len(arrays) for k, _ in results]
-    views = [x.reshape((blocks, size) if x.shape == leaf.shape else (blocks,)) for x in arrays]
+    places = [k if k != leaf.place_of_u else len(leaf.arrays) for k, _ in leaf.results]
+    views = [x.reshape((blocks, size) if x.shape == u.shape else (blocks,)) for x in leaf.arrays]
     refs: list[Any] = [jax.new_ref(x) if k in places else x for k, x in enumerate(views)]
-    if call.program.update_dtype is not None:
-        refs.append(jax.new_ref(jax.lax.empty((blocks, size), call.program.update_dtype)))
-    given = vector, count.reshape(1), indices.reshape(2).astype(jnp.int32), *refs
+    if len(views) in places:
+        refs.append(jax.new_ref(jax.lax.empty((blocks, size), leaf.call.program.update_dtype)))
+    scalars, count, indices = leaf.operands[:3]
+    given = scalars, count.reshape(1), indices.reshape(2).astype(jnp.int32), *refs
     for start, turns in ((0, full), (blocks - WARPS, min(rest, 1))):
         if turns and emulated:
             jax.lax.fori_loop(0, turns, lambda i, _, s=start: kernel(s, i, *given), None)
@@ -140,7 +132,4 @@ def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]
                     grid_names=("tile",),
                     kernel_name="adamfn_step",
                 )(*given)
-    return [
-        jax.freeze(refs[at]).reshape(arrays[k].shape)
-        for (k, _), at in zip(results, places, strict=True)
-    ]
+    return leaf.shaped([jax.freeze(refs[k]) for k in places])

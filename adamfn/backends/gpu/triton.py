@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from adamfn.backends import tile
-from adamfn.core.program import Call
+from adamfn.backends.tile import LeafCall
 from adamfn.formats.bits import Operations, lending
-from adamfn.formats.blocks import along, size_for
+from adamfn.formats.blocks import along
 from adamfn.formats.noise import indices_at, runs_of
 
 _ELEMENTS = 256
@@ -39,27 +38,18 @@ _OPERATIONS = Operations(
 )
 
 
-def can_run(call: Call, avals: Any) -> bool:
-    """Whether there is a kernel for a call."""
-    block = tile.common_block(call, avals)
-    small = avals[3 + call.arrays_kept].size < 2**31
-    return block is not None and block <= _LARGEST_BLOCK and small and not tile.means_in(call)
-
-
-def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]:
-    """Replaces `run_call` for a call that it `can_run`."""
-    arrays, block_size = operands[3:], tile.common_block(call, operands)
-    leaf, results = arrays[call.arrays_kept], tile.results_of(call, arrays)
-    assert block_size is not None
-    length = leaf.shape[-1] if block_size else leaf.size
-    size = size_for(length, block_size) if block_size else _ELEMENTS
+def run_leaf(leaf: LeafCall, platform: str) -> list[jax.Array] | None:
+    """The results, if the blocks are not too large."""
+    u, block_size = leaf.u, leaf.size
+    if block_size > _LARGEST_BLOCK or u.size >= 2**31:
+        return None
+    length, size = (u.shape[-1], block_size) if block_size else (u.size, _ELEMENTS)
     across = pl.cdiv(length, size)
-    blocks = leaf.size // length * across
+    blocks = u.size // length * across
     width = 2 ** math.ceil(math.log2(size))  # of a row of the tile: a power of two
     height = max(_ELEMENTS // width, 1)
     whole = length % size == 0 and size == width and blocks % height == 0
-    strides = call.strides_of(0, leaf.shape)
-    runs, rows = runs_of(leaf.shape, strides), runs_of(leaf.shape[:-1], strides[:-1])
+    rows = runs_of(u.shape[:-1], leaf.strides[:-1])
 
     def kernel(step: Any, *refs: Any) -> None:
         block = pl.program_id(0) * height + jax.lax.broadcasted_iota(jnp.int32, (height, 1), 0)
@@ -74,25 +64,23 @@ def run_leaf(call: Call, *operands: jax.Array, platform: str) -> list[jax.Array]
             inside |= jnp.zeros(elements.shape, bool)
 
         tiles: list[jax.Array] = []
-        where = [(elements, inside) if x.shape == leaf.shape else (block, exists) for x in arrays]
+        of_block = block, exists
+        where = [(elements, inside) if x.shape == u.shape else of_block for x in leaf.arrays]
         for ref, (places, mask) in zip(refs, where, strict=False):
             other = None if mask is None else jnp.zeros((), ref.dtype)
             tiles.append(triton.load(ref.at[places], mask=mask, other=other))
-        indices = indices_at(row, rows) + column if block_size else indices_at(elements, runs)
+        indices = indices_at(row, rows) + column if block_size else indices_at(elements, leaf.runs)
         with lending(_OPERATIONS if platform == "cuda" else None):
-            values = tile.run_tile(call, step, tiles, indices, inside, along(1))
-        for (k, _), ref, value in zip(results, refs[len(arrays) :], values, strict=True):
+            values = leaf.run_tile(step, tiles, indices, inside, along(1))
+        for (k, _), ref, value in zip(leaf.results, refs[len(where) :], values, strict=True):
             places, mask = where[k]
             triton.store(ref.at[places], value.astype(ref.dtype), mask=mask)
 
-    views = [array.reshape(-1) for array in arrays]
-    found = tile.run_kernel(
+    found = leaf.run_kernel(
         kernel,
-        call,
-        operands,
-        views,
+        [x.reshape(-1) for x in leaf.arrays],
         platform,
         grid=(pl.cdiv(blocks, height),),
         compiler_params=triton.CompilerParams(num_warps=height * width // _ELEMENTS),
     )
-    return [x.reshape(arrays[k].shape) for (k, _), x in zip(results, found, strict=True)]
+    return leaf.shaped(found)

@@ -53,7 +53,7 @@ class Cut(NamedTuple):
         return slabs, -(-self.rows // LANES), -(-self.length // self.width)
 
 
-def cut_of(shape: tuple[int, ...], block: int, *, merges: bool = True) -> Cut | None:
+def cut_of(shape: tuple[int, ...], block: int, *, merges: bool) -> Cut | None:
     """How a leaf is cut into blocks, of any size if `block` is 0; None if it cannot be.
 
     If it `merges`, slabs of few rows become one slab of many, which is another shape.
@@ -97,18 +97,6 @@ def _two_innermost(shape: tuple[int, ...]) -> tuple[int, int]:
     return min(((a, b) for a in axes for b in axes if a != b), key=padded)
 
 
-def viewed(x: jax.Array, cut: Cut) -> jax.Array:
-    """A leaf, or an array like it with some axes of 1, as three axes in the order of memory."""
-    x = x.transpose(cut.order)
-    return x.reshape(-1, *x.shape[-2:])
-
-
-def unviewed(x: jax.Array, shape: tuple[int, ...], cut: Cut) -> jax.Array:
-    """The inverse of `viewed`, for an array of this shape."""
-    x = x.reshape([shape[axis] for axis in cut.order])
-    return x.transpose([cut.order.index(axis) for axis in range(len(shape))])
-
-
 def is_row_major(scales: tuple[int, ...], cut: Cut) -> bool:
     """Whether the scales of blocks are row after row in memory.
 
@@ -119,29 +107,28 @@ def is_row_major(scales: tuple[int, ...], cut: Cut) -> bool:
     return whole and _two_innermost(scales) == (last, last - 1)
 
 
-def indices_in(
+def elements_at(
     cut: Cut,
     strides: tuple[int, ...],
     slab: jax.Array,
     row: jax.Array,
     block: jax.Array,
     within: jax.Array,
-) -> jax.Array:
-    """The indices, from the leaf's first modulo 2^32, of elements at these places in a tile."""
+) -> tuple[jax.Array, jax.Array]:
+    """The elements at these places in a tile.
+
+    Returns:
+      Their indices, from the leaf's first modulo 2^32, and whether they are in the leaf.
+    """
     if cut.flat:
-        return (block * LANES + row) * cut.size + within
+        indices = (block * LANES + row) * cut.size + within
+        return indices, indices < cut.shape[0]
     column = block * cut.size + within
+    inside = column < cut.length
+    inside = inside & (row < cut.rows) if cut.rows % LANES else inside
     *slabs, outer, inner = cut.order
     indices = row * wrapped(strides[inner if cut.turned else outer]) + column
     for axis in reversed(slabs):
         indices += jax.lax.rem(slab, jnp.int32(cut.shape[axis])) * wrapped(strides[axis])
         slab = jax.lax.div(slab, jnp.int32(cut.shape[axis]))
-    return indices
-
-
-def inside_of(cut: Cut, row: jax.Array, block: jax.Array, within: jax.Array) -> jax.Array:
-    """Whether elements at these places, as for `indices_in`, are in the leaf."""
-    if cut.flat:
-        return (block * LANES + row) * cut.size + within < cut.shape[0]
-    inside = block * cut.size + within < cut.length
-    return inside & (row < cut.rows) if cut.rows % LANES else inside
+    return indices, inside
