@@ -131,7 +131,7 @@ def test_shared_moments_move_24_bytes(measure, machine, moments, name, way, dtyp
     moved, _, temporary = of_parameters(measure(way, moments, shape, dtype), shape)
     aim = reached = {"float32": 24, "bfloat16": 14}[dtype], 0.3
     if machine.platform == "tpu":
-        reached = {"float32": (78.1, 16.1), "bfloat16": (72.1, 16.1)}[dtype]
+        reached = {"float32": (70.2, 16.1), "bfloat16": (69.2, 20.1)}[dtype]
     else:
         reached = {"float32": (37.3, 8.1), "bfloat16": (28.7, 8.1)}[dtype]
     assert moved <= reached[0]
