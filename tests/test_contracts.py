@@ -150,7 +150,7 @@ EXPORTED = {
     "schedule": adamfn.adam(lambda count: 0.1 / count),
     "pallas": adamfn.with_backend(adamfn.adamw(1e-2), "pallas"),
 }
-HAVE_KERNELS = ("8bit", "4bit", "factored", "blockmean", "pallas")
+HAVE_KERNELS = ("8bit", "4bit", "pallas")
 
 
 @pytest.mark.parametrize(
