@@ -330,6 +330,10 @@ class ScalesWithAnAxis(formats.EightBit):
         (OnesOwn(), (3, 5, 31, 300)),
         (OnesOwn(), (2, 128, 160)),
         (OnesOwn(), (31, 9000)),  # a row is longer than a chunk
+        ("factored", (200, 256)),
+        ("factored", (3, 128, 128)),
+        ("blockmean", (3, 64, 128)),
+        (formats.Pair(formats.Linear(), formats.BlockMean(axis=-2)), (3, 64, 128)),
     ],
 )
 def test_chunks_are_the_whole_to_the_bit(monkeypatch, moments, shape):

@@ -114,6 +114,24 @@ class BlockMean(_Means):
         return len(shape) >= 2 and -len(shape) <= self.axis < len(shape) and is_large(shape)
 
 
+@dataclass(frozen=True, eq=False)
+class KnownFactors(BaseFormat):
+    """Factors of nu in place of their means, for a part of a leaf: the next ones are known."""
+
+    known: tuple[Array, ...]
+    factors = staticmethod(tuple[Array, ...])
+
+    def encode(self, x: Array, bits: Array | None) -> Encoded:
+        return Encoded(None, self.known)
+
+    def decode(self, codes: None, scales: Any) -> Array:
+        nu: Any = math.prod(scales)
+        return nu
+
+    def holds(self, shape: tuple[int, ...]) -> bool:
+        return True
+
+
 def _mean(x: Array, axis: int, split: MeshAxes) -> Array:
     """The mean over an axis of the whole leaf, which is kept as 1."""
     mean = x.mean(axis, keepdims=True)

@@ -126,14 +126,20 @@ def test_llamas_leaves_compile_within_a_minute(measure, moments):
 @ways
 @dtypes
 def test_shared_moments_move_24_bytes(measure, machine, moments, name, way, dtype):
-    """XLA makes more passes: mu is scaled by nu's new means. On TPU, rows of means go in chunks."""
+    """XLA makes more passes: mu is scaled by nu's new means. On TPU, rows go in chunks."""
     shape = SHAPES[name]
     moved, _, temporary = of_parameters(measure(way, moments, shape, dtype), shape)
     aim = reached = {"float32": 24, "bfloat16": 14}[dtype], 0.3
-    if machine.platform == "tpu":
-        reached = {"float32": (70.2, 16.1), "bfloat16": (69.2, 20.1)}[dtype]
-    else:
+    if machine.platform != "tpu":
         reached = {"float32": (37.3, 8.1), "bfloat16": (28.7, 8.1)}[dtype]
+    elif name == "a last axis that no block divides" or (name, moments) == (
+        "an embedding",
+        "factored",
+    ):
+        reached = {"float32": (70.2, 16.1), "bfloat16": (69.2, 20.1)}[dtype]  # copies of the leaf
+    elif way == "update":
+        # The update is written, and read by apply_updates.
+        reached = {"float32": (30.2, 4.2), "bfloat16": (16.3, 2.2)}[dtype]
     assert moved <= reached[0]
     assert temporary <= reached[1]
     if moved > aim[0] or temporary > aim[1]:
