@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where JAX keeps what it compiles, and how the programs of tests are compiled.
 
 What JAX compiles is kept where `make test` says. Each of its processes has a folder of its own, and

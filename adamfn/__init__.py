@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adam for JAX: pure functions over pytrees, exact from the first step on."""
 
 from adamfn import formats, monitor, sharding

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 r"""Adam and its kin: chains that read as their formulas.
 
 `adam` explains the arguments; $\hat m$ and $\hat v$ are its corrected averages everywhere. The

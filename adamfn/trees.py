@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Walking pytrees leaf by leaf, and saying which leaf is wrong when one is."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The picture of what an update moves on accelerators, and what it needs besides."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tables of an update's cost on accelerators, from `benchmarks/results/accelerators.json`."""
 
 import json

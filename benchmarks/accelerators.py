@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an update costs on accelerators, by their own compilers: traffic, memory, kernels.
 
 No TPU or GPU is needed, only its compiler: `libtpu`, or `jax-cuda12-plugin` and

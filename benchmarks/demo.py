@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo over several seeds: accuracy, bytes of state, time of a step and to the first one.
 
 python benchmarks/demo.py     # writes benchmarks/results/demo.json

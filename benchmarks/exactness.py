@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far each library's Adam is from its formulas.
 
 60 steps of 4096 gradients whose scales span nine decades, float32, jitted; three seeds. An error is

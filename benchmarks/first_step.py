@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a newcomer waits for: the import, the state, and the first step, in fresh processes.
 
 AdamW over three trees of float32 parameters, by optax, by adamfn, and by adamfn with moments in 8

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the benchmark of a GPU's speed runs: Adam by adamfn, optax, torch and those in 8 bits."""
 
 from collections.abc import Iterator

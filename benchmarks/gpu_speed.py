@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How fast an update is on the GPU at hand: every format beside its peers and a plain copy.
 
 Adam by adamfn in every format, by `step` and by `update` with the parameters applied, optax's and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tables of an update's speed on a GPU, from `benchmarks/results/gpu_speed.json`."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the benchmarks of moments in fewer bytes, and of a step's speed, share."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What storing Adam's moments in fewer bytes does to an update: a stress test.
 
 Leaves of 32768 entries whose gradients are noise, the scales spread over 1, 2 and 4 decades inside

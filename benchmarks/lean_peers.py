@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Other libraries' moments in fewer bytes, for `lean_fidelity.py`: those that are installed."""
 
 from collections.abc import Callable, Iterator

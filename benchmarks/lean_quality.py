@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What storing Adam's moments in fewer bytes does to training: examples/char_lm.py, every format.
 
 800 steps on each of three seeds. The result of every run is written when it ends, and runs that are

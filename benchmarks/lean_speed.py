@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an update costs at run time, by how Adam's moments are stored: GPT-2 small's tree.
 
 One update with the parameters applied, 124M float32 parameters, adamfn with each format and

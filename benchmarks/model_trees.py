@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parameter trees that the benchmarks run over, as shapes."""
 
 from itertools import pairwise

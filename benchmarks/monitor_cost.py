@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a look inside costs: a training step by `adamfn.monitor.step`, and by `adamfn.step`.
 
 The character transformer of examples/char_lm.py, twenty steps in one jitted scan as it trains

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The settings of the native code: how fast a step is with others, on the processor at hand.
 
 Builds adamfn/backends/cpu/kernels.cc with one setting changed at a time, and lets the builds take

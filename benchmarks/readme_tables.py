@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws the tables of README.md and docs/ from `benchmarks/results/`, between their markers.
 
 python benchmarks/readme_tables.py           # rewrites the pages and their pictures

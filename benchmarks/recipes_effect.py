@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the recipes of docs/recipes.md do to training: examples/char_lm.py, three seeds each.
 
 The result of every run is written when it ends, and runs that are there already are not made again.

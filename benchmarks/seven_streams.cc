@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a step of float32 Adam reads and writes, with next to no arithmetic: the machine's limit.
 
 #include <cstdint>

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The last loss of a short regression at a high rate, by the format of Adam's moments.
 
 A network of 17,000 weights learns a sine in 200 steps. `docs/lean_moments.md` has the means.

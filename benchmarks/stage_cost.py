@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each stage that papers chain around AdamW costs in a step, beside AdamW's, in turn.
 
     python benchmarks/stage_cost.py              # writes benchmarks/results/stage_cost.json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tables of what a newcomer waits for, of the demo, and of the native code's settings."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the benchmark of a step's speed runs: Adam by optax, torch and adamfn, and the limits."""
 
 import ctypes

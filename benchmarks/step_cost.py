@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a step costs before it first runs, and the memory that it takes besides its arrays."""
 
 import gc

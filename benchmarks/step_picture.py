@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The picture of a step's speed: how many times as fast as optax's, and how cost grows."""
 
 from pathlib import Path

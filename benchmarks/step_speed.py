@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How fast an update is: adamfn's update and step beside optax and torch, and the limits.
 
 One float32 Adam update with the parameters applied, all of them taking turns in one process, over

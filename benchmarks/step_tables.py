@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tables of a step's speed, from `benchmarks/results/step_speed.json`."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a training update costs before it first runs: tracing, lowering and compiling.
 
 Adam's update with the parameters applied, over a thousand small leaves and over GPT-2 small's

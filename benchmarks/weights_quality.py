@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What bfloat16 weights do to training: examples/char_lm.py with its weights kept in four ways.
 
 800 steps on each of three seeds. Gradients have their weights' dtype, and the forward pass computes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The picture at the top of README and Home: bytes of state, and the time of a step on a GPU."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The README's table: each claim, adamfn's figure, the peers' figures, and a link to the evidence.
 
 Figures come from `benchmarks/results/`. Two rows have tests instead, named in comments.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train a small character transformer on the text of Python's standard library.
 
 The text is the installed standard library: its top-level modules, with every tenth held out.

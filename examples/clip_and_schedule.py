@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A chain in optax's style: clipped gradients, and a rate that warms up and decays.
 
 The model is logistic regression on scikit-learn's breast cancer data; its parameters are a plain

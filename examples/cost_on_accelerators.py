@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Report the cost of the optimizer on each chip of a TPU or GPU, without the device.
 
 The accelerator's compiler reports it for every format, on any machine; nothing runs. Install it by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train a small convolutional network on handwritten digits, with optax and with adamfn.
 
 It uses scikit-learn's bundled digits of 8 by 8 pixels, a Flax NNX model, an optax schedule, and

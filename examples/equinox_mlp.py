@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Equinox: fit a sine curve; the optimizer sees only the model's arrays.
 
 python examples/equinox_mlp.py --steps 500

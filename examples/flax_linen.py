@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Flax Linen: a regression on scikit-learn's diabetes data, with a TrainState.
 
 python examples/flax_linen.py --steps 300

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Flax NNX: classify irises, with adamfn.adamw in an Optimizer that takes one-pass steps.
 
 python examples/flax_nnx.py --steps 300

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One rate for each group of parameters, with optax.partition.
 
 A regression that only fine-tunes its first layer: the layer's rate is a hundredth of the head's.

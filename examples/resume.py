@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train, be killed at any moment, and continue bit for bit.
 
 Trains a small network on scikit-learn's digits and saves parameters and state every few steps.

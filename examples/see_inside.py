@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """See inside a training run: find a deliberate fault in the character transformer.
 
 Shows a live table of all layers during training, worst first, with a word for each fault, and draws

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plain pytrees: one regression, fifty steps, the ten losses of a torch notebook.
 
 The network is Linear(2, 16)-ReLU-Linear(16, 1) from torch.manual_seed(0), its weights recorded in

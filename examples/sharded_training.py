@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train the character transformer on eight devices: a mesh of data and tensor axes, and ZeRO.
 
 An XLA flag makes eight devices of this machine's CPU; on a machine with eight devices, leave the

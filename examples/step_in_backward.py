@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train with the optimizer's step inside the backward pass: one layer's gradients at a time.
 
 The layers of a character transformer are stacked in one array and scanned. The backward pass loops

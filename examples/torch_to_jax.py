@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Take over a torch run: a network trained in torch continues in JAX, and the curves coincide.
 
 A small convolutional network learns scikit-learn's handwritten digits with torch.optim.AdamW,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A network of flax's nnx and one of its linen, and a training step of each, for several tests."""
 
 import jax

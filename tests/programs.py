@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The call of a chain's program on one leaf, for tests of the backends."""
 
 import jax.numpy as jnp

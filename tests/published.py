@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What papers chain around Adam, in float64 NumPy, from the papers and not from the library.
 
 Each is a generator of the parameters after every step, for a list of gradients of one leaf.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The formulas of Adam and its kin in float64 NumPy, from the papers and not from the library.
 
 The averages are written `b m + (1 - b) g` and the corrections `1 - b^t`, as on paper; float64 has

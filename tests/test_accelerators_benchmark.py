@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of accelerators records what its tables and its picture are made from."""
 
 import json

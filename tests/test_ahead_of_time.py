@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is read from a compiled program: shapes, kernels, loops, and a copy that should not be."""
 
 import sys

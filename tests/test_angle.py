@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The angle of two sides: as NumPy's in float64."""
 
 import jax.numpy as jnp

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`average_weights`: the average of the weights that training makes."""
 
 from functools import partial

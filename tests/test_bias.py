@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """bias_correct: sqrt(1 - b2^t) / (1 - b1^t) to 3e-7, from the first step on."""
 
 import jax

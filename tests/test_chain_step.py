@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A chain's step: through optax's parts, beside `update`, with copies of transformations."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What others rely on in every state: how optax maps it, how JAX exports a step of it."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """adamfn among the libraries it is used with, each the real one, by the numbers they arrive at.
 
 Tolerances, relative to the largest entry:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every error says: which leaf or argument, what was found, what was expected, what to do."""
 
 import traceback

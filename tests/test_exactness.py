@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Updates against the formulas in float64."""
 
 import jax

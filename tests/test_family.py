@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The members of the family against their formulas in float64, and optax."""
 
 from functools import cache

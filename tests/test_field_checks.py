@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """JAX's own checks raise nothing on finite gradients: every member, in every format.
 
 That an optimizer's NaN surfaces elsewhere is tensorflow issue 2288; optax issue 1754 is one (0 / 0

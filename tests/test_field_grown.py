@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs that go on with more or fewer parameters, or with moments in another format.
 
 Fairseq issue 140 (layers added to a loaded model), DeepSpeed pull 8471 (one count for parameters

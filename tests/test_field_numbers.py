@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers that people report of Adam: huge gradients, derivatives, decays that grow weights."""
 
 from functools import cache

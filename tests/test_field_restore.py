@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """States that came back in plain containers keep their moments, and the errors say how.
 
 Flax issue 1429 (named tuples of another class), ferminet pull 105 (a list where a tuple was), orbax

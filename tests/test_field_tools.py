@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What people's tools do to an optimizer: wrappers, trainers, files, and names of elsewhere.
 
 Optax issue 1148 (wrappers under nnx), flax issue 4423 (files of an nnx.Optimizer), flax issue 5172

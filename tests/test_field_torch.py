@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """State dicts of torch's look-alikes: what their groups say is done, or refused by name.
 
 The dicts are as the libraries write them; the steps beside them are their formulas in float64.

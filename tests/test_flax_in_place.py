@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Flax's classes with a donated step: compiled as a user's is, it is in place."""
 
 import jax

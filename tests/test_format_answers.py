@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What formats say of themselves, and how a state of moments is read leaf by leaf."""
 
 from dataclasses import dataclass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Formats: what they keep of the moments, what they cost, and what they do with odd numbers."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of a GPU's speed, on a CPU in its stead: it runs, records and is drawn."""
 
 import json

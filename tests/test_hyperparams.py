@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hyperparameters: what is accepted, and in which precision it arrives."""
 
 from fractions import Fraction

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Flax's classes with `adamfn.step` inside, beside flax's own."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`interop.keras`: Keras's `compile` and `fit` train by a transformation, save, and go on."""
 
 import keras

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """adamfn.interop.optax: a run goes on in the other library."""
 
 from functools import cache

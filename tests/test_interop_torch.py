@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """adamfn.interop.torch: recorded torch runs are taken over and handed back."""
 
 import json

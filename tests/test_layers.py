@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Statistics of leaves that hold layers along their first axis: as of each layer by itself."""
 
 import jax

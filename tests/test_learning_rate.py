@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """scale_by_lr: number, array, schedule, override, and the rate kept in the state."""
 
 import jax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The guide's figures of a model of 70 billion parameters are those of the state itself."""
 
 import math

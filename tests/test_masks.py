@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """adamfn.masks: matrices and names, in every library's containers."""
 
 import equinox as eqx

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """scale_by_moments: the averages it keeps and the ratio it returns."""
 
 import jax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the monitor measures is right, for every member, format and wrapper; bad input is named."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The monitor finds the faults that are there, finds none elsewhere, and shows them."""
 
 import functools

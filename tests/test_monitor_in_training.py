@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A look changes no bit of the training and copies nothing, as a user's programs are compiled."""
 
 import functools

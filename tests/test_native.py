@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Native code of Adam's program: its numbers, beside XLA's, and what it refuses."""
 
 import subprocess

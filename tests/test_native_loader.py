@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loading the native code: missing, refused by XLA, twice in a process, and its variants."""
 
 import ctypes

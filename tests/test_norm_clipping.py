@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """clip_by_global_norm: as optax's, and its norm readable."""
 
 import chex

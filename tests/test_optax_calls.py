@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls that are valid for optax's functions of the same names, and mean the same here."""
 
 import inspect

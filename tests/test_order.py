@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chains whose stages contradict one another are refused, with the reason."""
 
 from functools import partial

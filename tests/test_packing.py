@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packed leaves: the same updates, states that move to the plain ones and back, and refusals."""
 
 from functools import partial

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pallas kernels: interpreted on CPU beside XLA's program, and lowered for GPU and TPU."""
 
 import warnings

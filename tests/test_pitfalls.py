@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Published failures of optax, by issue number: adamfn does not have them.
 
 Where it is cheap to show, a test also says that optax fails today. Once optax no longer does, that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two processes on one machine: they train as one, and none outlives the other in silence."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Properties that hold for any tree, shape and dtype."""
 
 import chex

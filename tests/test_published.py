@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The stages that papers chain around Adam, beside the papers in float64 over 200 steps."""
 
 import jax

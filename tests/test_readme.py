@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The README's figures are those of the recorded results, its links lead somewhere, it is short."""
 
 import re
@@ -39,3 +40,13 @@ def test_links_lead_to_a_page_and_a_heading(link):
 )
 def test_the_version_is_everywhere_the_same(path, line):
     assert line.format(adamfn.__version__) in (ROOT / path).read_text().splitlines()
+
+
+def test_every_source_names_its_license():
+    folders = ("adamfn", "benchmarks", "cmake", "examples", "tests", "website")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*.*")]
+    sources = [path for path in sources if path.suffix in (".py", ".cc", ".h")]
+    assert len(sources) > 200
+    for path in sources:
+        line = path.read_text().partition("\n")[0]
+        assert not line or line.endswith(" SPDX-License-Identifier: Apache-2.0"), path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs that are killed go on from their last checkpoint, bit for bit.
 
 Children are forked from a server that has imported everything and has not started JAX: a kill

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """round_weights: bfloat16 weights that train, under whatever applies the updates."""
 
 from functools import cache, partial

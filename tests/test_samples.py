@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A page fails if its code prints something else than it shows; each optimizer has its page."""
 
 import inspect

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """adamfn.sharding's whole_blocks and sharded: choices, errors. `eight_devices` runs the steps."""
 
 import functools

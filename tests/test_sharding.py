@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """adamfn.sharding: where each part of a state belongs. `eight_devices` holds what needs devices."""
 
 from typing import NamedTuple

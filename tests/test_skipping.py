@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """skip_outliers: what is not taken, and what stays as it was."""
 
 import math

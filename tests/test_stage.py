@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A stage of the user's own: in update, in step, in chains, beside moments in 8 bits."""
 
 from functools import partial

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """States that adamfn 0.2.0 saved go on here: `data/make_state_0_2_0.py` recorded them."""
 
 import runpy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stages with a statistic of each leaf: cautious_updates, clip_updates, and a user's own."""
 
 from functools import cache

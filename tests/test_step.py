@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`step` for any transformation, and a chain's own step against the formulas and `update`."""
 
 import os

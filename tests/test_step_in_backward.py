@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The example that takes each layer's step in the backward pass: its steps, and what it saves.
 
 Compiled as a user's programs are, for temporary memory and where bfloat16 is rounded.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of a step's speed: it runs, records what its tables are made from, and is fair."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`moments=`: every member of the family with every format."""
 
 from dataclasses import dataclass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """adamfn follows recorded runs of torch.optim (torch_trajectories.py records them)."""
 
 from functools import cache, partial

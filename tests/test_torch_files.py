@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`interop.torch.load`: files of `torch.save`, without torch; damaged and hostile ones."""
 
 import io

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """chain, apply_updates, and what every stage keeps: structure, shapes and dtypes."""
 
 import warnings

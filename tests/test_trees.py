@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Leaves: every result at its own, however they share calls; what is one and what is not."""
 
 import jax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """add_decayed_weights: the decay's value, and which parameters decay."""
 
 import chex

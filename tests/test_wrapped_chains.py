@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What wrappers of ours, pickles and reloads do to a chain."""
 
 import copy

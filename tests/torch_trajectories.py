@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records how torch's Adam family solves three small problems.
 
     python tests/torch_trajectories.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Docstrings as the site shows them: the session at the end is an example, names are links."""
 
 import ast

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 r"""The pages of `docs/family/`: from the fields at the top of each, by one template.
 
 A page's fields are its title, purpose, algorithm (KaTeX, with `\diff{...}` around what differs from

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What MkDocs does for this site besides: pages of the examples, and formulas by KaTeX.
 
 `make docs` installs KaTeX from npm in `build/`; a formula that it cannot read ends the build.

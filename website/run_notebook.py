@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the notebooks of `examples/` and writes their outputs into them (`make notebook`)."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the Python blocks of a page, in order and in one namespace, as its reader would.
 
 What a statement prints is in the comment at its end, on its last line or on the lines below it.

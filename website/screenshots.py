@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Opens every page of `site/` in a browser, at desktop and phone width, and keeps pictures of them.
 
 It fails where a page is wider than its window, code is cut off, a formula or a picture is missing,

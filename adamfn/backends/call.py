@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A call of programs: what it is given, and what it returns."""
 
 from collections.abc import Callable, Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls of programs: which leaves share a call, and how a call is made."""
 
 from collections.abc import Iterator, Sequence

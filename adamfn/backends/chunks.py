@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The program of a large leaf by XLA in chunks of rows, on accelerators, where it has no kernel.
 
 Between its passes over a whole leaf, XLA keeps many bytes for each element in memory.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which kernels run the programs of leaves: by Mosaic on TPU, by Triton, Mosaic or XLA on GPU."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The program of a leaf by XLA on GPU, in passes, where its formats have blocks but no kernel.
 
 Each pass decodes and averages the leaf again, to reduce its blocks once more; the last one encodes

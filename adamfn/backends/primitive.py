@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A call of programs as a primitive of JAX, which each platform lowers in its own way."""
 
 import threading

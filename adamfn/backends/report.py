@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`backend`: what runs programs on this machine, and why."""
 
 from typing import Any, NamedTuple

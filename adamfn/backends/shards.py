@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Leaves that are split over a mesh: each shard takes its step by itself, inside `jax.shard_map`.
 
 So native code and kernels, which XLA cannot partition, run on the shards.

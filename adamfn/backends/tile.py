@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A call of one leaf as kernels see it, and its program on a tile of the leaf."""
 
 from collections.abc import Callable, Sequence

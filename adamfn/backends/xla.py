@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls of programs by XLA: the reference for every other backend."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`Chain`: stages and transformations, one after another. Neighbouring stages are fused."""
 
 from collections.abc import Iterator

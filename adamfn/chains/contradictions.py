@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stages that contradict one another, or stand where they do something else than they say."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The trees of a run of stages, leaf by leaf: parameters, gradients and states."""
 
 from collections.abc import Mapping, Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`packed`: many small leaves as a few long ones.
 
 To pass an array into a compiled call and out again costs some microseconds, more than a step of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs of stages over a tree: their states, their scalars, and one fused program for each leaf.
 
 A run is all neighbouring adamfn stages of a chain. It is cut into segments: a stage that is not

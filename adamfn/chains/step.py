@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`step`: one training update, from gradients to the next parameters."""
 
 from collections.abc import Mapping

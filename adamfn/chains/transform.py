@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradient transformations, and how their result is applied.
 
 Nothing here knows of Adam, nor of stages.

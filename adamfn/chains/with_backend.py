@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`with_backend`: a transformation that a given backend runs."""
 
 from adamfn.backends.primitive import BACKENDS, Backend

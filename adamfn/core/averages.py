@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The exponential moving average and the correction of its bias.
 
 Only here are 1 - b and 1 - b^t computed. They must agree: a correction by a 1 - b^t that was not

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The formulas of Adam and its kin for one leaf: the mathematics, each written once.
 
 The native code repeats some of them in C++, and tests compare the two.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hyperparameters: numbers, scalar arrays and functions of the count, and their checks."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The state of each leaf: its first value, its place in the states of stages, and its checks.
 
 Arrays of the leaf's shape stand under the leaf's path in their field, None where a format has no

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Masks: which leaves a stage changes, by their paths and axes or by a tree of bools.
 
 `matrices`, `named` and `matching` return functions from parameters, in any container, to a tree of

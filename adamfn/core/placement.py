@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where arrays are on a mesh: parameters, the state beside them, and what `shard_map` asks of both.
 
 Inside `jax.shard_map` an array's type says over which axes of the mesh its value may vary.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The program of a leaf: the formulas of one segment, one after another.
 
 It decodes the state of the leaf, applies the formulas, and encodes the state again. At its end it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A stage of an optimizer, as data.
 
 Its formula sees one leaf, as arrays in float32 at least. Trees, storage and devices are the

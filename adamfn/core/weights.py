@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights in bfloat16, and the lower bits of the float32 weights that they stand for.
 
 A float32 weight is a word of 32 bits. Its bfloat16 is the nearest one, and its correction is the

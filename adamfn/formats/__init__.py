@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Formats: how Adam's two moments are stored between steps, and which one each leaf gets."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a state of moments is arranged, to read one without its transformation.
 
 In a named tuple `mu`, `nu` and all fields before `scales` are trees of one array for each leaf.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Float32 numbers as integers, and the division and root that a GPU's kernel lends."""
 
 from collections.abc import Callable, Generator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Blocks of elements along the last axis, and `Blockwise`, the base of formats that use them."""
 
 import abc

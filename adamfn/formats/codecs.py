@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Codecs, which store one moment whatever the other is, and `Pair`, a format made of two."""
 
 import inspect

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a format is, and what else the library asks of one."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`EightBit` and `FourBit`: nu in logarithmic levels, mu in even levels of its ratio to nu's root.
 
 For x > 0 a float32's bits grow almost as the logarithm of x: by 2^23 an octave, linearly within. So

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Codecs that store only means of nu: over rows and columns, or over one axis.
 
 They are deterministic. Infinities and NaN spread over all elements that share a mean. Inside

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The noise of stochastic rounding: random bits for each element, a hash of its index.
 
 Indices follow the order of memory, modulo 2^32. Elements of a shard or a tile have their indices in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """States in and out: of checkpoints, of grown models, of other formats, of torch and optax.
 
 Only `flax` and `keras` here import the library they are named after, whose classes they subclass.

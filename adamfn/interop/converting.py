@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`convert`: moments of one format in another."""
 
 from typing import Any

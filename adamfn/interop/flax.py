@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Flax's optimizer and train state, with `adamfn.step` inside: one pass over memory.
 
 Both have the names, arguments and fields of flax's, so only the import changes. They take any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`carry_over`: a run whose model got other parameters."""
 
 from collections.abc import Collection, Mapping, Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Any transformation as an optimizer of Keras 3, on its JAX backend."""
 # pyright: reportAttributeAccessIssue=false, reportUntypedBaseClass=false
 

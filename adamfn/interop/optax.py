@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adam states between optax and adamfn.
 
 Both keep the same averages under the same names, so a run goes on in either. States are known by

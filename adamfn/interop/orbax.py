@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints of orbax: whether one fits the state that it is to be restored as.
 
 Orbax saves a tree's keys, shapes and dtypes, and no types. It refuses another structure with a

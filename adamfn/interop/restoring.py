@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`restore`: a state that came back in plain containers, in its types again."""
 
 from collections.abc import Iterator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finding the moments in a state and filling them in, whatever wraps the state."""
 
 from collections.abc import Callable, Mapping

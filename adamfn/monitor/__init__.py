@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Seeing inside a run: `step` or `observe` measures every layer; the others show the figures."""
 
 from adamfn.monitor.observing import Observation, observe, step

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The states of a chain of ours inside any state, and the moments that they hold."""
 
 from collections.abc import Mapping

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 r"""The figures of one leaf, or of each layer of a stacked one: float32 scalars.
 
 | figure | of the n elements |

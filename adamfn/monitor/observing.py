@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`observe` measures every leaf at a training step; `step` observes a step and takes it."""
 
 from collections.abc import Iterable, Mapping

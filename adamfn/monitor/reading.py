@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Observations on the host: looks, faults, a table (by rich) and a picture (by matplotlib)."""
 
 from collections.abc import Sequence

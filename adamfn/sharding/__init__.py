@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Meshes of devices: where an optimizer's state is, and steps on the shards of leaves."""
 
 from adamfn.sharding.state_shardings import state_shardings

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`state_shardings`: where an optimizer's state is on a mesh of devices."""
 
 from collections import defaultdict

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sharded`: an optimizer that steps the shards of leaves."""
 
 import jax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`whole_blocks`: formats whose blocks no shard cuts."""
 
 from typing import Any

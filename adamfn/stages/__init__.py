@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stages: their arguments, what they keep, and the scalars of their formulas."""

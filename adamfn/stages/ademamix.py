@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """AdEMAMix: Adam with a second, slow average of the gradients."""
 
 from typing import Any, NamedTuple

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ADOPT: gradients are normalized before they are averaged."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An average of the weights over the steps, as the last stage of a chain."""
 
 from typing import Any, NamedTuple

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stages that look at all gradients before any average: clipping by their norm, and skipping."""
 
 import math

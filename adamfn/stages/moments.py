@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two averages, their ratio, and the correction for their beginning at zero."""
 
 from collections.abc import Callable, Mapping

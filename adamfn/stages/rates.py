@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The learning rate, and weight decay: decoupled or not, independent, cautious or corrected."""
 
 from collections.abc import Mapping

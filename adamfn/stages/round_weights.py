@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`round_weights`: weights in 16 bits that train, as the last stage of a chain."""
 
 from typing import Any, Literal, NamedTuple, cast

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stages that need a statistic of each leaf, or of each layer where layers are stacked."""
 
 from collections.abc import Callable, Mapping

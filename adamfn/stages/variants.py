@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kin of `scale_by_moments`: other denominators, a momentum ahead, an angle, rows that stay."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adam in every format, by `update` and by `step`, and its peers."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a step of an optimizer costs, read from the compiled program."""
 
 import math

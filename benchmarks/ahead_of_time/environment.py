@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How JAX is started where only compilers are wanted: before anything else imports it."""
 
 import os

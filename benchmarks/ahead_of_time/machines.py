@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The accelerators whose compilers run here without them, and what is wrong if they cannot."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The same on a mesh: what an optimizer's step costs on each chip."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the kernels of a compiled program read from device memory and write to it."""
 
 from collections import Counter

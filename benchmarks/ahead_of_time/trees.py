@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parameters that are measured, as shapes.
 
 What matters is one leaf: larger than the nearer memory of a TPU (128 MiB), or it would never be

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Steps of the native code without XLA: calls of groups of leaves, on threads of its own.
 //
 // benchmarks/native_sweep.py times it with other settings; tests/test_native.py runs it under

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Programs compiled for a TPU or a GPU that is not at hand: `make test-accelerators`.
 
 They need that machine's compiler, in an environment of its own, so nothing else collects them.

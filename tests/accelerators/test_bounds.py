@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a step moves, needs and launches on an accelerator, held to the bounds that are promised.
 
 All leaves are larger than the nearer memory of a TPU. Bytes are of each parameter.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Leaves without a kernel go through XLA in chunks of rows, and need little temporary memory."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The figures show what a program does, on the compilers themselves."""
 
 import jax

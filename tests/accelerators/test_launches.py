@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an update of a whole model needs: launches on a GPU, and temporary memory."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lean moments on a mesh: Llama's 8B in bfloat16, its state split along the batches' axis too."""
 
 import functools

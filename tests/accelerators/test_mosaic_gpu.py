@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernel by Mosaic GPU: in place, without temporary memory, and all of a tile in registers."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """XLA alone, for moments in blocks on a GPU without kernels."""
 
 import math

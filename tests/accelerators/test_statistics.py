@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A statistic of a leaf ends the fused run: XLA takes it from the update in memory."""
 
 import math

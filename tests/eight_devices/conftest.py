@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Eight devices on the CPU, for the tests of this folder: `pytest tests/eight_devices`.
 
 `make test` runs them after the others, which are to have one: the number of devices is fixed when

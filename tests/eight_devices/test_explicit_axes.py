@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Meshes whose axes are explicit: twenty steps in one loop, with one device's codes."""
 
 import functools

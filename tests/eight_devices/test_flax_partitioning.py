@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Flax's partitioned parameters on a mesh of eight: in Linen's TrainState, in an nnx.Optimizer."""
 
 import jax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Statistics of a whole leaf on a mesh: one small all-reduce, and the numbers of one device."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inside `jax.shard_map`: what varies over the mesh, what loops accept, and the same numbers."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint of eight devices is restored on four, on one, and on eight in another layout."""
 
 import jax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training on a mesh of eight: where the state is, what is sent, and that nothing changes."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The monitor on a mesh of eight: nothing is sent but sums."""
 
 import re

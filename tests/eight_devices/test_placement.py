@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a state lies that `init` makes of arrays with a place, and what steps do with it."""
 
 import jax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`adamfn.sharding.sharded`: steps on the shards of leaves, with one device's codes to the bit."""
 
 import functools

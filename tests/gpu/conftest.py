@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels run by the GPU at hand: `make test-gpu`. Nothing else collects them."""
 
 import sys

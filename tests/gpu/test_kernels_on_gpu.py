@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the kernels store and move on a GPU, beside XLA's program on it and on CPU."""
 
 from functools import partial

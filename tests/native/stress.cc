@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Steps on many threads, for ThreadSanitizer: they must give the bytes that one thread gives.
 
 #include <array>

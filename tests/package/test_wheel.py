@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `make wheel` built, installed where there is nothing else (`make test-wheel`)."""
 
 import json

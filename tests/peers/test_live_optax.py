@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The installed optax beside adamfn, step by step: `make test-peers`."""
 
 import jax

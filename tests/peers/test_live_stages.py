@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The stages of papers beside the packages that have them, 200 steps: `make test-peers`."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The installed torch beside adamfn, step by step: `make test-peers`.
 
 The recorded runs that every test run reads say the same of torch 2.13.0; here hyperparameters and

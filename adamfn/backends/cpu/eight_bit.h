@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One block of moments in 8 bits: formats/levels.py.
 
 #pragma once

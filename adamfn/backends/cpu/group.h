@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the handler hands to the kernels. Each processor's kernels are compiled apart, so this file
 // has no code that they could share: the linker would keep any one of them.
 

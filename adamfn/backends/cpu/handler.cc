@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A call of Adam's program, as a handler of XLA's foreign function interface.
 //
 // Operands: the scalars, float32, with what nothing reads behind them (the lowering in Python says

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The step of a group of leaves, tile by tile: decode, step, encode. CMake compiles this file once
 // for each kind of processor, with ADAMFN_VARIANT as the namespace of all that it has.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loads the native code, which the package was built with, and registers it with XLA."""
 
 import contextlib

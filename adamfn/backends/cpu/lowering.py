@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adam's program on CPU: native code, called through XLA's foreign function interface."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Float32 numbers as bits, bfloat16, and the random bits that round, as adamfn/formats has them.
 
 #pragma once

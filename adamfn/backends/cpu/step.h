@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One step of Adam on a run of float32 numbers, in place: the formulas of core/formulas.py, one after
 // the other. tests/test_native.py compares.
 

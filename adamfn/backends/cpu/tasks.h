@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The tiles of a group as tasks that threads share.
 
 #pragma once

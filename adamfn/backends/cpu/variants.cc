@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // kernels.cc is compiled for several kinds of processors. This chooses among them.
 
 #include <atomic>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Weights in bfloat16 and the bits below them: core/weights.py and the formulas that round weights.
 
 #pragma once

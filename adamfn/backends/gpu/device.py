@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The GPU that a program is lowered for, and what its compilers can do for it."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The step of a leaf as one kernel on GPU, by Mosaic, for compute capability 9.0 and later.
 
 A tile is four blocks of the leaf, one for each warp. Mosaic masks no loads, so blocks that are left

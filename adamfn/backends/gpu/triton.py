@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The step of a leaf as one kernel on GPU, by Triton.
 
 A tile is a few whole blocks of the leaf, one in each row. Arrays are taken in the order of their

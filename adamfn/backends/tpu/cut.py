@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a leaf is laid out in a TPU's memory, and how it is cut into tiles for a kernel."""
 
 import math

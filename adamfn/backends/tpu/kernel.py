@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The step of a leaf as one kernel on TPU, by Mosaic.
 
 A tile has 128 rows of the leaf, in the lanes of the TPU's registers, and whole blocks of them along

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The blocks of a leaf with one axis, moved from end to end in memory into a TPU's lanes.
 
 128 neighbouring blocks of `size` elements fill `size` rows of 128 lanes, and a block begins

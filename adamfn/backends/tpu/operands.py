@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The arrays of a leaf as its kernel on TPU takes them, and their way into a tile and back."""
 
 from typing import Any, NamedTuple

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optimizer states between torch and adamfn: a run goes on in the other library.
 
 Tensors are read as NumPy arrays; torch is not imported.

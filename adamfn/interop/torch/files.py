@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`load`: what `torch.save` wrote, as NumPy arrays and without torch."""
 # pyright: reportPrivateUsage=false
 

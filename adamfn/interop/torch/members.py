@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which member of the family a torch parameter's group is of, and the chain that continues it."""
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parameters of a torch state dict: their leaves, their arrays and the layout of these."""
 
 import math

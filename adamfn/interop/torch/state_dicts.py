@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`from_state_dict` and `to_state_dict`: a run goes on in the other library."""
 
 import copy
