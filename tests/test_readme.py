@@ -43,7 +43,7 @@ def test_the_version_is_everywhere_the_same(path, line):
 
 
 def test_every_source_names_its_license():
-    folders = ("adamfn", "benchmarks", "cmake", "examples", "tests", "website")
+    folders = ("adamfn", "benchmarks", "examples", "tests", "website")
     sources = [path for folder in folders for path in (ROOT / folder).rglob("*.*")]
     sources = [path for path in sources if path.suffix in (".py", ".cc", ".h")]
     assert len(sources) > 200

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes `seed_weights.json`: what torch.manual_seed(0) makes of Linear(2, 16)-ReLU-Linear(16, 1).
 
 Needs torch; nothing else here does.

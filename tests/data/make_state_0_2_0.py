@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records states of adamfn 0.2.0, and the parameters after the next step: `state_0_2_0.npz`.
 
 It needs adamfn 0.2.0; later versions arrange their states otherwise. `test_states_0_2_0.py` reads
