@@ -236,7 +236,7 @@ def _fits(stage: Stage, part: str, leaf: Any, x: Any) -> bool:
 
 def _is_wide(moment: Any) -> bool:
     # Codes, and moments after a cast of the state, are not.
-    dtype = getattr(moment, "dtype", jnp.int8)
+    dtype: Any = getattr(moment, "dtype", jnp.int8)
     return bool(jnp.issubdtype(dtype, jnp.inexact)) and dtype.itemsize >= 4
 
 
