@@ -104,7 +104,7 @@ def _lower_quietly(run: Any, platform: str, ctx: Any, *flat: Any) -> Any:
 
 
 def _is_unknown(error: BaseException | None) -> bool:
-    """Whether a compiler raised an error since it does not know an operation or the device."""
+    """Whether a compiler raised an error because it does not know an operation or the device."""
     # Pallas raises RuntimeError of an unknown device, and may wrap either in a LoweringError.
     unknown = isinstance(error, NotImplementedError) or type(error) is RuntimeError
     return error is not None and (unknown or _is_unknown(error.__cause__))

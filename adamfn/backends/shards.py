@@ -149,7 +149,7 @@ def _first_index(strides: Sequence[int], shard: jax.Array, axes: Axes) -> jax.Ar
 
 
 def _laid(mesh: Any, x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """The array as its shards are to come: where axes are explicit, XLA may not see to it."""
+    """The array, split as its shards need it: with explicit axes, XLA may not do it."""
     mine = _sharding_in_type(x)
     if not _is_explicit(mesh) or mine.mesh.empty:
         return x

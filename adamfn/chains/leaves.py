@@ -29,7 +29,7 @@ from adamfn.trees import (
 
 
 class Request(NamedTuple):
-    """What a step is asked for, and given besides gradients and state."""
+    """What a step is to return, and its inputs besides gradients and state."""
 
     params: PyTree
     """The parameters; None if `update` got none."""
@@ -47,7 +47,7 @@ class Request(NamedTuple):
 
 
 def check_call(call: str, updates: PyTree, state: PyTree, params: PyTree) -> None:
-    """Raises TypeError if arguments of a `call` are swapped, or one holds shapes alone."""
+    """Raises TypeError if arguments of a `call` are swapped, or one has shapes without values."""
     caller = call.split("(")[0]
     for name, tree in (("gradients", updates), ("params", params)):
         if holds_state(tree):

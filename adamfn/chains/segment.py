@@ -2,8 +2,8 @@
 """Runs of stages over a tree: their states, their scalars, and one fused program for each leaf.
 
 A run is all neighbouring adamfn stages of a chain. It is cut into segments: a stage that is not
-elementwise is a segment by itself, and the stages between two such are one. The states, the count,
-the scalars and the gate are those of the run.
+elementwise is a segment by itself, and the stages between two of these form one. The states, the
+count, the scalars and the gate are those of the run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -93,8 +93,8 @@ def segments_of(stages: Sequence[Stage]) -> list[range]:
     """The places of the stages of each segment of a run.
 
     A segment begins at the moments if a stage of a later segment reads the gradient that they were
-    given: that gradient is then in memory. The last begins where weights are rounded or averaged,
-    for XLA alone averages them.
+    given: that gradient is then in memory. Where weights are averaged, the last segment begins at
+    the rounding before it, or else at the average: only XLA runs it.
     """
     whole = [place for place, stage in enumerate(stages) if not stage.elementwise]
     cuts = {0, len(stages), *whole, *(place + 1 for place in whole)}

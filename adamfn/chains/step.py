@@ -30,7 +30,7 @@ def step(
     """One training update, from gradients to the next parameters.
 
     A chain that ends in stages of ours moves the parameters in the same pass over memory as the
-    moments, on CPU in native code. Of any other transformation it is `update` and `apply_updates`.
+    moments, on CPU in native code. With any other, this is `update`, then `apply_updates`.
 
     Args:
       tx: any transformation, ours or optax's.

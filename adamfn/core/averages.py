@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exponential moving average and the correction of its bias.
+"""The decays of averages, and the correction of their bias. `formulas.average` is the average.
 
 Only here are 1 - b and 1 - b^t computed. They must agree: a correction by a 1 - b^t that was not
 made from the 1 - b of the average is wrong at every step.
@@ -26,7 +26,7 @@ class Decay(NamedTuple):
 
     @property
     def log(self) -> Numeric:
-        """Log b, from the 1 - b of the average; of a number in double precision."""
+        """Log b, from the 1 - b of the average; in double precision if that is a number."""
         if isinstance(self.complement, float):
             return math.log1p(-self.complement) if self.complement < 1 else _LOG_OF_ZERO
         zero = self.complement == 1
@@ -54,7 +54,7 @@ class Averages(NamedTuple):
     b1: Decay
     b2: Decay
     eps: Numeric
-    """Added to the root of nu: in units of the corrected root, after `at_step` of the other."""
+    """Added to the root of nu: of the corrected nu; after `at_step`, of the uncorrected one."""
     eps_root: Numeric
     """Added to nu under the root, likewise."""
 
@@ -95,7 +95,7 @@ def decay(name: str, value: Any) -> Decay:
 
 
 def decays_of(caller: str, before: Decays | None, *given: Decay | None) -> Decays:
-    """The given b1 and b2; where None, those of the averages before; without any 0.9 and 0.999.
+    """b1 and b2: the given ones, else those of the averages before, else 0.9 and 0.999.
 
     Raises:
       ValueError: one is neither that of the averages nor 0, which leaves one uncorrected.

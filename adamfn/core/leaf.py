@@ -47,15 +47,15 @@ class Leaf:
 
     path: Any
     index: int  # its place in the tree, from which its random bits are made
-    grad: Any  # that the run was given
-    param: Any  # None if `update` was given none; its dtype alone is used if no stage reads it
+    grad: Any  # what the run was given: a gradient, or an update of parts before it
+    param: Any  # None if `update` was given none; if no stage reads it, only its dtype is used
     formats: list[Format | None] = field(default_factory=list[Any])  # of its moments, by stage
     kept: list[Kept] = field(default_factory=list[Any])  # its state, by stage
-    active: list[bool] = field(default_factory=list[bool])  # whether each stage's mask has it
+    active: list[bool] = field(default_factory=list[bool])  # by stage: whether it changes this leaf
     shards: Shards | None = None  # how it is split over a mesh for its step
     seen: Any = None  # the gradient that its moments were given
     update: Any = None  # the gradient at first, then the update of the segments so far
-    program: Any = None  # in the segment at hand
+    program: Any = None  # of the current segment
 
     def __post_init__(self) -> None:
         """The gradient is the first update."""

@@ -33,9 +33,9 @@ void FillRandom(const Noise& noise, const Leaf& leaf, int64_t start, int64_t siz
   }
 }
 
-// How far ahead of the step memory is asked for, in elements: of more than four arrays the processor
-// by itself reads ahead too late. Arrays begin at the same place of a page, where all are in one
-// channel of the memory; so each is read a tile further than the one before.
+// How many elements ahead memory is requested: with more than four arrays, the processor's prefetching
+// comes too late. All arrays begin at the same place of a page, in one channel of the memory, so each
+// is read one tile further than the one before.
 constexpr int64_t kReadAhead = 256;
 
 // The elements of a leaf from which on that pays: smaller ones are in a cache, or end too soon.
@@ -101,7 +101,7 @@ void StepTile(const Group& group, const Leaf& leaf, int64_t tile) {
   }
   float* returned = From<float>(leaf.u.data, start);  // unless u is bfloat16
   float* u = leaf.u.data && leaf.u.is_bfloat16 ? u_tile : returned;
-  // The sum with weights of 32 bits is float32's own: StepRun takes it.
+  // With 32-bit weights the sum is a plain float32 sum, which StepRun takes.
   if (bits) u = bits == 32 ? nullptr : u_tile;
 
   if (group.format == kBfloat16 || group.format == kEightBit) {

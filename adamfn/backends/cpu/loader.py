@@ -14,7 +14,7 @@ import jaxlib.version
 TARGET = "adamfn_step_v2"
 """XLA's name for the native code. Its version changes with what a call is given."""
 _LIBRARY = Path(__file__).with_name("adamfn_native.so")
-_FFI_VERSION = 1  # 0.1: taken by every jaxlib that is older than
+_FFI_VERSION = 1  # 0.1, which every jaxlib before _UNKNOWN takes
 _UNKNOWN = (0, 13)
 
 
@@ -32,7 +32,7 @@ _calls = itertools.count()
 
 
 def load() -> Native:
-    """Loads the library, unless this process has done so. If it fails, the first call warns."""
+    """Loads the library once. Without it the first call warns; among several processes it raises."""
     global _native
     if _native is None:  # threads that come here at once do the same, which XLA allows
         try:

@@ -35,7 +35,7 @@ _MOMENTS = (ratio, atan2_ratio)
 
 
 def scalar_places(program: Program) -> list[int] | None:
-    """Where the scalars of Adam's formulas lie in the program's vector, in the native code's order.
+    """Where the scalars of Adam's formulas are in the program's vector, in the native code's order.
 
     Those are 1 - b1, 1 - b2, b1, b2, eps, eps_root, Nesterov's factor, the bias correction, the
     weight decay, minus the learning rate, the factor of clipping, the decay of what the update
@@ -53,7 +53,7 @@ def scalar_places(program: Program) -> list[int] | None:
     ]
 
     def place_of(*formulas: Callable[..., Any]) -> int:
-        """Where the scalar of a formula lies, if it is the next."""
+        """Where the scalar of a formula is, if it is the next."""
         found = bool(left) and left[0][0].formula in formulas
         return left.pop(0)[1][0] if found else -1
 
@@ -90,7 +90,7 @@ def format_of(program: Program) -> Format | None:
 
 def can_run(call: Call, operands: Operands) -> bool:
     """Whether a call can run in native code here, and gains by it."""
-    # Of a float32 update alone XLA makes as few passes, with the parameters' sum in the last.
+    # For an update alone with float32 moments XLA makes as few passes, and adds the parameters.
     format, bits = format_of(call.program), bits_of(call.program)
     if not call.program.moves and format is None and not bits:
         return False
@@ -108,15 +108,15 @@ def can_run(call: Call, operands: Operands) -> bool:
 def _counted(scalars: jax.Array, count: jax.Array) -> jax.Array:
     """The scalars of a large step, and behind them the results of operations that nothing reads.
 
-    XLA runs a program of few operations in the thread that calls it, which then waits for the step;
-    and it counts none for a call of native code.
+    XLA gives a program a thread only if it counts enough operations, and it counts none for native
+    code.
     """
     counts = lax.broadcast(count.astype(scalars.dtype), (_UNREAD,))
     return lax.concatenate([scalars, counts + lax.iota(scalars.dtype, _UNREAD)], 0)
 
 
 def lower(ctx: Any, *flat: Any, call: Call, tree: Any) -> Any:
-    """The lowering rule: one call of native code, whose results lie where its operands do."""
+    """The lowering rule: one call of native code, whose results replace its operands."""
     program, format = call.program, format_of(call.program)
     places: Operands = tree.unflatten(range(len(flat)))
     replaced: list[int] = jax.tree.leaves(call.replaced(places))

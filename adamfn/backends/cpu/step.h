@@ -22,7 +22,7 @@ inline float Average(float old, float fresh, float complement, float rate) {
 inline float Bounded(float g) {
   constexpr int32_t kLargest = 0x5F7F0000, kLeastNegative = 0x00800000;
   const uint32_t bits = BitsOf(g);
-  // Raised, infinity and NaN are negative.
+  // This makes infinity and NaN negative, so that min keeps them.
   const int32_t raised = static_cast<int32_t>((bits & 0x7FFFFFFF) + kLeastNegative);
   const int32_t held = std::min(raised, kLargest + kLeastNegative);
   return FloatOf((static_cast<uint32_t>(held) - kLeastNegative) | (bits & 0x80000000));
@@ -31,7 +31,7 @@ inline float Bounded(float g) {
 // The root of nu, of the smallest normal number at least. In this order it is NaN where nu is.
 inline float Root(float nu) { return std::sqrt(std::max(nu, 0x1p-126f)); }
 
-// atan2(opposite, adjacent) of numbers at least 0; 0 where both are: core/angle.py.
+// atan2(opposite, adjacent) of numbers at least 0; 0 where both are: core/formulas.py.
 [[gnu::always_inline]] inline float Angle(float opposite, float adjacent) {
   constexpr float kQuarter = 1.57079633f, kSteep = 0.414213562f;  // pi / 2, tan(pi / 8)
   const float shorter = opposite > adjacent ? adjacent : opposite;
