@@ -32,7 +32,7 @@ _calls = itertools.count()
 
 
 def load() -> Native:
-    """Loads the library once. Without it the first call warns; among several processes it raises."""
+    """Loads the library once. Without it the first call warns; beside other processes it raises."""
     global _native
     if _native is None:  # threads that come here at once do the same, which XLA allows
         try:
