@@ -286,7 +286,7 @@ def lazy_adam(
 
     >>> import adamfn, jax.numpy as jnp
     >>> tx, g = adamfn.lazy_adam(learning_rate=0.1), jnp.array([[0.0, 0.0], [5.0, -5.0]])
-    >>> print(adamfn.step(tx, g, tx.init(g), jnp.ones((2, 2)))[0])
+    >>> print(adamfn.step(tx, g, tx.init(g), jnp.ones((2, 2)))[0].round(6))
     [[1.  1. ]
      [0.9 1.1]]
     """

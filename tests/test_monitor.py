@@ -195,6 +195,13 @@ def test_groups_have_rates_of_their_own_and_masked_leaves_no_moments():
     assert seen["z"]["still"] == 1
 
 
+def test_formats_may_depend_on_the_dtype_of_the_leaf():
+    tx = adamfn.adam(moments=lambda _, x: "8bit" if x.dtype == jnp.bfloat16 else "float32")
+    params = {"a": jnp.ones((64, 128), jnp.bfloat16), "b": jnp.ones((64, 128))}
+    seen = monitor.observe(tx, params, tx.init(params), params).leaves
+    assert {"signal"} <= {*seen["a"]} & {*seen["b"]}
+
+
 def test_packed_leaves_inside_a_mask_are_found():
     params = {"a": jnp.ones(3), "b": jnp.ones(4), "c": jnp.ones(5)}
     tx = adamfn.packed(adamfn.adam())

@@ -37,6 +37,7 @@ before_0_9_1 = pytest.mark.skipif(
     jax.__version_info__ < (0, 9, 1),
     reason="Mosaic of before jax 0.9.1 casts no scalar of double precision",
 )
+TWO = jnp.float32(2.0)
 LEAVES = {
     "scalar": jax.ShapeDtypeStruct((), jnp.float32),
     "empty": jax.ShapeDtypeStruct((0, 256), jnp.float32),
@@ -432,15 +433,14 @@ def test_mosaic_gpu_where_it_is_asked_for(moments):
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 10), reason="a lowering that fails leaves half a kernel behind"
 )
-def test_an_operation_that_no_kernel_knows_is_left_to_xla():
-    own = adamfn.from_stage(adamfn.Stage("psi", jax.lax.digamma))
+@pytest.mark.parametrize("formula", [jax.lax.digamma, lambda u: u * TWO])
+def test_a_formula_that_no_kernel_takes_is_left_to_xla(formula):
+    own = adamfn.from_stage(adamfn.Stage("own", formula))
     tx = adamfn.chain(adamfn.scale_by_moments(moments="8bit"), own, adamfn.scale_by_lr(0.1))
-    for backend in ("auto", "mosaic_gpu"):
-        text = lowered(
-            adamfn.with_backend(tx, backend), jax.ShapeDtypeStruct((64, 768), jnp.float32), "cuda"
-        )
-        assert "triton" not in text
-        assert "mosaic_gpu" not in text
+    params = jax.ShapeDtypeStruct((64, 768), jnp.float32)
+    for backend, platform in (("auto", "cuda"), ("mosaic_gpu", "cuda"), ("auto", "tpu")):
+        text = lowered(adamfn.with_backend(tx, backend), params, platform)
+        assert not any(kernel in text for kernel in ("triton", "mosaic_gpu", "tpu_custom_call"))
 
 
 def test_a_fault_of_a_kernel_is_not_hidden_by_xla(monkeypatch):

@@ -119,6 +119,11 @@ class Pair(NamedTuple):
     nu: object
 
 
+class Scaled(NamedTuple):
+    scales: object
+    head: object
+
+
 @pytest.mark.parametrize(
     "shapes",
     [
@@ -127,6 +132,7 @@ class Pair(NamedTuple):
         [(8, 16), (8, 16)],
         {"w": (8, 16), "in": {"w": (8, 16)}},
         Pair(mu=(8, 16), nu=(8, 16)),
+        Scaled(scales={"w": (8, 16)}, head=(8, 16)),
         {"count": (8, 16), "mu": (16, 8), "0": {"nu": (4, 8)}},
     ],
 )

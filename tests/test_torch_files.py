@@ -140,7 +140,7 @@ DTYPE = b"ctorch\nBFloat16Storage\n"
         "attributes of an object",
     ),
     "build of an array": (tensor((4,), (1,)) + put((1, (9,), False)) + b"b", "attributes"),
-    "a name": (DTYPE, "bfloat16 by itself"),
+    "a name": (DTYPE, "found a .*, which is no value"),
     "a call of a dtype": (DTYPE + put(()) + b"R", "is not callable"),
     "a storage without words": (put("storage") + b"Q", "a storage that is not described"),
     "another name": (b"cos\nsystem\n" + put(("true",)) + b"R", r"found a os\.system"),
@@ -155,6 +155,10 @@ DTYPE = b"ctorch\nBFloat16Storage\n"
     "doubled shape": (
         tensor((4,), (1,)).replace(put((4,)), DOUBLED),
         r"a tensor of the shape \(\(\(",
+    ),
+    "doubled shape in a dict": (
+        tensor((4,), (1,)).replace(put((4,)), b"}" + put(0) + DOUBLED + b"s"),
+        "other arguments than torch's",
     ),
     "no key": (b"}(NNNu", "found"),
     "append to a dict": (b"}Na", "no attribute 'append'"),

@@ -84,8 +84,9 @@ def _lower_for(platform: str, ctx: Any, *flat: Any, call: Call, tree: Any, backe
         try:
             return _lower_quietly(run, platform, ctx, *flat)
         except Exception as error:
-            # A compiler for GPU may not know an operation of a user's stage, or the device.
-            if platform == "tpu" or not kernels or not _is_unknown(error):
+            # A kernel may not take a formula of a user, or a compiler not know an operation or GPU.
+            surfaces = call.program.known and (platform == "tpu" or not _is_unknown(error))
+            if surfaces or not kernels:
                 raise
             kernels = kernels[1:]
 

@@ -129,8 +129,8 @@ def leaves_of(
             (here, what), (there, other), *_ = places.items()
             raise ValueError(
                 f"{stages[0].name}: at {leaf.name} the {what} is on {_place(here)}, and the {other}"
-                f" on {_place(there)}; expected the same. Move the state: jax.device_put(state,"
-                " adamfn.sharding.state_shardings(tx, params, shardings))."
+                f" on {_place(there)}; expected the same. Move one, such as the state:"
+                " jax.device_put(state, adamfn.sharding.state_shardings(tx, params, shardings))."
             )
     for place, stage in enumerate(stages):
         check_corrections(stage, place, leaves)

@@ -168,7 +168,8 @@ class _PackedChain(Wrapped):
             fields: dict[str, Any] = {name: getattr(own, name, None) for name in stage.keeps}
             for name, field in fields.items():
                 matching_leaves("repack: params", like, f"{name} of the state", field, _WAY_OUT)
-            states.append(own._replace(**{k: converted(x) for k, x in fields.items()}))
+            new = {k: converted(x) for k, x in fields.items()}
+            states.append(own._replace(**new) if new else own)
         return nested(self.structure, iter(states))
 
 

@@ -114,7 +114,7 @@ def kept_by_leaf(
         try:
             columns.append(treedef.flatten_up_to(field))
         except (TypeError, ValueError):
-            packed = hasattr(field, "buffers") or hasattr(updates, "buffers")
+            packed = hasattr(field, "buffers") != hasattr(updates, "buffers")
             way_out = _REPACK if packed else _WAY_OUT
             raise_mismatch(name, updates, part, field, has_shape_of, way_out)
     rows: list[Kept] = []

@@ -63,14 +63,19 @@ _OTHER_DIVISORS = (formulas.atan2_ratio, formulas.mixed_ratio, formulas.normaliz
 def moments_of(states: States, leaves: Mapping[str, Any]) -> dict[str, Moments]:
     """The moments in a chain's states, by the paths of their leaves."""
     found: dict[str, Moments] = {}
-    for stage, state in [pair for pair in states if pair[0].has_moments][:1]:
-        exact = kept_leaves(converted(state, stage.moments, "float32"))
-        for (path, codes, _), (_, moments, _) in zip(kept_leaves(state), exact, strict=True):
-            name, mu, nu = path_name(path), moments["mu"], moments["nu"]
-            quotient = _quotient(stage, state, count_of(states), mu, moments.get("nu_max", nu))
-            (format,) = choose_formats(stage.moments, {name: leaves[name]})
-            ends = answer(format, "ends")(codes["mu"], codes["nu"]) if format else {}
-            found[name] = Moments(mu, nu, quotient, ends)
+    pair = next((pair for pair in states if pair[0].has_moments), None)
+    if pair is None:
+        return found
+    stage, state = pair
+    kept = [*kept_leaves(state)]
+    names = [path_name(path) for path, *_ in kept]  # `moments=` may ask for the leaf's dtype
+    formats = {name: choose_formats(stage.moments, {name: leaves[name]})[0] for name in names}
+    wide = converted(state, lambda name, _: formats[name] or "float32", "float32")
+    for name, (_, codes, _), (_, moments, _) in zip(names, kept, kept_leaves(wide), strict=True):
+        mu, nu = moments["mu"], moments["nu"]
+        quotient = _quotient(stage, state, count_of(states), mu, moments.get("nu_max", nu))
+        ends = answer(formats[name], "ends")(codes["mu"], codes["nu"]) if formats[name] else {}
+        found[name] = Moments(mu, nu, quotient, ends)
     return found
 
 

@@ -103,10 +103,11 @@ def _owners(arrays: Mapping[Path, Any], placed: Mapping[Path, Placed]) -> dict[P
     paths, keys = {path: path for path in placed}, {scales_key(path): path for path in placed}
     owners: dict[Path, Path] = {}
     for path, array in arrays.items():
-        found = [paths.get(path[k:]) for k in range(len(path) + 1)]
-        if _SCALES in path[:-1]:
+        found: list[Path | None] = []
+        if _SCALES in path[:-1]:  # a state's, or a parameter's own attribute
             parts = str(getattr(path[path.index(_SCALES) + 1], "key", "")).split("/")
             found = [keys.get("/".join(parts[k:])) for k in range(len(parts))]
+        found += [paths.get(path[k:]) for k in range(len(path) + 1)]
         owner = next((owner for owner in found if owner is not None), None)
         if owner is not None and 0 < array.ndim == len(placed[owner].shape):
             owners[path] = owner

@@ -145,7 +145,8 @@ def _set_items(reader: Any, items: list[Any]) -> None:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> Array:
-    if any(more[2:]) or not isinstance(storage, np.ndarray):
+    arrays = isinstance(storage, np.ndarray) and type(shape) is type(strides) is tuple
+    if any(more[2:]) or not arrays:
         raise ValueError("a tensor with other arguments than torch's")
     sizes = (offset, *shape, *strides)
     fits = len(shape) == len(strides) and all(type(n) is int and n >= 0 for n in sizes)
@@ -187,7 +188,7 @@ def _measure(result: Any) -> None:
     def measured(node: Any, depth: int) -> tuple[int, int]:
         if not isinstance(node, dict | list | tuple):
             if type(node) not in (*_PLAIN, np.ndarray):
-                raise ValueError(f"{node} by itself")
+                raise ValueError(f"a {type(node).__name__}, which is no value")
             return 0, 1
         if depth <= _DEPTH and id(node) not in known:
             parts = node.values() if isinstance(node, dict) else node

@@ -84,7 +84,7 @@ def parameters_of(state_dict: Any) -> list[TorchParameter]:
         for key, name in zip(keys, names, strict=True):
             entries = state.get(key, {})
             if isinstance(entries, Mapping):  # bitsandbytes puts a wrapper around codes
-                entries = {**entries, **entries.get("__bnb_optimizer_quant_state__", {})}
+                entries = {**entries, **(entries.get("__bnb_optimizer_quant_state__") or {})}
             parameters.append(TorchParameter(key, name, index, group, entries))
     known = [parameter.key for parameter in parameters]
     for key, entries in state.items():
