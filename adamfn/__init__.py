@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adam for JAX: pure functions over pytrees, exact from the first step on."""
+"""Adam for JAX as pure functions over pytrees."""
 
 from adamfn import formats, monitor, sharding
 from adamfn.backends.report import backend

@@ -39,8 +39,8 @@ class Other(EightBit):
 
 
 class OtherBlocks(EightBit):
-    def encode_blocks(self, mu, nu, noise, over):
-        return super().encode_blocks(mu, 2 * nu, noise, over)
+    def encode_blocks(self, mu, nu, noise, largest):
+        return super().encode_blocks(mu, 2 * nu, noise, largest)
 
 
 class OtherCodec(Linear):
