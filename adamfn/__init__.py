@@ -3,11 +3,10 @@
 
 from adamfn import formats, monitor, sharding
 from adamfn.backends.report import backend
-from adamfn.chains.chain import chain, from_stage
+from adamfn.chains.chain import chain, from_stage, with_backend
 from adamfn.chains.packed import packed, repack
 from adamfn.chains.step import step
 from adamfn.chains.transform import GradientTransformation, apply_updates
-from adamfn.chains.with_backend import with_backend
 from adamfn.core import masks
 from adamfn.core.stage import EmptyState, Stage
 from adamfn.recipes import adam, adamax, adamw, amsgrad, lazy_adam, nadam, radam, scale_by_adam

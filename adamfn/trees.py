@@ -63,7 +63,7 @@ def check_inexact(tree: PyTree, name: str) -> None:
             " .detach().cpu().numpy() of it (.float() before, if it is bfloat16)."
         )
     raise TypeError(
-        f"{at} {describe(leaf)}; expected an array of floating-point or complex numbers. Leave out"
+        f"{at} {described(leaf)}; expected an array of floating-point or complex numbers. Leave out"
         " what is not trained (optax.masked; eqx.filter(model, eqx.is_inexact_array);"
         " nnx.state(model, nnx.Param)), or convert it with .astype(jnp.float32)."
     )
@@ -94,7 +94,7 @@ def check_swapped(call: str, state: PyTree, other: PyTree) -> None:
     """
     if holds_state(other) and not holds_state(state):
         raise TypeError(
-            f"{call}: found {describe(state)} in place of the state; expected this order."
+            f"{call}: found {described(state)} in place of the state; expected this order."
         )
 
 
@@ -149,7 +149,7 @@ def path_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def describe(leaf: Any) -> str:
+def described(leaf: Any) -> str:
     """What an error message calls a leaf: `float32[3,4]`, `the Python int 3`, `a function`."""
     if leaf is None:
         return "nothing"
@@ -167,9 +167,9 @@ def shown(value: Any) -> str:
     Arrays are never printed: that would fetch them, and fill the screen.
     """
     if any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(value)):
-        return describe(value)
+        return described(value)
     text = repr(value)
-    return text if len(text) < 100 else describe(value)
+    return text if len(text) < 100 else described(value)
 
 
 def structure_name(tree: PyTree) -> str:
@@ -214,9 +214,10 @@ def raise_mismatch(
         differ = "have the same leaves in different containers"
         a, b = structure_name(tree), structure_name(other)
     elif found.keys() == expected.keys() or type(tree) is type(other) or None in (tree, other):
-        differ, a, b = f"differ at {path}", describe(found.get(path)), describe(expected.get(path))
+        a, b = (described(leaves.get(path)) for leaves in (found, expected))
+        differ = f"differ at {path}"
     else:
-        differ, a, b = "differ at the root", describe(tree), describe(other)
+        differ, a, b = "differ at the root", described(tree), described(other)
         if type(tree) is tuple and jax.tree.structure(other) in map(jax.tree.structure, tree):
             way_out = "jax.value_and_grad, and has_aux=True, return a pair: pass its gradients."
     raise ValueError(f"{name} and {other_name} {differ}: found {a}, expected {b}. {way_out}")

@@ -29,7 +29,7 @@ from adamfn.core.placement import (
 from adamfn.formats.blocks import cut_block
 from adamfn.formats.format import answer
 from adamfn.formats.noise import strides_of
-from adamfn.trees import describe
+from adamfn.trees import described
 
 
 def split_of(leaf: Leaf, given: Mapping[Path, Shards] | None) -> Shards | None:
@@ -65,7 +65,7 @@ def _can_split(leaf: Leaf, shards: Shards, *, asked: bool) -> bool:
             return False  # JAX can reshape what is split within the one block of a row
         if cut is not None:
             raise ValueError(
-                f"The leaf at {leaf.name} is {describe(leaf.grad)}, and its moments are split as"
+                f"The leaf at {leaf.name} is {described(leaf.grad)}, and its moments are split as"
                 f" {spec_of(shards.axes)}: a device has {shape[-1] / last:g} elements of its last"
                 f" axis, which cuts blocks of {cut}. Choose blocks that fit, with"
                 " moments=adamfn.sharding.whole_blocks(moments, params, shardings, zero_axis), or"

@@ -22,7 +22,7 @@ from adamfn.trees import (
     as_array,
     check_inexact,
     check_values,
-    describe,
+    described,
     holds_state,
     matching_leaves,
 )
@@ -87,10 +87,10 @@ def next_count(stages: Sequence[Stage], states: Sequence[PyTree]) -> jax.Array:
             )
     count: Any = states[counting[0]].count
     count = jnp.asarray(count) if isinstance(count, int) else as_array(count)
-    if describe(count) != "int32[]":
+    if described(count) != "int32[]":
         raise TypeError(
-            f"{stages[counting[0]].name}: the state's count is {describe(count)}; expected int32[]."
-            " Pass the state that `update` returned, or restore into tx.init(params)."
+            f"{stages[counting[0]].name}: the state's count is {described(count)}; expected"
+            " int32[]. Pass the state that `update` returned, or restore into tx.init(params)."
         )
     return increment(count)
 

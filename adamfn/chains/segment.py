@@ -20,7 +20,7 @@ from adamfn.core.leaf import Leaf
 from adamfn.core.program import Part, Program
 from adamfn.core.stage import Stage
 from adamfn.core.weights import Weights
-from adamfn.trees import PyTree, describe, shown
+from adamfn.trees import PyTree, described, shown
 
 
 def run(
@@ -73,7 +73,7 @@ def step_at(
         for scalar in jax.tree.leaves(step.scalars[-1]):
             if jnp.shape(scalar) != ():
                 raise ValueError(
-                    f"{stage.name}: found {describe(scalar)} among its scalars; expected numbers"
+                    f"{stage.name}: found {described(scalar)} among its scalars; expected numbers"
                     " and arrays without axes."
                 )
         extra["decays"] = stage.decays or extra["decays"]

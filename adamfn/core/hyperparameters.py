@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamfn.trees import Numeric, describe, shown
+from adamfn.trees import Numeric, described, shown
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -78,7 +78,7 @@ def value_at(name: str, value: ScalarOrSchedule, count: jax.Array) -> Numeric:
         return scalar(name, result, narrow=True)
     except TypeError:
         raise TypeError(
-            f"{name}: its schedule returned {describe(result)}; expected a number or a real scalar"
+            f"{name}: its schedule returned {described(result)}; expected a number or a real scalar"
             " array."
         ) from None
 

@@ -22,7 +22,7 @@ from adamfn.formats import Format, Stored, choose_formats
 from adamfn.formats.arrangement import scales_key
 from adamfn.trees import (
     PyTree,
-    describe,
+    described,
     has_shape_of,
     path_name,
     raise_mismatch,
@@ -133,7 +133,7 @@ def kept_by_leaf(
             found, wanted = map(", ".join, zip(*differing, strict=True))
             raise ValueError(
                 f"{stage.name}: at {path_name(path) or 'the root'} the state has {found}; expected"
-                f" {wanted}, for {describe(leaf)} and the moments= of this transformation. Pass"
+                f" {wanted}, for {described(leaf)} and the moments= of this transformation. Pass"
                 " gradients of the parameters that `init` was given, and a state that was made with"
                 " the same moments=."
             )
@@ -243,5 +243,5 @@ def _is_wide(moment: Any) -> bool:
 def _described(stage: Stage, row: Kept) -> list[str]:
     """What an error calls each part of a leaf's state."""
     *parts, scales = row
-    words = [*map(describe, parts), f"({', '.join(map(describe, jax.tree.leaves(scales)))})"]
+    words = [*map(described, parts), f"({', '.join(map(described, jax.tree.leaves(scales)))})"]
     return [f"{field} {word}" for field, word in zip([*stage.keeps, "scales"], words, strict=True)]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from adamfn.trees import PyTree, describe, shown
+from adamfn.trees import PyTree, described, shown
 
 Path: TypeAlias = tuple[Any, ...]
 Axes: TypeAlias = tuple[tuple[str, ...], ...]
@@ -57,7 +57,7 @@ def place(
     }
     wrong = [] if given else ["no leaves in shardings"]
     wrong += [
-        f"no sharding for the parameter at {_name(path)}, {describe(leaf)}"
+        f"no sharding for the parameter at {_name(path)}, {described(leaf)}"
         for path, leaf in leaves
         if heads[path] is None and leaf is not None
     ]
@@ -87,7 +87,7 @@ def place(
         axes = axes_of_spec(sharding.spec, leaf.ndim)
         if len(axes) > leaf.ndim or any(map(lambda n, x: n % size(x, mesh), leaf.shape, axes)):
             raise ValueError(
-                f"{caller}: the parameter at {_name(path)} is {describe(leaf)}, and its sharding"
+                f"{caller}: the parameter at {_name(path)} is {described(leaf)}, and its sharding"
                 f" is {sharding.spec} on a mesh of {sizes}; expected at most one entry a dimension,"
                 " and axes whose sizes divide it."
             )

@@ -20,7 +20,7 @@ from adamfn.core.weights import Weights
 from adamfn.formats import Format
 from adamfn.formats.format import answer
 from adamfn.formats.noise import Seed, indices_of, noise_at
-from adamfn.trees import describe, widened
+from adamfn.trees import described, widened
 
 
 class Part(NamedTuple):
@@ -197,7 +197,7 @@ def _checked(part: Part, u: jax.Array, live: Sequence[jax.Array], returned: Any)
         narrower = jnp.iscomplexobj(result) and not jnp.iscomplexobj(like)
         if jnp.shape(result) != jnp.shape(like) or narrower:
             raise ValueError(
-                f"{part.name}: its formula returned {describe(result)} for {what}; expected"
-                f" {describe(like)}, as it was given."
+                f"{part.name}: its formula returned {described(result)} for {what}; expected"
+                f" {described(like)}, as it was given."
             )
     return results

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from adamfn import trees
-from adamfn.trees import PyTree, path_name
+from adamfn.trees import PyTree, described, path_name
 
 
 class KeptLeaf(NamedTuple):
@@ -81,11 +80,11 @@ def describe(state: PyTree) -> str:
         fields = {**leaf.parts, "scales": leaf.scales}
         arrays = {name: found for name, x in fields.items() if (found := jax.tree.leaves(x))}
         size = sum(math.prod(x.shape) * x.dtype.itemsize for xs in arrays.values() for x in xs)
-        stored = (f"{name} {' + '.join(map(trees.describe, xs))}" for name, xs in arrays.items())
+        stored = (f"{name} {' + '.join(map(described, xs))}" for name, xs in arrays.items())
         rows.append((path_name(leaf.path) or "the leaf", size, "; ".join(stored)))
     if not rows:
         raise ValueError(
-            f"describe: found no moments in {trees.describe(state)}; expected a state of adamfn's,"
+            f"describe: found no moments in {described(state)}; expected a state of adamfn's,"
             " with mu and nu, by itself or inside a chain or a wrapper."
         )
     whole = max(sum(size for _, size, _ in rows), 1)

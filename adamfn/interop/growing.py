@@ -12,7 +12,7 @@ from adamfn.chains.leaves import way_out
 from adamfn.chains.transform import GradientTransformation, Transformation, check_transformation
 from adamfn.formats.arrangement import holds_moments, leaf_fields, scales_key
 from adamfn.interop.states import moment_states
-from adamfn.trees import PyTree, check_inexact, check_swapped, describe, leaves_by_path, path_name
+from adamfn.trees import PyTree, check_inexact, check_swapped, described, leaves_by_path, path_name
 
 
 class CarriedOver(NamedTuple):
@@ -128,7 +128,7 @@ class _Groups:
         expected = len(self.transformations)
         if not isinstance(state, tuple) or len(cast("tuple[Any]", state)) != expected:
             raise TypeError(
-                f"by_group: found {describe(state)} as the state; expected a tuple of {expected},"
+                f"by_group: found {described(state)} as the state; expected a tuple of {expected},"
                 " one part for each group."
                 f" {way_out(None if isinstance(state, tuple) else state, 'transformation')}"
             )
@@ -164,14 +164,14 @@ def _filled(like: PyTree, state: PyTree, new: Collection[str], dropped: Collecti
     for name, (owner, leaf) in _named(like).items():
         _, found = old.pop(name, (None, None))
         late = _belongs(name, owner, new)
-        carried = not (owner and late) and found is not None and describe(found) == describe(leaf)
+        carried = not (owner and late) and found is not None and described(found) == described(leaf)
         filled.append(found if carried else leaf)
         wrong += [] if carried or late else [(name, found, leaf)]
     wrong += [(k, leaf, None) for k, (p, leaf) in old.items() if not _belongs(k, p, dropped)]
     for name, found, expected in wrong:
         raise ValueError(
-            f"carry_over: at {name} the state has {describe(found)}; expected"
-            f" {describe(expected)}. Pass the transformation that made the state."
+            f"carry_over: at {name} the state has {described(found)}; expected"
+            f" {described(expected)}. Pass the transformation that made the state."
             " adamfn.interop.convert moves moments to another format."
         )
     return jax.tree.unflatten(jax.tree.structure(like), filled)

@@ -7,7 +7,7 @@ list of all keys, and casts another dtype silently. orbax is not imported.
 
 import jax
 
-from adamfn.trees import PyTree, describe, path_name
+from adamfn.trees import PyTree, described, path_name
 
 
 def check_saved(saved: PyTree, like: PyTree) -> None:
@@ -41,7 +41,7 @@ def check_saved(saved: PyTree, like: PyTree) -> None:
             " manager cannot read them before it has saved or restored."
         )
     found, expected = (
-        {path_name(path): describe(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+        {path_name(path): described(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
         for tree in (getattr(saved, "tree", saved), like)
     )
     differing = [path for path in {**expected, **found} if found.get(path) != expected.get(path)]

@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jax.tree_util import keystr
 
 from adamfn.formats.arrangement import holds_moments, kept_leaves, scales_key
-from adamfn.trees import PyTree, check_swapped, describe, path_name
+from adamfn.trees import PyTree, check_swapped, described, path_name
 
 
 def restore(tree: PyTree, into: PyTree) -> PyTree:
@@ -56,10 +56,10 @@ def restore(tree: PyTree, into: PyTree) -> PyTree:
         rows.append((path_name(path), value, like))
     left = ", ".join([*found][:5]) or "none"
     for name, value, like in [*rows, *((key, value, None) for key, value in found.items())]:
-        if describe(value) != describe(like):
+        if described(value) != described(like):
             raise ValueError(
-                f"restore: at {name or 'the root'} the tree has {describe(value)}; expected"
-                f" {describe(like)}. Leaves of the tree without a place: {left}. Pass the init of"
+                f"restore: at {name or 'the root'} the tree has {described(value)}; expected"
+                f" {described(like)}. Leaves of the tree without a place: {left}. Pass the init of"
                 " the transformation and parameters that were saved. If the model has grown since,"
                 " call adamfn.interop.carry_over; to change the format, adamfn.interop.convert."
             )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from adamfn.chains.chain import chain_of
+from adamfn.chains.leaves import has_field
 from adamfn.chains.packed import Packed, packed_chain_of
 from adamfn.core import formulas
 from adamfn.core.stage import EmptyState, Stage, counted
@@ -16,7 +17,7 @@ from adamfn.formats.arrangement import kept_leaves
 from adamfn.formats.format import answer
 from adamfn.interop.converting import converted
 from adamfn.monitor.figures import Moments
-from adamfn.trees import PyTree, describe, path_name, shown
+from adamfn.trees import PyTree, described, path_name, shown
 
 States: TypeAlias = list[tuple[Stage, Any]]  # of a chain
 
@@ -36,23 +37,25 @@ def states_of(
     if not nodes:
         raise ValueError(
             f"observe: found no state of {', '.join(stage.name for stage in chain.stages)} in"
-            f" {describe(state)}; expected its state, or one restored into tx.init(params)."
+            f" {described(state)}; expected its state, or one restored into tx.init(params)."
         )
     return [_paired(tx, node, leaves) or [] for node in nodes]
 
 
 def count_of(states: States) -> jax.Array:
     """The steps that a chain has counted."""
-    return next(state.count for _, state in states if _has(state, "count"))
+    return next(state.count for _, state in states if has_field(state, "count"))
 
 
 def rate_of(states: States, around: PyTree) -> Any:
     """The learning rate that a chain keeps, or `optax.inject_hyperparams` around it, or None."""
-    rates = [state.learning_rate for _, state in states if _has(state, "learning_rate")]
+    rates = [state.learning_rate for _, state in states if has_field(state, "learning_rate")]
     if rates:
         return rates[-1]
-    nodes = jax.tree.leaves(around, is_leaf=lambda node: _has(node, "hyperparams"))
-    found = [node.hyperparams.get("learning_rate") for node in nodes if _has(node, "hyperparams")]
+    nodes = jax.tree.leaves(around, is_leaf=lambda node: has_field(node, "hyperparams"))
+    found = [
+        node.hyperparams.get("learning_rate") for node in nodes if has_field(node, "hyperparams")
+    ]
     return found[0] if len(found) == 1 else None
 
 
@@ -90,10 +93,6 @@ def _quotient(stage: Stage, state: Any, count: jax.Array, mu: Any, nu: Any) -> A
     if stage.formula is formulas.infinity_ratio:  # nu is |g| + eps, not its square
         root, factor, least = nu, 1, 2 * at.eps
     return jnp.abs(mu) / jnp.where(root == 0, 1, root) * (factor / c1), root < least
-
-
-def _has(node: Any, field: str) -> bool:
-    return field in getattr(node, "_fields", ())  # every tuple has a method `count`
 
 
 def _paired(part: Any, node: Any, leaves: Mapping[str, Any] | None = None) -> States | None:

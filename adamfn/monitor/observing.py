@@ -22,7 +22,7 @@ from adamfn.trees import (
     PyTree,
     as_array,
     check_inexact,
-    describe,
+    described,
     leaves_by_path,
     matching_leaves,
     shown,
@@ -97,8 +97,8 @@ def observe(
         raise ValueError(
             f"observe: every is {shown(every)}; expected a number of steps, at least 1."
         )
-    if not isinstance(when, bool) and describe(when) != "bool[]":
-        raise TypeError(f"observe: when is {describe(when)}; expected True, False or bool[].")
+    if not isinstance(when, bool) and described(when) != "bool[]":
+        raise TypeError(f"observe: when is {described(when)}; expected True, False or bool[].")
     params = where_updated(params, grads)
     gs, ps = _by_path("grads", grads), _by_path("params", params)
     matching_leaves("observe: params", params, "grads", grads, "Pass those before the step.")
@@ -177,7 +177,7 @@ def step(
     # 0, which XLA does not know, on the count, which every leaf reads: this keeps the two in order.
     # XLA would remove an optimization barrier before it decides which arrays to copy.
     nothing = jnp.where(seen.step < 0, 1, 0).astype(jnp.int32)
-    state = jax.tree.map(lambda x: x + nothing if describe(x) == "int32[]" else x, state)
+    state = jax.tree.map(lambda x: x + nothing if described(x) == "int32[]" else x, state)
     moved = stepping.step(tx, grads, state, params, return_updates=return_updates, **extra)
     return *moved, seen
 
@@ -198,7 +198,7 @@ def _axes(leaves: Mapping[str, Any], layers: Any) -> dict[str, int]:
     for start, axis in layers.items():
         under = {path: x for path, x in leaves.items() if f"{path}/".startswith(f"{start}/")}
         if not under or not all(axis in range(-x.ndim, x.ndim) for x in under.values()):
-            among = ", ".join(f"{path} {describe(x)}" for path, x in (under or leaves).items())
+            among = ", ".join(f"{path} {described(x)}" for path, x in (under or leaves).items())
             raise ValueError(
                 f"observe: layers has {start!r}: {shown(axis)}; expected the beginning of a path,"
                 f" and an axis of all leaves under it: {among}."

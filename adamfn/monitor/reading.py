@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from adamfn.monitor.observing import Observation
-from adamfn.trees import describe, shown
+from adamfn.trees import described, shown
 
 Layer = dict[str, float]  # its figures
 
@@ -48,7 +48,7 @@ def looks(seen: Any) -> list[tuple[int, dict[str, Layer]]]:
     traced = isinstance(seen, Observation) and isinstance(seen.step, Tracer)
     if traced or not isinstance(seen, Observation):
         raise TypeError(
-            f"monitor: found {'a traced Observation' if traced else describe(seen)}; expected what"
+            f"monitor: found {'a traced Observation' if traced else described(seen)}; expected what"
             " `observe` returned, or a list of it. Return it from the jitted function, and read it"
             " outside."
         )
@@ -184,7 +184,7 @@ def picture(seen: Any, losses: Sequence[float] | None = None, figure: str = "gra
     curve = np.zeros(0) if losses is None else np.asarray(losses)
     if curve.ndim != 1 or curve.dtype.kind not in "fiu":
         raise TypeError(
-            f"picture: losses is {describe(losses)}; expected the loss of every training step."
+            f"picture: losses is {described(losses)}; expected the loss of every training step."
             " Which figure is drawn is figure=."
         )
     values = np.array([[own[layer].get(figure, -1.0) for _, own in found] for layer in last])

@@ -15,7 +15,7 @@ from adamfn.core.averages import increment
 from adamfn.core.formulas import multiply, unchanged
 from adamfn.core.hyperparameters import ScalarOrSchedule, scalar, scheduled, value_at
 from adamfn.core.stage import Scalars, Stage, exported_state
-from adamfn.trees import Numeric, describe, real_dtype, shown, wide_dtype, widened
+from adamfn.trees import Numeric, described, real_dtype, shown, wide_dtype, widened
 
 
 @exported_state
@@ -155,8 +155,8 @@ def _watched(name: str, extra: Mapping[str, Any], dtype: Any) -> jax.Array:
     real = any(jnp.issubdtype(kind, each) for each in (jnp.floating, jnp.integer, jnp.bool_))
     if getattr(value, "shape", ()) != () or not real:
         raise TypeError(
-            f"skip_outliers: {name} is {describe(value)}; expected a real number or a scalar array,"
-            " such as the mean over the batch."
+            f"skip_outliers: {name} is {described(value)}; expected a real number or a scalar"
+            " array, such as the mean over the batch."
         )
     return jnp.asarray(value, dtype)
 

@@ -11,7 +11,15 @@ from adamfn.chains.leaves import has_field, kept_by_path
 from adamfn.chains.transform import GradientTransformation
 from adamfn.core.stage import EmptyState, Stage, exported_state
 from adamfn.core.weights import Weights
-from adamfn.trees import Numeric, PyTree, check_swapped, describe, matching_leaves, path_name, shown
+from adamfn.trees import (
+    Numeric,
+    PyTree,
+    check_swapped,
+    described,
+    matching_leaves,
+    path_name,
+    shown,
+)
 
 
 @exported_state
@@ -137,8 +145,8 @@ def _weights_of(name: str, path: Any, leaf: Any, correction: Any) -> Weights:
     """How a weight was rounded that has this correction."""
     if leaf.shape != correction.shape:
         raise ValueError(
-            f"{name}: at {path_name(path) or 'the root'} the weight is {describe(leaf)} and its"
-            f" correction {describe(correction)}; expected one shape, those of one run."
+            f"{name}: at {path_name(path) or 'the root'} the weight is {described(leaf)} and its"
+            f" correction {described(correction)}; expected one shape, those of one run."
         )
     return Weights(24 if correction.dtype.itemsize == 1 else 32)
 
@@ -153,7 +161,7 @@ def _bfloat16_leaves(params: PyTree) -> PyTree:
     def rounds(path: Any, leaf: Any) -> bool:
         if not _is_bfloat16(leaf) and jnp.finfo(jnp.result_type(leaf)).bits < 32:
             raise TypeError(
-                f"round_weights: the leaf at {path_name(path) or 'the root'} is {describe(leaf)};"
+                f"round_weights: the leaf at {path_name(path) or 'the root'} is {described(leaf)};"
                 " expected bfloat16, or float32 and wider, which need no rounding. Convert it with"
                 " .astype(jnp.bfloat16)."
             )

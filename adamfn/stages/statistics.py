@@ -16,7 +16,7 @@ from adamfn.core.averages import decay, decays_of
 from adamfn.core.hyperparameters import scalar
 from adamfn.core.masks import Mask, broadcast_mask
 from adamfn.core.stage import Scalars, Stage
-from adamfn.trees import Numeric, PyTree, describe, path_name
+from adamfn.trees import Numeric, PyTree, described, path_name
 
 
 def cautious_updates(floor: Numeric = 1e-3, *, stacked: Mask = None) -> GradientTransformation:
@@ -97,7 +97,7 @@ def _by_layer(stage: Stage, formula: Callable[..., Any], stacked: Mask) -> Gradi
             if yes and jnp.ndim(leaf) == 0:
                 raise ValueError(
                     f"{stage.name}: the leaf at {path_name(path) or 'the root'} is"
-                    f" {describe(leaf)}; expected an axis of layers, as `stacked` has it."
+                    f" {described(leaf)}; expected an axis of layers, as `stacked` has it."
                 )
         return treedef.unflatten(found)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 
-from adamfn.trees import describe, shown
+from adamfn.trees import described, shown
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -139,7 +139,7 @@ def array_of(what: str, value: Any) -> Array:
         pass  # torch and NumPy raise any kind; a JAX tracer likewise
     check(
         array.dtype.kind in "fiu" or str(array.dtype) == "bfloat16",
-        f"{what} is {'sparse ' * sparse}{describe(value)}",
+        f"{what} is {'sparse ' * sparse}{described(value)}",
         "a dense array of real numbers, outside jax.jit. (.to_dense() makes a sparse one dense.)",
     )
     narrow = array.dtype.kind not in "iu" and array.dtype.itemsize < 4

@@ -26,7 +26,7 @@ from adamfn.interop.torch.parameters import (
     parameters_of,
     with_plain_moments,
 )
-from adamfn.trees import PyTree, check_inexact, check_swapped, describe, leaves_by_path
+from adamfn.trees import PyTree, check_inexact, check_swapped, described, leaves_by_path
 
 
 def from_state_dict(
@@ -175,7 +175,7 @@ def _kept(
 ) -> tuple[tuple[int, float], Mapping[str, Array]]:
     """Torch's count, NAdam's product and the arrays of one leaf."""
     dtype, shape = jnp.result_type(leaf), np.shape(leaf)
-    fits, found = jnp.issubdtype(dtype, jnp.floating), f"the leaf at {path} is {describe(leaf)}"
+    fits, found = jnp.issubdtype(dtype, jnp.floating), f"the leaf at {path} is {described(leaf)}"
     check(fits, found, "a real one. Of a complex one, torch keeps two second moments, adamfn one.")
     arrays: dict[str, Array] = {}
     if not parameter.state:  # torch has taken no step with it yet
