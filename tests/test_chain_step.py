@@ -42,9 +42,13 @@ def close(found, expected):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=3e-7, atol=1.8e-7), found, expected)
 
 
-@pytest.mark.parametrize("moments", ["float32", "8bit"])
 @pytest.mark.parametrize(
-    ("recipe", "backend"), [*((name, "auto") for name in RECIPES), ("adamw", "xla")]
+    ("recipe", "moments", "backend"),
+    [
+        *((name, "float32", "auto") for name in RECIPES),
+        *((name, "8bit", "auto") for name in ("adamw", "amsgrad", "lazy_adam")),
+        ("adamw", "8bit", "xla"),
+    ],
 )
 def test_step_is_update_and_apply_updates(recipe, moments, backend):
     tx = adamfn.with_backend(getattr(adamfn, recipe)(0.1, moments=moments), backend)

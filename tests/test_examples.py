@@ -163,8 +163,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.parametrize(
     ("name", "moment"),
     [
-        ("digits", "import"),
-        ("digits", "compile"),
         ("digits", "first step"),
         ("resume", "compile"),
         ("sharded_training", "compile"),

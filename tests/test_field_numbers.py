@@ -125,7 +125,7 @@ def test_what_is_not_finite_stays_visible(backend):
         assert np.isfinite(params[1:]).all()
 
 
-@pytest.mark.parametrize("eps", [1e-30, 3.7e-37, 1e-38, 1e-45, 0.0])
+@pytest.mark.parametrize("eps", [1e-30, 1e-38, 0.0])
 def test_an_element_without_a_gradient_stays_where_eps_vanishes(eps):
     # sqrt(c2) eps, or eps itself, is below the smallest normal number: 0 / 0.
     g, p = np.ones((16, 256), np.float32), jnp.ones((16, 256))

@@ -23,7 +23,7 @@ from flax.training.train_state import TrainState
 import adamfn
 
 FORMATS = ["float32", "8bit", "factored"]  # as arrays, as codes and scales, and without a nu
-MEMBERS = ["adam", "amsgrad", "adamax", "nadam", "radam", "lazy_adam"]
+MEMBERS = ["amsgrad", "nadam", "lazy_adam"]
 SHAPE = (128, 128)
 STEPS = 20
 

@@ -96,7 +96,6 @@ BOUNDS = {  # of the cosine, the length and the largest entry, for 1, 2 and 4 de
 
 
 @pytest.mark.optimized  # a long loop
-@pytest.mark.optimized  # a long loop
 @pytest.mark.parametrize(("place", "decades"), [(0, 1), (1, 2), (2, 4)])
 def test_updates_stay_near_those_of_float32(place, decades):
     found = stress(tuple((name, FORMATS[name]) for name in BOUNDS), decades)
@@ -109,6 +108,7 @@ def test_updates_stay_near_those_of_float32(place, decades):
         assert np.abs(u).max() <= largest, name  # float32's is 0.95
 
 
+@pytest.mark.optimized  # a long loop
 def test_bfloat16_to_nearest_lets_nu_stop():
     # Why rounding is stochastic: the same test to nearest is not within its bounds.
     nearest = formats.Pair(formats.Rounded(stochastic=False), formats.Rounded(stochastic=False))

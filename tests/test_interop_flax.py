@@ -44,8 +44,8 @@ def assert_equal(found, expected):
 
 # Curves
 
-JITTED = [("jit", name) for name in TRANSFORMATIONS]
-EAGER = [("eager", name) for name in ("adamw", "clipped", "optax")]
+JITTED = [("jit", name) for name in ("adamw", "8bit", "clipped", "MultiSteps")]
+EAGER = [("eager", "adamw")]
 COUNTS = {"jit": STEPS, "eager": 4}
 
 
@@ -144,7 +144,7 @@ def test_updates_are_returned_when_asked_for():
     assert optimizer.update(model, grads) is None
 
 
-@pytest.mark.parametrize("name", ["adamw", "8bit", "clipped", "MultiSteps"])
+@pytest.mark.parametrize("name", ["8bit", "MultiSteps"])
 def test_nnx_goes_on_from_orbaxs_checkpoint(name, tmp_path):
     def start():
         model = Network()

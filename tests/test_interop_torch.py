@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from test_torch import recorded, torch_like, train, worst_difference
+from test_torch import FOLLOWED, recorded, torch_like, train, worst_difference
 from torch_trajectories import ALL_RUNS, CASES, DATA, TAKEN_OVER, begin
 
 import adamfn
@@ -63,7 +63,7 @@ def same(a, b):
 PARAMS = {"w": jnp.ones((2, 3)), "z": jnp.ones(3)}
 
 
-@pytest.mark.parametrize(("problem", "run"), CASES)
+@pytest.mark.parametrize(("problem", "run"), FOLLOWED)
 def test_a_torch_run_goes_on(problem, run):
     _, params = begin(problem)
     state_dict = recorded_state_dict(problem, run, params)

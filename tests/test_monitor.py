@@ -13,6 +13,8 @@ import pytest
 import adamfn
 from adamfn import formats, monitor
 
+ADAMW = adamfn.adamw(1e-2)
+
 
 def float64_figures(g, u, p, mu, nu, rate, count, b1=0.9, b2=0.999, eps=1e-8):
     """The definitions once more, in float64 and with a sort."""
@@ -39,28 +41,28 @@ def noisy(shape, step, scale=1.0):
     return (scale * (random.normal(size=shape) + 0.3)).astype(np.float32)
 
 
+@functools.partial(jax.jit, static_argnames=("tx", "ours"))
+def step_of(tx, ours, grads, state, params):
+    seen = monitor.observe(tx, grads, state, params, ours=ours)
+    updates, state = tx.update(grads, state, params)
+    return adamfn.apply_updates(params, updates), state, updates, seen
+
+
 @functools.cache
 def run(tx, steps, shape, scale=1.0, ours=None):
     """Some steps of noisy gradients, and what was seen of the last."""
     params = {"w": noisy(shape, 1000)}
     state = tx.init(params)
-
-    @jax.jit
-    def step(grads, state, params):
-        seen = monitor.observe(tx, grads, state, params, ours=ours)
-        updates, state = tx.update(grads, state, params)
-        return adamfn.apply_updates(params, updates), state, updates, seen
-
     for number in range(steps):
         grads, before = {"w": noisy(shape, number, scale)}, params
         grads["w"][0, :3] = 0
-        params, state, updates, seen = step(grads, state, params)
+        params, state, updates, seen = step_of(tx, ours, grads, state, params)
     return seen, grads["w"], updates["w"], before["w"], state
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-8])
 def test_figures_are_their_definitions(scale):
-    seen, g, u, p, state = run(adamfn.adamw(1e-2), 7, (32, 40), scale)
+    seen, g, u, p, state = run(ADAMW, 7, (32, 40), scale)
     expected = float64_figures(g, u, p, state[0].mu["w"], state[0].nu["w"], 1e-2, 7)
     found = seen.leaves["w"]
     assert int(seen.step) == 7
@@ -73,7 +75,7 @@ def test_figures_are_their_definitions(scale):
 
 @pytest.mark.parametrize("scale", [1e-25, 1e18])
 def test_no_square_vanishes_or_overflows(scale):
-    seen, g, *_ = run(adamfn.adamw(1e-2), 1, (32, 40), scale)
+    seen, g, *_ = run(ADAMW, 1, (32, 40), scale)
     expected = np.sqrt(np.mean(np.float64(g) ** 2))
     np.testing.assert_allclose(seen.leaves["w"]["gradient"], expected, rtol=1e-5)
 
@@ -100,7 +102,6 @@ def test_every_member_of_the_family_is_read(tx):
 
 
 LEAN = {name: adamfn.adam(1e-2, moments=name) for name in formats.FORMATS}
-ADAMW = adamfn.adamw(1e-2)
 
 
 @pytest.mark.parametrize("moments", formats.FORMATS)
@@ -127,7 +128,7 @@ def test_codes_at_the_ends_are_counted():
     assert min(expected) > 0
 
 
-@pytest.mark.parametrize("moments", ["float32", "8bit", "4bit"])
+@pytest.mark.parametrize("moments", ["float32", "8bit"])
 def test_layers_that_a_scan_stacks_are_measured_each(moments):
     tx = adamfn.adam(1e-2, moments=moments)
     params = {"blocks": {"w": noisy((3, 32, 256), 0)}, "out": noisy((8,), 1)}
@@ -169,13 +170,20 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_our_states_are_found_inside_wrappers(name):
+    """The same figures; of those that hand their states on alike, one is run."""
     wrapped = WRAPPERS[name](ADAMW)
     ours = None if "packed" in name or name in ("our chain", "with_backend") else ADAMW
-    expected = run(ADAMW, 5, (8, 40))[0]
-    found = run(wrapped, 5, (8, 40), ours=ours)[0]
-    assert found.leaves["w"].keys() == expected.leaves["w"].keys()
-    for figure, value in expected.leaves["w"].items():
-        np.testing.assert_allclose(found.leaves["w"][figure], value, rtol=1e-5)
+    expected = run(ADAMW, 5, (32, 40))[0].leaves["w"]
+    if name not in ("MultiSteps", "partition", "packed in a chain", "with_backend"):
+        params = {"w": noisy((32, 40), 0)}
+        look = functools.partial(monitor.observe, wrapped, ours=ours)
+        seen = jax.eval_shape(look, params, wrapped.init(params), params)
+        assert {figure for _, figure, _ in seen.places} == expected.keys()
+        return
+    found = run(wrapped, 5, (32, 40), ours=ours)[0].leaves["w"]
+    assert found.keys() == expected.keys()
+    for figure, value in expected.items():
+        np.testing.assert_allclose(found[figure], value, rtol=1e-5)
 
 
 def test_the_rate_of_inject_hyperparams_is_found():

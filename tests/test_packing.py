@@ -31,10 +31,8 @@ def matrices(params):
 CHAINS = {
     "adam": adamfn.adam(0.1),
     "adamw": adamfn.adamw(lambda count: 0.1 / (1 + count), weight_decay=0.1, mask=matrices),
-    "nesterov": adamfn.adam(0.1, nesterov=True),
     "amsgrad": adamfn.amsgrad(0.1),
     "nadam": adamfn.nadam(0.1),
-    "radam": adamfn.radam(0.1),
     "adamax": adamfn.adamax(0.1),
     "nested": adamfn.chain(adamfn.chain(adamfn.scale_by_moments()), adamfn.scale_by_lr(0.1)),
     "uncounted": adamfn.chain(adamfn.bias_correct(), adamfn.scale_by_lr(0.1)),

@@ -63,7 +63,7 @@ def assert_close(found, expected, dtype):
     assert np.all(np.abs(found - expected) <= tolerance * np.max(np.abs(expected), initial=0))
 
 
-@few
+@settings(few, max_examples=15)
 @given(trees(leaves()))
 def test_structure_shapes_and_dtypes_are_kept(grads):
     tx = adamfn.adamw(RATE)

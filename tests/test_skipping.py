@@ -33,8 +33,6 @@ def usual(number):
 INNER = {
     "adamw": adamfn.adamw(0.1),
     "nadam": adamfn.nadam(0.1),
-    "amsgrad": adamfn.amsgrad(0.1),
-    "lazy": adamfn.lazy_adam(0.1),
     "8bit": adamfn.adamw(0.1, moments="8bit"),
     "schedule": adamfn.adam(optax.linear_schedule(0.1, 0.0, 100)),
 }

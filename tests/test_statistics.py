@@ -118,8 +118,9 @@ def ratio_and_nu(moments):
     return adamfn.chain(first, adamfn.bias_correct(B1, B2)), adamfn.chain(first, nu)
 
 
-@pytest.mark.parametrize("moments", FORMATS)
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize(
+    ("name", "moments"), [*(("clipped", moments) for moments in FORMATS), ("cautious", "8bit")]
+)
 def test_every_format(name, moments):
     """The same formula of the updates without the stage, and of nu as it is stored."""
     tx = recipe(name, moments=moments, stacked=STACKED)

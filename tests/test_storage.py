@@ -24,8 +24,10 @@ SMALL = {"kernel": jnp.full((128, 256), 0.5), "bias": jnp.zeros(128)}
 
 
 def gradients(step, params=PARAMS):
-    key = jax.random.key(step)
-    return jax.tree.map(lambda p: 1e-3 * jax.random.normal(key, p.shape, p.dtype), params)
+    def normal(p):
+        return 1e-3 * np.random.default_rng(step).standard_normal(p.shape)
+
+    return jax.tree.map(lambda p: normal(p).astype(p.dtype), params)
 
 
 def trail(tx, steps, params=PARAMS):
@@ -54,10 +56,9 @@ def cosine(a, b):
 
 
 @cache
-def exact_trail(recipe, steps, small=False, **arguments):
+def exact_trail(recipe, steps, small=False):
     """The updates of a recipe in float32."""
-    tx = getattr(adamfn, recipe)(**arguments)
-    return list(trail(tx, steps, SMALL if small else PARAMS))[:-1]
+    return list(trail(getattr(adamfn, recipe)(), steps, SMALL if small else PARAMS))[:-1]
 
 
 def same(a, b):
@@ -67,19 +68,16 @@ def same(a, b):
 @pytest.mark.parametrize(
     ("recipe", "moments"),
     [
-        *((recipe, moments) for recipe in ("adam", "amsgrad", "adopt") for moments in LEAN),
-        *((recipe, "8bit") for recipe in ("nesterov", "nadam", "radam", "adamax", "lazy_adam")),
-        *(("ademamix", moments) for moments in ("8bit", "factored")),
-        ("adamax", "factored"),
+        *(("adam", moments) for moments in LEAN),
+        *(("amsgrad", moments) for moments in ("bfloat16", "4bit", "factored")),
+        *((recipe, "8bit") for recipe in ("nadam", "lazy_adam", "ademamix", "adopt")),
+        *((recipe, "factored") for recipe in ("adamax", "adopt")),
         ("lazy_adam", "blockmean"),
     ],
 )
 def test_a_member_in_a_format_follows_itself_in_float32(recipe, moments):
-    arguments = {"nesterov": True} if recipe == "nesterov" else {}
-    recipe = "adam" if arguments else recipe
-    lean = getattr(adamfn, recipe)(moments=moments, **arguments)
-    *lean, _ = trail(lean, 20, SMALL)
-    full = exact_trail(recipe, 20, small=True, **arguments)
+    *lean, _ = trail(getattr(adamfn, recipe)(moments=moments), 20, SMALL)
+    full = exact_trail(recipe, 20, small=True)
     # The first step is taken with moments that were not yet stored.
     np.testing.assert_allclose(flat(lean[0]), flat(full[0]), rtol=1e-5)
     # Adamax takes its denominator as it is, and no root halves what it lacks. That of ADOPT begins
@@ -352,7 +350,7 @@ def test_rows_cannot_rest_where_they_share_a_number():
 
 @pytest.mark.parametrize("moments", ["bfloat16", "8bit", "4bit"])
 def test_a_stored_maximum_stays(moments):
-    tx = adamfn.amsgrad(b2=0.5, moments=moments)
+    tx = adamfn.amsgrad(b2=0.1, moments=moments)  # nu falls by more than a level of 4 bits
     _, state = tx.update(gradients(0), tx.init(PARAMS))
     largest = state[0].nu_max
     for _ in range(20):

@@ -35,7 +35,7 @@ def assert_alike(found, expected):
     chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
 
 
-ORDERS = [order for order in permutations(STAGES) if order.index("decay") < order.index("lr")]
+ORDERS = [order for order in permutations(STAGES) if order.index("decay") < order.index("lr")][::2]
 
 
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)

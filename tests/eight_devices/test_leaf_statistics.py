@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Statistics of a whole leaf on a mesh: one small all-reduce, and the numbers of one device."""
 
+import functools
 import re
 
 import jax
@@ -11,8 +12,6 @@ from jax.sharding import AxisType
 
 import adamfn
 from adamfn.sharding import sharded, state_shardings
-
-pytestmark = pytest.mark.optimized  # compiled text and memory
 
 MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 SPLIT = jax.NamedSharding(MESH, jax.P("data"))
@@ -117,17 +116,29 @@ def drawn(steps):
     ]
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("backend", ["auto", "xla", "pallas"])
+@functools.cache
+def on_one_device():
+    (params, *grads), tx = drawn(3), lean("xla")
+    state, step = tx.init(params), jax.jit(functools.partial(adamfn.step, tx))
+    for g in grads:
+        params, state = step(g, state, params)
+    return params, state
+
+
+@pytest.mark.optimized  # codes of two programs
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [
+        ("auto", AxisType.Auto),
+        ("xla", AxisType.Explicit),
+        ("pallas", AxisType.Auto),
+        ("pallas", AxisType.Explicit),
+    ],
+)
 def test_means_over_all_shards(kind, backend):
     """A shard's kernel sums its own; what is added are numbers, one for each leaf or layer."""
     params, *grads = drawn(3)
-    tx = lean(backend)
-    expected, whole = params, tx.init(params)
-    alone = jax.jit(lambda g, s, p: adamfn.step(lean("xla"), g, s, p))
-    for g in grads:
-        expected, whole = alone(g, whole, expected)
-
+    tx, (expected, whole) = lean(backend), on_one_device()
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
     where = {name: jax.NamedSharding(mesh, spec) for name, spec in SPECS.items()}
     if kind == AxisType.Auto:

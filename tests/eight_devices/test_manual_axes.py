@@ -209,17 +209,18 @@ def test_twenty_steps_with_the_sum_equal_one_devices(backend, way):
         return train(way, tx, True, params, tx.init(params), grads)
 
     params, state = jax.jit(in_shards(run, (P(), P(None, "data"))))(PARAMS, grads)
-    expected, kept = alone(adamfn.adamw(1e-2), grads)
+    expected, kept = alone("float32")
     assert state[0].count == steps
     for name in PARAMS:
         np.testing.assert_allclose(params[name], expected[name], rtol=0, atol=1e-6)
         np.testing.assert_allclose(state[0].mu[name], kept[0].mu[name], rtol=0, atol=1e-6)
 
 
-def alone(tx, grads):
+@functools.cache
+def alone(moments):
     """The same on one device, from the sums of all devices' gradients."""
-    params = jax.tree.map(jnp.asarray, PARAMS)
-    sums = jax.tree.map(lambda g: g.sum(1, keepdims=True), grads)
+    tx, params = adamfn.adamw(1e-2, moments=moments), jax.tree.map(jnp.asarray, PARAMS)
+    sums = jax.tree.map(lambda g: g.sum(1, keepdims=True), whole_numbers(20))
     return jax.jit(functools.partial(train, "step", tx, False))(params, tx.init(params), sums)
 
 
@@ -228,7 +229,7 @@ def test_codes_of_twenty_steps_equal_one_devices(moments):
     tx, grads = adamfn.adamw(1e-2, moments=moments), whole_numbers(20)
     run = in_shards(functools.partial(train, "step", tx, True), (P(), P(), P(None, "data")))
     params, state = jax.jit(run)(PARAMS, tx.init(PARAMS), grads)
-    expected, kept = alone(tx, grads)
+    expected, kept = alone(moments)
     for name in PARAMS:
         np.testing.assert_allclose(params[name], expected[name], rtol=0, atol=1e-6)
     codes = [
@@ -241,7 +242,7 @@ def test_codes_of_twenty_steps_equal_one_devices(moments):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-@pytest.mark.parametrize("moments", ["bfloat16", "8bit", "4bit", "factored", "blockmean"])
+@pytest.mark.parametrize("moments", ["bfloat16", "8bit", "factored"])
 def test_a_shard_is_a_leaf_by_itself(moments):
     """Shards that are made inside: each has the codes that it would have alone."""
     tx = adamfn.adamw(1e-2, moments=moments)

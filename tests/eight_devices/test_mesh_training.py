@@ -16,8 +16,6 @@ import adamfn
 from adamfn import formats
 from adamfn.sharding import state_shardings
 
-pytestmark = pytest.mark.optimized  # compiled text and memory
-
 MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 REPLICATED = jax.NamedSharding(MESH, jax.P())
 BATCH = jax.NamedSharding(MESH, jax.P("data"))
