@@ -2,8 +2,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-peers test-accelerators test-accelerators-quick test-gpu lint format bench
-.PHONY: bench-lean bench-accelerators bench-gpu wheel addresses build-wheel test-wheel test-lowest docs docs-html
+.PHONY: help demo test test-peers test-accelerators test-accelerators-quick test-gpu test-sanitizers lint format
+.PHONY: bench bench-lean bench-accelerators bench-gpu wheel addresses build-wheel test-wheel test-lowest docs docs-html
 .PHONY: screenshots notebook clean
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test-accelerators  programs compiled for a TPU and a GPU that are not at hand, held to"
 	@echo "             their bounds (installs the compilers in environments of their own)"
 	@echo "make test-accelerators-quick  a small choice of them"
+	@echo "make test-sanitizers  the native code, compiled with the compiler's sanitizers"
 	@echo "make test-gpu  the kernels on the GPU at hand (installs JAX for CUDA)"
 	@echo "make test-lowest  the core's tests with the lowest jax and chex that pyproject.toml allows"
 	@echo "             (the newest: make test PYTHON=python3.13, since jax 0.11 and later need 3.12)"
@@ -56,6 +57,9 @@ test-accelerators: $(VENV)-tpu/.tpu $(VENV)-gpu/.gpu
 
 test-accelerators-quick:
 	$(MAKE) test-accelerators ARGS="-m quick $(ARGS)"
+
+test-sanitizers: $(VENV)/.test
+	$(BIN)/python -m pytest -q tests/native $(ARGS)
 
 test-gpu: $(VENV)-cuda/.cuda
 	$(VENV)-cuda/bin/python -m pytest -q tests/gpu $(ARGS)

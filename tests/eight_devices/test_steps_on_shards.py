@@ -40,7 +40,6 @@ STEPS = 5
 
 
 FEWER = ("columns", "both", "bias")
-MEANS = ("factored", "blockmean")  # of which unlike programs differ in last bits
 
 
 def drawn(dtype=np.float32, names=tuple(SHAPES)):
@@ -70,13 +69,19 @@ def train(way, tx, params, state, grads):
     return jax.lax.scan(step, (params, state), grads)[0]
 
 
-def check_equal(found, expected):
-    """All that is kept in fewer bits than float32 to the bit, and the rest within rounding."""
+def check_equal(found, expected, apart=0):
+    """All that is kept in fewer bits than float32 to the bit, and the rest within rounding.
+
+    Args:
+      apart: the share of elements that may differ.
+    """
     for (path, a), b in zip(
         jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True
     ):
         a, b = np.asarray(a), np.asarray(b)
-        if a.dtype == np.float32:
+        if apart:
+            assert np.mean(np.abs(np.float32(a) - np.float32(b)) > 1e-6) <= apart, path
+        elif a.dtype == np.float32:
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6, err_msg=str(path))
         else:
             np.testing.assert_array_equal(a, b, err_msg=str(path))
@@ -85,8 +90,7 @@ def check_equal(found, expected):
 @pytest.mark.parametrize(
     ("moments", "way", "zero_axis"),
     [
-        *((name, "step", "data") for name in formats.FORMATS if name not in MEANS),
-        *(pytest.param(name, "step", "data", marks=pytest.mark.optimized) for name in MEANS),
+        *((name, "step", "data") for name in formats.FORMATS),
         ("8bit", "step", None),
         ("bfloat16", "update", None),
     ],
@@ -104,7 +108,9 @@ def test_codes_equal_one_devices(moments, way, zero_axis):
     for x, place in zip(*map(jax.tree.leaves, (state, laid)), strict=True):
         assert x.sharding.is_equivalent_to(place, x.ndim)
     run = jax.jit(functools.partial(run, on_mesh), out_shardings=(where, laid))
-    check_equal(run(placed, state, grads), expected)
+    # XLA's two programs of means of nu differ in last bits, on which a code in a million hangs.
+    apart = 1e-4 if moments in (formats.FORMATS["factored"], formats.FORMATS["blockmean"]) else 0
+    check_equal(run(placed, state, grads), expected, apart)
 
 
 @pytest.mark.parametrize(
