@@ -98,8 +98,7 @@ def check_equal(found, expected, apart=0):
 def test_codes_equal_one_devices(moments, way, zero_axis):
     params, grads = drawn(names=SHAPES if moments == "8bit" else FEWER)
     where = {name: WHERE[name] for name in params}
-    moments = whole_blocks(moments, params, where, zero_axis)
-    tx = adamfn.adamw(1e-2, moments=moments)
+    tx = adamfn.adamw(1e-2, moments=whole_blocks(moments, params, where, zero_axis))
     run = functools.partial(train, way)
     expected = jax.jit(functools.partial(run, tx))(params, tx.init(params), grads)
     on_mesh = sharded(tx, where, zero_axis)
@@ -109,7 +108,7 @@ def test_codes_equal_one_devices(moments, way, zero_axis):
         assert x.sharding.is_equivalent_to(place, x.ndim)
     run = jax.jit(functools.partial(run, on_mesh), out_shardings=(where, laid))
     # XLA's two programs of means of nu differ in last bits, on which a code in a million hangs.
-    apart = 1e-4 if moments in (formats.FORMATS["factored"], formats.FORMATS["blockmean"]) else 0
+    apart = 1e-4 if moments in ("factored", "blockmean") else 0
     check_equal(run(placed, state, grads), expected, apart)
 
 
