@@ -3,8 +3,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .PHONY: help demo test test-peers test-accelerators test-accelerators-quick test-gpu test-sanitizers lint format
-.PHONY: bench bench-lean bench-accelerators bench-gpu wheel addresses build-wheel test-wheel test-lowest docs docs-html
-.PHONY: screenshots notebook clean
+.PHONY: bench bench-lean bench-accelerators bench-gpu wheel addresses build-wheel test-wheel test-lowest test-lowest-quick docs
+.PHONY: docs-html screenshots notebook clean environment
 
 help:
 	@echo "make demo    train a small network on handwritten digits (ARGS=--help for its options)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-gpu  the kernels on the GPU at hand (installs JAX for CUDA)"
 	@echo "make test-lowest  the core's tests with the lowest jax and chex that pyproject.toml allows"
 	@echo "             (the newest: make test PYTHON=python3.13, since jax 0.11 and later need 3.12)"
+	@echo "make test-lowest-quick  a small choice of them"
 	@echo "make wheel   wheel and sdist, in dist/; an error while OWNER stands for the repository's owner"
 	@echo "make test-wheel  install the wheel where there is nothing else, and take steps with it"
 	@echo "make docs    the site, in site/; a broken link or reference and a snippet that fails are errors"
@@ -108,6 +109,11 @@ test-lowest: $(VENV)/.test
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check $(LOWEST) $(CORE_NEEDS)
 	PYTHONPATH=. $(VENV)-lowest/bin/python -m pytest -q -n auto $(CORE) $(ARGS)
 
+# Where versions of JAX differ: what is traced, exported, lowered and called natively.
+test-lowest-quick:
+	$(MAKE) test-lowest CORE="$(foreach name,contracts native pallas stage step transform,tests/test_$(name).py)" \
+		ARGS='-k "not to_the_bit" $(ARGS)'
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -145,13 +151,22 @@ bench-gpu: $(VENV)-cuda/.cuda
 	$(VENV)-cuda/bin/python benchmarks/readme_tables.py
 
 # One stamp for each extra, so that an extra is installed once and again when it changes. To install
-# builds the native code, in cmake/, and puts its library beside its sources.
+# builds the native code, in cmake/, and puts its library beside its sources; the compilers of
+# accelerators need none.
 NATIVE := cmake/CMakeLists.txt $(wildcard adamfn/backends/cpu/*.cc adamfn/backends/cpu/*.h)
+INSTALL := -m pip install --quiet --disable-pip-version-check
+$(VENV)-tpu/.% $(VENV)-gpu/.%: INSTALL += -C wheel.cmake=false
 $(VENV)/.% $(VENV)-bench/.% $(VENV)-lean/.% $(VENV)-tpu/.% $(VENV)-gpu/.% $(VENV)-cuda/.%: \
 		pyproject.toml $(NATIVE)
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
+	$(@D)/bin/python $(INSTALL) -e ".[$*]"
 	@touch $@
+
+# All extras of .venv by one installation, which builds the native code once.
+environment:
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(INSTALL) -e ".[dev,docs]"
+	@touch $(VENV)/.examples $(VENV)/.test $(VENV)/.dev $(VENV)/.docs
 
 clean:
 	rm -rf $(VENV) $(VENV)-bench $(VENV)-lean $(VENV)-tpu $(VENV)-gpu $(VENV)-cuda \

@@ -21,6 +21,7 @@ import pytest
 from website import samples
 
 os.environ.setdefault("KERAS_BACKEND", "jax")  # which Keras reads when it is imported
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's threads, which spin beside JAX's
 PROCESS = os.environ.get("PYTEST_XDIST_WORKER")
 FOLDER = os.environ.pop("JAX_COMPILATION_CACHE_DIR", None) if PROCESS else None
 if FOLDER:

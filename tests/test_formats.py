@@ -72,7 +72,7 @@ def moments(shape, decades=2.0, seed=0):
 @partial(jax.jit, static_argnames=("named", "steps"))
 def stress(named, decades, seed=0, steps=1500):
     """The last updates after noisy steps, by format: gradients of many sizes in each block."""
-    shape, formats_of = (128, 256), {"exact": FLOAT32, **dict(named)}
+    shape, formats_of = (64, 256), {"exact": FLOAT32, **dict(named)}
     sizes, gradients = jax.random.split(jax.random.key(seed))
     size = 10.0 ** (-decades * jax.random.uniform(sizes, shape))
 

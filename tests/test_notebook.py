@@ -55,7 +55,9 @@ def test_it_prints_what_is_committed_in_a_process_with_its_devices(name):
     cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
     ran = subprocess.run(
         [sys.executable, "-c", "\n".join("".join(cell["source"]) for cell in cells)],
-        env={**os.environ, "MPLBACKEND": "agg", "PYTHONPATH": str(NOTEBOOK.parent.parent)},
+        env=os.environ
+        | {"MPLBACKEND": "agg", "PYTHONPATH": str(NOTEBOOK.parent.parent)}
+        | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
         cwd=path.parent,
         check=True,
         stdout=subprocess.PIPE,

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The example that takes each layer's step in the backward pass: its steps, and what it saves.
-
-Compiled as a user's programs are, for temporary memory and where bfloat16 is rounded.
-"""
+"""The example that takes each layer's step in the backward pass: its steps, and what it saves."""
 
 import runpy
 from pathlib import Path
@@ -13,8 +10,6 @@ import numpy as np
 import pytest
 
 import adamfn
-
-pytestmark = pytest.mark.optimized  # memory, and where bfloat16 is rounded
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -43,6 +38,7 @@ def assert_same_weights(found, expected, rate):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-2 * rate)
 
 
+@pytest.mark.optimized  # memory
 def test_step_in_backward_is_the_ordinary_step_without_its_gradients(found):
     tx = found["optimizer"](lean=False)
     params = deepened(found["init"](jax.random.key(0), 2, "float32"), 16)
