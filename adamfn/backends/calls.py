@@ -60,11 +60,40 @@ class Step:
             self._vectors[places, dtype] = vector
         return self._vectors[places, dtype]
 
+    def wait_for(self, leaf: Leaf) -> None:
+        """Lets the calls to come depend on the results of a leaf, on one CPU.
+
+        XLA for CPU would begin with the first segments of all leaves, and keep all their updates.
+        """
+        arrays = [x for x in (leaf.update, leaf.param) if x is not None]
+        meshes = [jax.typeof(x).sharding.mesh for x in arrays]
+        if all(mesh.empty for mesh in (*meshes, jax.sharding.get_abstract_mesh())):
+            self.count = jax.lax.platform_dependent(
+                self.count, arrays, cpu=_after, default=lambda count, _: count
+            )
+
     def indices(self, leaves: Sequence[Leaf]) -> Any:
         """The `indices` of a call, with the stages' seeds mixed into the leaves'."""
         indices = np.array([[leaf.index, 0] for leaf in leaves], np.uint32)
         seeds = [stage.seed for stage in self.stages if stage.seed is not None]
         return indices + mixed(seeds) * np.array([1, 0], np.uint32) if seeds else indices
+
+
+def _after(count: jax.Array, arrays: Sequence[jax.Array]) -> jax.Array:
+    # 0, which XLA does not know. It removes barriers before it orders operations.
+    moved = [x[(0,) * x.ndim] != 0 for x in arrays]
+    return count + jnp.where(count < 0, sum(moved), 0).astype(jnp.int32)
+
+
+def in_turn(leaves: Sequence[Leaf]) -> list[list[Leaf]]:
+    """All small leaves, then each large one: between segments, their updates are in memory."""
+    groups: list[list[Leaf]] = [[]]
+    for leaf in leaves:
+        if at_least(leaf.grad.size, LARGE):
+            groups.append([leaf])
+        else:
+            groups[0].append(leaf)
+    return groups
 
 
 def together(step: Step, leaves: Sequence[Leaf], segment: range) -> Iterator[list[Leaf]]:

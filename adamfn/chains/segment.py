@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamfn.backends.calls import Step, run_leaves, together
+from adamfn.backends.calls import Step, in_turn, run_leaves, together
 from adamfn.chains.leaves import Request, leaves_of, next_count, next_states
 from adamfn.core.leaf import Leaf
 from adamfn.core.program import Part, Program
@@ -30,19 +30,21 @@ def run(
     count, treedef = next_count(stages, states), jax.tree.structure(updates)
     leaves = leaves_of(stages, updates, states, request)
     step = step_at(stages, states, count, [leaf.grad for leaf in leaves], request)
-    for segment in segments_of(stages):
-        if "mu" in stages[segment.start].keeps:
-            for leaf in leaves:
-                leaf.seen = leaf.update
-        made: dict[Any, Program] = {}
-        for leaf in leaves:
-            dtypes = leaf.dtype, leaf.grad.dtype, getattr(leaf.param, "dtype", None)
-            key = dtypes, *leaf.active, *leaf.formats
-            if key not in made:
-                made[key] = program_of(step, segment, leaf, request)
-            leaf.program = made[key]
-        for alike in together(step, leaves, segment):
-            run_leaves(step, alike, segment)
+    segments, made = segments_of(stages), dict[Any, Program]()
+    for k, group in enumerate(in_turn(leaves) if len(segments) > 1 else [leaves]):
+        for segment in segments:
+            for leaf in group:
+                if "mu" in stages[segment.start].keeps:
+                    leaf.seen = leaf.update
+                dtypes = leaf.dtype, leaf.grad.dtype, getattr(leaf.param, "dtype", None)
+                key = segment, dtypes, *leaf.active, *leaf.formats
+                if key not in made:
+                    made[key] = program_of(step, segment, leaf, request)
+                leaf.program = made[key]
+            for alike in together(step, group, segment):
+                run_leaves(step, alike, segment)
+        if k > 0:
+            step.wait_for(group[0])
     return (
         treedef.unflatten([leaf.update for leaf in leaves]) if request.updates else None,
         treedef.unflatten([leaf.param for leaf in leaves]) if request.moves else None,
@@ -154,6 +156,7 @@ def program_of(step: Step, segment: range, leaf: Leaf, request: Request) -> Prog
         all(step.stages[k].elementwise for k in own),
         tuple(given.items()),
         given_grads,
+        last,
     )
 
 

@@ -6,7 +6,7 @@ The native code repeats some of them in C++, and tests compare the two.
 
 import math
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +47,7 @@ def bounded(g: Array, largest: float | None = None) -> Array:
     Their squares would overflow, and the element would never recover. Adam's ratio hardly changes:
     both moments then hold this gradient and little else. Infinities and NaN stay visible.
     """
-    info = jnp.finfo(g.dtype)
-    largest = largest or (2 - 2**-7) * (2.0**511 if info.bits == 64 else 2.0**63)
+    info, largest = jnp.finfo(g.dtype), largest or _largest(g.dtype)
     if jnp.iscomplexobj(g):
         largest /= 2  # a sum of two squares
         size = jnp.maximum(abs(g.real), abs(g.imag))
@@ -57,6 +56,11 @@ def bounded(g: Array, largest: float | None = None) -> Array:
     finite = lax.le(lax.abs(g), lax.full_like(g, info.max))
     bound = np.array(largest, g.dtype)
     return lax.select(finite, lax.clamp(-bound, g, bound), g)
+
+
+def _largest(dtype: Any) -> float:
+    """The largest number whose square is finite, but for a margin."""
+    return (2 - 2**-7) * (2.0**511 if jnp.finfo(dtype).bits == 64 else 2.0**63)
 
 
 def averaged(g: Array, mu: Array, nu: Array, at: Averages) -> tuple[Array, Array, Array]:
@@ -204,15 +208,16 @@ def lazy_ratio(g: Array, mu: Array, nu: Array, at: Averages) -> Arrays:
 def where_agreeing(u: Array, g: Array, floor: Array, first: int = 0) -> Array:
     """The formula of `cautious_updates`: not elementwise."""
     agrees = _inner(u, g) > 0
-    share = _mean(agrees.astype(jnp.real(u).dtype), first)
+    share = _mean(agrees.astype(jnp.bfloat16), first, g.real.dtype)  # CPU adds these fastest
     return jnp.where(agrees, u / jnp.maximum(share, floor), 0)
 
 
 def clip_outgrown(u: Array, g: Array, nu: Array, c2: Array, least: Array, first: int = 0) -> Array:
     """The formula of `clip_updates`: not elementwise."""
-    # The square of a ratio, not a ratio of squares: those may overflow.
-    ratio = jnp.abs(bounded(g)) / root_of(jnp.maximum(nu, least))
-    return u / jnp.sqrt(jnp.maximum(_mean(ratio * ratio, first) * c2, 1))
+    # Not `bounded`, whose select XLA on CPU would write to memory.
+    size = jnp.minimum(jnp.abs(g), _largest(nu.dtype))
+    squares = size * size / jnp.maximum(nu, jnp.maximum(least, jnp.finfo(nu.dtype).tiny))
+    return u / jnp.sqrt(jnp.maximum(_mean(squares, first, nu.dtype) * c2, 1))
 
 
 where_agreeing_by_layer = partial(where_agreeing, first=1)
@@ -242,10 +247,10 @@ def angle(opposite: Array, adjacent: Array) -> Array:
     return jnp.where(opposite > adjacent, math.pi / 2 - found, found)
 
 
-def _mean(x: Array, first: int) -> Array:
+def _mean(x: Array, first: int, dtype: Any) -> Array:
     """The mean over all axes from the first: of a leaf (0), or of its layers (1). 0 if empty."""
     axes = tuple(range(first, x.ndim))
-    return jnp.sum(x, axes, keepdims=True) / max(math.prod(x.shape[first:]), 1)
+    return jnp.sum(x, axes, dtype, keepdims=True) / max(math.prod(x.shape[first:]), 1)
 
 
 def _inner(x: Array, y: Array) -> Array:

@@ -58,6 +58,7 @@ class Program:
     given: tuple[tuple[int, Part], ...] = ()
     """Parts of earlier segments whose moments it reads, each with its stage's place in the run."""
     given_grads: bool = False  # whether it is given the gradient besides the update
+    is_last: bool = True  # whether its update is that of the run
 
     @property
     def fused(self) -> bool:

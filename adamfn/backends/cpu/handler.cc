@@ -137,7 +137,7 @@ void ReadArrays(const Call& call, size_t k, Leaf& leaf) {
   if (call.moves) leaf.p.data = InPlace(call.results[call.moved + k], p);
   if (call.returns) {
     const AnyBuffer& u = call.results[call.updates + k];
-    Check(Is(u, call.bits ? DataType::F32 : g.element_type(), g.element_count()),
+    Check(IsReal(u) && !(call.bits && IsBfloat16(u)) && u.element_count() == g.element_count(),
           "an update unlike its gradient");
     leaf.u = {u.untyped_data(), IsBfloat16(u)};
   }

@@ -90,14 +90,14 @@ def format_of(program: Program) -> Format | None:
 
 def can_run(call: Call, operands: Operands) -> bool:
     """Whether a call can run in native code here, and gains by it."""
-    # For an update alone with float32 moments XLA makes as few passes, and adds the parameters.
+    # XLA adds an update with float32 moments to the parameters in the pass that computes it.
     format, bits = format_of(call.program), bits_of(call.program)
-    if not call.program.moves and format is None and not bits:
+    if call.program.is_last and not call.program.moves and format is None and not bits:
         return False
     leaves = [*operands.updates, *operands.params]
     return (
         answer(format, "native_code") is not None
-        and call.program.update_dtype in (None, jnp.float32 if bits else leaves[0].dtype)
+        and call.program.update_dtype in (None, jnp.float32, leaves[0].dtype)
         and call.program.dtype == jnp.float32
         and all(aval.dtype in (jnp.float32, jnp.bfloat16) for aval in leaves)
         and scalar_places(call.program) is not None
