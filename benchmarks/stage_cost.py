@@ -52,6 +52,11 @@ RECIPES = {
         adamfn.scale_by_lr(1e-3),
     ),
 }
+WEIGHTS = {
+    f"round_weights({bits})": adamfn.chain(adamw(), adamfn.round_weights(bits))
+    for bits in (16, 24, 32)
+}
+"""Of bfloat16 weights, whose gradients have that dtype too."""
 
 
 class Candidate:
@@ -102,8 +107,10 @@ def main(argv: list[str] | None = None) -> None:
     keys = jax.random.split(jax.random.key(0), len(shapes))
     grads = [1e-2 * jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
     results = {}
-    for name, tx in RECIPES.items():
-        results[name] = compare(name, tx, grads, args.rounds)
+    for name, tx in {**RECIPES, **WEIGHTS}.items():
+        dtype = jnp.bfloat16 if name in WEIGHTS else jnp.float32
+        own = [g.astype(dtype) for g in grads]
+        results[name] = compare(name, tx, own, args.rounds)
         ratio = results[name]["ratio"]
         print(f"{name:32s} {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")
         gc.collect()
