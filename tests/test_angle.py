@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import adamfn
 from adamfn.core.formulas import angle
 
 
@@ -29,3 +30,10 @@ def test_edges(y, x):
 
 def test_what_is_not_float32_is_numpys():
     assert angle(jnp.bfloat16(1), jnp.bfloat16(1)).dtype == jnp.bfloat16
+
+
+def test_a_complex_update_has_the_direction_of_mu():
+    g = np.array([3 + 4j, -1j, -2], np.complex64)
+    tx = adamfn.scale_by_atan2_moments()
+    updates, _ = tx.update(g, tx.init(g))
+    np.testing.assert_allclose(updates / abs(updates), g / abs(g), rtol=1e-6)

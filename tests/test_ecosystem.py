@@ -320,14 +320,17 @@ SCHEDULES = {
 }
 
 
+UNIT = adamfn.adam(1.0)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_schedules_are_taken_at_the_count_from_zero(schedule):
-    scheduled, unit = adamfn.adam(schedule), adamfn.adam(1.0)
-    state, unit_state = scheduled.init(params()), unit.init(params())
+    scheduled = adamfn.adam(schedule)
+    state, unit_state = scheduled.init(params()), UNIT.init(params())
     assert optax.tree.get(state, "learning_rate") == schedule(0)
     for step, g in enumerate(grads()):
         updates, state = jax.jit(scheduled.update)(g, state)
-        direction, unit_state = jax.jit(unit.update)(g, unit_state)
+        direction, unit_state = jax.jit(UNIT.update)(g, unit_state)
         rate = schedule(jnp.int32(step))
         assert_close(optax.tree.get(state, "learning_rate"), rate)
         assert_close(updates, jax.tree.map(lambda d, rate=rate: rate * d, direction))

@@ -80,6 +80,14 @@ def test_a_sum_is_right_on_average_whatever_float32_makes_of_it(bits, p, u):
     assert abs(moved.mean() - float(u32)) < 5 * unit * np.sqrt(share / moved.size)
 
 
+def test_a_sum_just_below_a_power_of_two_is_rounded_in_the_smaller_units_there():
+    noise = jnp.arange(1 << 16, dtype=jnp.uint32) << 8  # the lowest random bits are 0
+    ones = jnp.ones(noise.shape)
+    weight, correction = Weights(24)._split_sum(ones, -1e-8 * ones, noise)
+    below = Weights(24).decode(weight, correction.astype(jnp.int8)) < 1
+    np.testing.assert_allclose(np.mean(below), 1e-8 * 2**24, atol=2.0**-15)
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_what_is_not_finite_stays(bits):
     x, ones = jnp.array([np.inf, -np.inf, np.nan]), jnp.full(3, 0xFFFFFFFF, jnp.uint32)

@@ -44,6 +44,12 @@ def test_integers_and_zero():
     np.testing.assert_array_equal(tx.update(jnp.ones(1), tx.init(0.0), jnp.ones(1))[0], [1.0])
 
 
+def test_a_cautious_decay_takes_updates_of_zero_and_none_against_the_parameter():
+    tx, params = adamfn.add_decayed_weights(0.5, cautious=True), jnp.array([2.0, 2.0, 2.0, -2.0])
+    updates, _ = tx.update(jnp.array([1.0, 0.0, -1.0, -1.0]), tx.init(params), params)
+    np.testing.assert_array_equal(updates, [2.0, 1.0, -1.0, -2.0])
+
+
 def test_a_traced_decay():
     @jax.jit
     def update(decay):
