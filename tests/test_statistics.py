@@ -99,6 +99,15 @@ def test_updates_are_the_formulas(name, stacked):
         assert_close(found, expected)
 
 
+def test_clip_updates_bounds_the_corrected_squares_from_below():
+    parts, g = (adamfn.scale_by_moments(), adamfn.bias_correct()), np.ones(1, np.float32)
+    found = []
+    for tx in (adamfn.chain(*parts), adamfn.chain(*parts, adamfn.clip_updates(eps=0.9))):
+        _, state = tx.update(1e-6 * g, tx.init(g))
+        found.append(tx.update(g, state)[0])  # the corrected nu is 0.5, less than 0.9^2
+    np.testing.assert_allclose(found[1], 0.9 * found[0], rtol=1e-5)
+
+
 def test_clip_updates_compares_the_gradients_that_the_moments_were_given():
     # The norm grows 2^k-fold before it is clipped, and not at all after.
     tx = recipe("clipped", adamfn.clip_by_global_norm(0.5))
