@@ -25,7 +25,7 @@ MOMENTS = ("float32", "bfloat16", "8bit")
 
 def test_native_code_runs_here():
     # Every other test of this page would pass by XLA alone.
-    assert loader.load().reason is None
+    assert loader.native().reason is None
     assert adamfn.backend("cpu").name == "native"
     assert str(adamfn.backend("cpu")).startswith("native on cpu: compiled for ")
     with pytest.raises(ValueError, match="platform is 'abacus'; expected one of cpu, gpu"):
@@ -236,7 +236,7 @@ def test_block_sizes(block):
 
 
 def native_call(operands, results, **attributes):
-    assert loader.load().reason is None  # which registers it
+    assert loader.native().reason is None  # which registers it
     leaves = max(attributes.get("blocks", np.zeros(1)).size, 1)
     gradients = operands[-2 * leaves :][:leaves]
     attributes = {

@@ -160,7 +160,7 @@ def test_two_copies_in_a_process(tmp_path):
         other = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(other)
         assert other._LIBRARY != loader._LIBRARY
-        assert other.load() == loader.load() and other.load().reason is None
+        assert other.native() == loader.native() and other.native().reason is None
         steps_right()
         """,
     )
@@ -214,7 +214,7 @@ def test_the_kernels_for_every_kind_of_processor(moments):
     choose = ctypes.CDLL(str(LIBRARY)).adamfn_variant
     choose.restype = ctypes.c_char_p
     best = choose(None)
-    assert choose(b"abacus") == best == loader.load().variant.encode()
+    assert choose(b"abacus") == best == loader.native().variant.encode()
     x = jnp.asarray(np.random.default_rng(0).standard_normal((64, 300)), jnp.float32)
     tx = adamfn.adamw(0.1, moments=moments)
     step = jax.jit(lambda s: adamfn.step(tx, x, s, x))

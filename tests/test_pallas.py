@@ -394,7 +394,7 @@ def test_a_jax_without_triton_has_its_other_kernels(monkeypatch):
     without_triton(monkeypatch)
     params = jax.ShapeDtypeStruct((4096, 1024), jnp.float32)
     tx = adamfn.adam(moments="8bit")
-    by_mosaic = gpu_mosaic.is_known()
+    by_mosaic = gpu_mosaic.fits_jax()
     text = lowered(tx, params, "cuda")
     assert text.count("custom_call @mosaic_gpu") == by_mosaic
     assert ("stablehlo.reduce" in text) != by_mosaic  # by XLA, in passes
@@ -416,7 +416,7 @@ def test_a_kernel_is_for_gpus_that_can_run_it(monkeypatch, kind, runs):
     assert ("stablehlo.reduce" in text) == (runs == "xla")
 
 
-@pytest.mark.skipif(not gpu_mosaic.is_known(), reason="written for Mosaic GPU of jax 0.12")
+@pytest.mark.skipif(not gpu_mosaic.fits_jax(), reason="written for Mosaic GPU of jax 0.12")
 @pytest.mark.parametrize("moments", ["8bit", "4bit"])
 def test_mosaic_gpu_where_it_is_asked_for(moments):
     """In place; for blocks that its warps do not divide, a second kernel takes the last ones."""

@@ -36,7 +36,7 @@ def kernels_on(platform: str, backend: str = "auto", context: Any = None) -> lis
     if platform == "cpu" or (found is not None and found >= 9):
         from adamfn.backends.gpu import mosaic as mosaic_gpu
 
-        if platform == "cpu" or mosaic_gpu.is_known():
+        if platform == "cpu" or mosaic_gpu.fits_jax():
             kernels.insert(0 if backend == "mosaic_gpu" else len(kernels), mosaic_gpu)
     return kernels if platform == "cpu" else [*kernels, passes]
 

@@ -61,7 +61,7 @@ def backend(platform: Any = None) -> Runner:
         compiler = "Triton" if first.endswith("triton") else "Mosaic"
         reason = f"moments in 8 and 4 bits in one kernel a leaf, by {compiler}; XLA fuses the rest."
         return Runner(platform, "kernels", reason)
-    native = loader.load()
+    native = loader.native()
     if native.reason is not None:
         return Runner(platform, "xla", native.reason)
     reason = (

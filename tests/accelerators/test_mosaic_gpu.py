@@ -22,7 +22,7 @@ from adamfn.backends.gpu import mosaic
     ],
 )
 def test_a_tile_is_in_registers(measure_chain, machine, monkeypatch, capfd, moments, dtype, shape):
-    if machine.platform == "tpu" or not mosaic.is_known():
+    if machine.platform == "tpu" or not mosaic.fits_jax():
         pytest.skip("for GPU, and jax 0.12")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     tx = adamfn.with_backend(adamfn.adamw(1e-3, moments=moments), "mosaic_gpu")

@@ -31,7 +31,7 @@ _native: Native | None = None
 _calls = itertools.count()
 
 
-def load() -> Native:
+def native() -> Native:
     """Loads the library once. Without it the first call warns; beside other processes it raises."""
     global _native
     if _native is None:  # threads that come here at once do the same, which XLA allows

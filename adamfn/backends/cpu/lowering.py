@@ -78,7 +78,7 @@ def scalar_places(program: Program) -> list[int] | None:
     return None if left else [-1 if k is None else k for k in (*of_moments, *rest)]
 
 
-def bits_of(program: Program) -> int:
+def weight_bits(program: Program) -> int:
     """How many bits of a weight a program keeps; 0 of a weight as it is."""
     return 0 if program.weights is None else program.weights.bits
 
@@ -91,7 +91,7 @@ def format_of(program: Program) -> Format | None:
 def can_run(call: Call, operands: Operands) -> bool:
     """Whether a call can run in native code here, and gains by it."""
     # XLA adds an update with float32 moments to the parameters in the pass that computes it.
-    format, bits = format_of(call.program), bits_of(call.program)
+    format, bits = format_of(call.program), weight_bits(call.program)
     if call.program.is_last and not call.program.moves and format is None and not bits:
         return False
     leaves = [*operands.updates, *operands.params]
@@ -101,7 +101,7 @@ def can_run(call: Call, operands: Operands) -> bool:
         and call.program.dtype == jnp.float32
         and all(aval.dtype in (jnp.float32, jnp.bfloat16) for aval in leaves)
         and scalar_places(call.program) is not None
-        and loader.load().reason is None
+        and loader.native().reason is None
     )
 
 
@@ -139,7 +139,7 @@ def lower(ctx: Any, *flat: Any, call: Call, tree: Any) -> Any:
         scalars,
         *flat[1:],
         format=np.int32(answer(format, "native_code")),
-        bits=np.int32(bits_of(program)),
+        bits=np.int32(weight_bits(program)),
         moves=program.moves,
         returns=program.update_dtype is not None,
         scalars=np.array(scalar_places(program), np.int64),

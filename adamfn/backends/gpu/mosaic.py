@@ -23,7 +23,7 @@ _LARGEST_BLOCK = 256
 plgpu: Any = mosaic_gpu
 
 
-def is_known() -> bool:
+def fits_jax() -> bool:
     """Whether this JAX has the interface that the kernel is written for, that of 0.12."""
     return hasattr(plgpu, "store")
 
