@@ -60,16 +60,15 @@ class Step:
             self._vectors[places, dtype] = vector
         return self._vectors[places, dtype]
 
-    def wait_for(self, leaf: Leaf) -> None:
-        """Lets the calls to come depend on the results of a leaf, on one CPU.
+    def wait_for(self, x: Any) -> None:
+        """Lets the calls to come depend on a result, on CPU, under `jit` and without a mesh.
 
         XLA for CPU would begin with the first segments of all leaves, and keep all their updates.
         """
-        arrays = [x for x in (leaf.update, leaf.param) if x is not None]
-        meshes = [jax.typeof(x).sharding.mesh for x in arrays]
-        if all(mesh.empty for mesh in (*meshes, jax.sharding.get_abstract_mesh())):
+        meshes = jax.typeof(x).sharding.mesh, jax.sharding.get_abstract_mesh()
+        if isinstance(x, Tracer) and all(mesh.empty for mesh in meshes):
             self.count = jax.lax.platform_dependent(
-                self.count, arrays, cpu=_after, default=lambda count, _: count
+                self.count, x, cpu=_after, default=lambda count, _: count
             )
 
     def indices(self, leaves: Sequence[Leaf]) -> Any:
@@ -79,10 +78,9 @@ class Step:
         return indices + mixed(seeds) * np.array([1, 0], np.uint32) if seeds else indices
 
 
-def _after(count: jax.Array, arrays: Sequence[jax.Array]) -> jax.Array:
-    # 0, which XLA does not know. It removes barriers before it orders operations.
-    moved = [x[(0,) * x.ndim] != 0 for x in arrays]
-    return count + jnp.where(count < 0, sum(moved), 0).astype(jnp.int32)
+def _after(count: jax.Array, x: jax.Array) -> jax.Array:
+    # This adds 0, which XLA does not know. It removes barriers before it orders operations.
+    return count + ((count < 0) & (x[(0,) * x.ndim] != 0)).astype(jnp.int32)
 
 
 def in_turn(leaves: Sequence[Leaf]) -> list[list[Leaf]]:

@@ -44,7 +44,7 @@ def run(
             for alike in together(step, group, segment):
                 run_leaves(step, alike, segment)
         if k > 0:
-            step.wait_for(group[0])
+            step.wait_for(group[0].param if request.moves else group[0].update)
     return (
         treedef.unflatten([leaf.update for leaf in leaves]) if request.updates else None,
         treedef.unflatten([leaf.param for leaf in leaves]) if request.moves else None,

@@ -96,6 +96,14 @@ def test_leaves_on_different_devices(recipe, moments):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=str(path))
 
 
+def test_large_leaves_on_different_devices_before_a_statistic():
+    tx = adamfn.chain(adamfn.scale_by_moments(), adamfn.cautious_updates(), adamfn.scale_by_lr(0.1))
+    large = np.ones((512, 512), np.float32)
+    params = [jax.device_put(large, device) for device in jax.devices()[:3]]
+    params, _ = adamfn.step(tx, params, tx.init(params), params)
+    assert [x.devices() for x in params] == [{device} for device in jax.devices()[:3]]
+
+
 @pytest.mark.parametrize("moments", formats.FORMATS)
 def test_an_eager_init_lies_where_its_parameters_do(moments):
     tx = adamfn.adamw(moments=moments)
