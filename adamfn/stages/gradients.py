@@ -200,21 +200,19 @@ def _global_norm(grads: Sequence[jax.Array]) -> jax.Array:
     usual = root(parts)
     is_usual = (usual > info.tiny**0.5 * 2.0**33) & (usual < jnp.inf)
 
-    def scaled() -> jax.Array:
-        factor = jnp.where(usual > 1, 1 / scale, scale)
-        return root([x * factor for x in parts]) / factor
-
-    def either() -> jax.Array:
+    def other() -> jax.Array:
         # Selected, as XLA would make (x * scale)^2 a product with scale^2.
         large = [jnp.where(jnp.abs(x) <= 1, 0, x / scale) for x in parts]
         small = [jnp.where(jnp.abs(x) >= 1, 0, x * scale) for x in parts]
-        other = jnp.where(usual > 1, root(large) * scale, root(small) / scale)
-        return jnp.where(is_usual, usual, other)
+        return jnp.where(usual > 1, root(large) * scale, root(small) / scale)
+
+    def either() -> jax.Array:
+        return jnp.where(is_usual, usual, other())
 
     if not jax.sharding.get_abstract_mesh().empty:
         return either()  # JAX cannot vmap a condition on what explicit axes split
     # XLA takes the three sums in one pass, except on CPU; on GPU a condition would stop the host.
-    condition = partial(jax.lax.cond, is_usual, lambda: usual, scaled)
+    condition = partial(jax.lax.cond, is_usual, lambda: usual, other)
     return jax.lax.platform_dependent(cpu=condition, default=either)
 
 
